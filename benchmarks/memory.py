@@ -1,0 +1,81 @@
+"""Keys and hits in memory, beside what the machine can do: reading the input once, gathering the output once."""
+
+from __future__ import annotations
+
+import ctypes
+import subprocess
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import torch
+from interleaved import table
+from torch import Tensor, nn
+
+from torchcache import _ops, torchcache
+
+FEATURES = 768
+
+
+class Backbone(nn.Module):
+    """Any input → [B, 768] f32; what it computes does not matter here."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        first = x.reshape(len(x), -1)[:, :1].float()
+        return first.expand(-1, FEATURES) * torch.arange(FEATURES)
+
+
+def read_limit() -> ctypes.CDLL:
+    folder = Path(tempfile.mkdtemp())
+    library = folder / "read_limit.so"
+    source = Path(__file__).with_name("read_limit.cpp")
+    subprocess.run(["g++", "-O3", "-mavx2", "-shared", "-fPIC", source, "-o", library], check=True)
+    found = ctypes.CDLL(str(library))
+    found.read_all.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
+    found.read_all.restype = ctypes.c_uint64
+    return found
+
+
+def keys(library: ctypes.CDLL, threads: int) -> None:
+    x = torch.randn(64, 3, 224, 224)
+    size = x.numel() * 4
+    part = size // threads
+    pool = ThreadPoolExecutor(threads)
+    call = torch.zeros(2, dtype=torch.int64)
+    torch.set_num_threads(threads)
+
+    def read() -> None:
+        list(pool.map(lambda i: library.read_all(x.data_ptr() + i * part, part), range(threads)))
+
+    rivals = [("limit: AVX2 read of the same bytes", read), ("keys", lambda: _ops.keys([x], call))]
+    table(f"keys of (64, 3, 224, 224) f32, {threads} thread(s)", rivals, 25, size / 1e9, "GB/s")
+
+
+def hits(name: str, x: Tensor, rounds: int) -> None:
+    torch.set_num_threads(1)
+    module = torchcache()(Backbone().eval())
+    module(x)
+    rows = torch.randn(len(x), FEATURES)
+    order = torch.randperm(len(x))
+    call = torch.zeros(2, dtype=torch.int64)
+
+    def limit() -> None:
+        _ops.keys([x], call)
+        rows.index_select(0, order)
+
+    with torch.no_grad():
+        rivals = [("limit: hash + index_select", limit), ("full hit", lambda: module(x))]
+        table(f"full hit, {name} → {FEATURES} f32, 1 thread", rivals, rounds, len(x) / 1e6, "M rows/s")
+
+
+def main() -> None:
+    library = read_limit()
+    for threads in (1, 2):
+        keys(library, threads)
+    hits("(64, 3, 224, 224) f32", torch.randn(64, 3, 224, 224), 25)
+    hits("(256, 512) f32", torch.randn(256, 512), 400)
+    hits("(64, 128) int64", torch.randint(0, 1000, (64, 128)), 400)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,46 @@
+// The one list of dtypes: bytes of an element.
+#pragma once
+
+#include <torch/csrc/stable/tensor.h>
+
+#include <cstdint>
+#include <stdexcept>
+#include <string>
+
+namespace torchcache {
+
+inline int64_t item_size(const torch::stable::Tensor& t) {
+  using torch::headeronly::ScalarType;
+  switch (t.scalar_type()) {
+    case ScalarType::Bool:
+    case ScalarType::Byte:
+    case ScalarType::Char:
+    case ScalarType::Float8_e5m2:
+    case ScalarType::Float8_e4m3fn:
+    case ScalarType::Float8_e5m2fnuz:
+    case ScalarType::Float8_e4m3fnuz:
+      return 1;
+    case ScalarType::Short:
+    case ScalarType::UInt16:
+    case ScalarType::Half:
+    case ScalarType::BFloat16:
+      return 2;
+    case ScalarType::Int:
+    case ScalarType::UInt32:
+    case ScalarType::Float:
+    case ScalarType::ComplexHalf:
+      return 4;
+    case ScalarType::Long:
+    case ScalarType::UInt64:
+    case ScalarType::Double:
+    case ScalarType::ComplexFloat:
+      return 8;
+    case ScalarType::ComplexDouble:
+      return 16;
+    default:
+      throw std::invalid_argument("torchcache cannot hash tensors of scalar type " +
+                                  std::to_string(static_cast<int>(t.scalar_type())));
+  }
+}
+
+}  // namespace torchcache

@@ -1,0 +1,210 @@
+// The table of contents of everything native: the schema block at the end lists every operation of
+// torch.ops.torchcache. Above it stand the adaptors between torch's tensors and the parts that know nothing of torch.
+// std::invalid_argument arrives in Python as ValueError, std::out_of_range as IndexError, anything else as
+// RuntimeError.
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <cstring>
+#include <string>
+#include <tuple>
+#include <vector>
+
+#include "handles.h"
+#include "hash/cpu.h"
+#include "hash/dtypes.h"
+#include "hash/watch.h"
+#include "memory/table.h"
+#include "store/store.h"
+
+namespace torchcache {
+namespace {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+// Deliberately never destroyed: operations may still run in other threads while the process exits.
+Handles<Watch>& watches() {
+  static auto* instance = new Handles<Watch>("watch");
+  return *instance;
+}
+Handles<KeyTable>& tables() {
+  static auto* instance = new Handles<KeyTable>("key table");
+  return *instance;
+}
+Handles<store::Store>& stores() {
+  static auto* instance = new Handles<store::Store>("store");
+  return *instance;
+}
+
+struct Keys {
+  const Digest* data;
+  size_t count;
+};
+
+Keys as_keys(const Tensor& keys) {
+  if (keys.dim() != 2 || keys.size(1) != 2 || keys.scalar_type() != ScalarType::Long || !keys.is_contiguous() ||
+      !keys.is_cpu())
+    throw std::invalid_argument("keys must be a contiguous int64 tensor [B, 2] on the CPU");
+  return {static_cast<const Digest*>(keys.const_data_ptr()), static_cast<size_t>(keys.size(0))};
+}
+
+Tensor int64_tensor(const std::vector<int64_t>& values) {
+  Tensor result = torch::stable::empty({static_cast<int64_t>(values.size())}, ScalarType::Long);
+  if (!values.empty()) memcpy(result.mutable_data_ptr(), values.data(), 8 * values.size());
+  return result;
+}
+
+Tensor bool_tensor(size_t n) { return torch::stable::empty({static_cast<int64_t>(n)}, ScalarType::Bool); }
+
+// ---- state
+
+int64_t watch_open(std::vector<Tensor> tensors) { return watches().add(std::make_shared<Watch>(std::move(tensors))); }
+int64_t watch_probe(int64_t watch) { return watches().get(watch)->probe(); }
+void watch_close(int64_t watch) { watches().remove(watch); }
+
+// ---- memory tier
+
+int64_t table_open() { return tables().add(std::make_shared<KeyTable>()); }
+void table_close(int64_t table) { tables().remove(table); }
+
+std::tuple<Tensor, Tensor, int64_t> table_lookup(int64_t table, Tensor keys) {
+  const auto [data, count] = as_keys(keys);
+  const Lookup found = tables().get(table)->lookup(data, count);
+  return {int64_tensor(found.slots), int64_tensor(found.missing), found.layout};
+}
+
+void table_insert(int64_t table, Tensor keys, int64_t layout, int64_t first) {
+  const auto [data, count] = as_keys(keys);
+  tables().get(table)->insert(data, count, layout, first);
+}
+
+std::tuple<int64_t, int64_t> table_find(int64_t table, int64_t low) {
+  const Place place = tables().get(table)->find(static_cast<uint64_t>(low));
+  return {place.layout, place.slot};
+}
+
+Tensor table_lows(int64_t table) { return int64_tensor(tables().get(table)->lows()); }
+
+// ---- disk tier
+
+int64_t store_open(std::string directory, int64_t max_bytes, bool zstd, int64_t level, int64_t threads, bool mmap,
+                   int64_t queue_bytes) {
+  store::Options options;
+  options.directory = std::move(directory);
+  options.max_bytes = static_cast<uint64_t>(max_bytes);
+  options.zstd = zstd;
+  options.zstd_level = static_cast<int>(level);
+  options.zstd_threads = static_cast<int>(threads);
+  options.mmap = mmap;
+  options.queue_bytes = static_cast<uint64_t>(queue_bytes);
+  return stores().add(store::Store::open(options));
+}
+
+std::tuple<Tensor, std::string> store_find(int64_t store, Tensor keys) {
+  const auto [data, count] = as_keys(keys);
+  Tensor present = bool_tensor(count);
+  std::string layout = stores().get(store)->find(data, count, static_cast<uint8_t*>(present.mutable_data_ptr()));
+  return {present, layout};
+}
+
+// Leaves of a batch: contiguous on the CPU, dimension 0 counts the rows.
+template <class Leaf>
+std::vector<Leaf> as_leaves(const std::vector<Tensor>& tensors, size_t rows) {
+  std::vector<Leaf> leaves;
+  for (const Tensor& t : tensors) {
+    if (t.dim() == 0 || t.size(0) != static_cast<int64_t>(rows) || !t.is_contiguous() || !t.is_cpu())
+      throw std::invalid_argument("leaves must be contiguous CPU tensors with one row for each key");
+    const uint64_t bytes = static_cast<uint64_t>(t.numel() * item_size(t));
+    leaves.push_back({static_cast<uint8_t*>(t.data_ptr()), rows == 0 ? 0 : bytes / rows});
+  }
+  return leaves;
+}
+
+Tensor store_read(int64_t store, Tensor keys, std::string layout, std::vector<Tensor> leaves) {
+  const auto [data, count] = as_keys(keys);
+  Tensor verified = bool_tensor(count);
+  stores().get(store)->read(data, count, layout, as_leaves<store::Leaf>(leaves, count),
+                            static_cast<uint8_t*>(verified.mutable_data_ptr()));
+  return verified;
+}
+
+int64_t store_put(int64_t store, Tensor keys, std::string layout, std::vector<Tensor> leaves) {
+  const auto [data, count] = as_keys(keys);
+  return static_cast<int64_t>(
+      stores().get(store)->put(data, count, layout, as_leaves<store::ConstLeaf>(leaves, count)));
+}
+
+void store_flush(int64_t store) { stores().get(store)->flush(); }
+
+void store_close(int64_t store) {
+  if (auto object = stores().remove(store)) object->close();
+}
+
+// In the order of store::Stats.
+std::vector<int64_t> store_stats(int64_t store) {
+  const store::Stats s = stores().get(store)->stats();
+  return {static_cast<int64_t>(s.rows),         static_cast<int64_t>(s.bytes_written),
+          static_cast<int64_t>(s.queued_rows),  static_cast<int64_t>(s.queued_bytes),
+          static_cast<int64_t>(s.damaged_rows), static_cast<int64_t>(s.dropped_rows),
+          static_cast<int64_t>(s.full)};
+}
+
+std::vector<std::string> store_warnings(int64_t store) { return stores().get(store)->take_warnings(); }
+
+}  // namespace
+}  // namespace torchcache
+
+STABLE_TORCH_LIBRARY(torchcache, m) {
+  // Keys. A digest or key is int64 [2]: low half, high half.
+  m.def("keys(Tensor[] rows, Tensor call) -> Tensor");  // rows [B, …] each, call [2] → [B, 2]
+  m.def("digests(Tensor[] tensors) -> Tensor");         // N tensors → [N, 2]
+
+  // State. A watch is a set of tensors that are not expected to change.
+  m.def("watch_open(Tensor[] tensors) -> int");
+  m.def("watch_probe(int watch) -> int");
+  m.def("watch_close(int watch) -> ()");
+
+  // Memory tier. lookup gives slots [B], distinct missing rows [M], layout; find gives layout, slot.
+  m.def("table_open() -> int");
+  m.def("table_lookup(int table, Tensor keys) -> (Tensor, Tensor, int)");
+  m.def("table_insert(int table, Tensor keys, int layout, int first) -> ()");
+  m.def("table_find(int table, int low) -> (int, int)");
+  m.def("table_lows(int table) -> Tensor");
+  m.def("table_close(int table) -> ()");
+
+  // Disk tier. find gives present [B] and the layout; read gives verified [B]; put gives the number of rows admitted.
+  m.def(
+      "store_open(str directory, int max_bytes, bool zstd, int level, int threads, bool mmap, int queue_bytes) -> int");
+  m.def("store_find(int store, Tensor keys) -> (Tensor, str)");
+  m.def("store_read(int store, Tensor keys, str layout, Tensor(a!)[] leaves) -> Tensor");
+  m.def("store_put(int store, Tensor keys, str layout, Tensor[] leaves) -> int");
+  m.def("store_flush(int store) -> ()");
+  m.def("store_stats(int store) -> int[]");
+  m.def("store_warnings(int store) -> str[]");
+  m.def("store_close(int store) -> ()");
+}
+
+// Implicit: nothing here is differentiable, so autograd's own layer (2 µs a call) is not needed either.
+STABLE_TORCH_LIBRARY_IMPL(torchcache, CompositeImplicitAutograd, m) {
+  m.impl("keys", TORCH_BOX(&torchcache::keys_cpu));
+  m.impl("digests", TORCH_BOX(&torchcache::digests_cpu));
+  m.impl("watch_open", TORCH_BOX(&torchcache::watch_open));
+  m.impl("watch_probe", TORCH_BOX(&torchcache::watch_probe));
+  m.impl("watch_close", TORCH_BOX(&torchcache::watch_close));
+  m.impl("table_open", TORCH_BOX(&torchcache::table_open));
+  m.impl("table_lookup", TORCH_BOX(&torchcache::table_lookup));
+  m.impl("table_insert", TORCH_BOX(&torchcache::table_insert));
+  m.impl("table_find", TORCH_BOX(&torchcache::table_find));
+  m.impl("table_lows", TORCH_BOX(&torchcache::table_lows));
+  m.impl("table_close", TORCH_BOX(&torchcache::table_close));
+  m.impl("store_open", TORCH_BOX(&torchcache::store_open));
+  m.impl("store_find", TORCH_BOX(&torchcache::store_find));
+  m.impl("store_read", TORCH_BOX(&torchcache::store_read));
+  m.impl("store_put", TORCH_BOX(&torchcache::store_put));
+  m.impl("store_flush", TORCH_BOX(&torchcache::store_flush));
+  m.impl("store_stats", TORCH_BOX(&torchcache::store_stats));
+  m.impl("store_warnings", TORCH_BOX(&torchcache::store_warnings));
+  m.impl("store_close", TORCH_BOX(&torchcache::store_close));
+}

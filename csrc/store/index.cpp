@@ -1,0 +1,122 @@
+// Open addressing with linear probing, at most two thirds full, growing by half.
+#include "store/index.h"
+
+#include <algorithm>
+#include <cstring>
+#include <limits>
+
+#include "store/bytes.h"
+#include "store/file.h"
+
+namespace torchcache::store {
+
+Block to_block(const BlockHeader& header, uint32_t segment, uint32_t layout) {
+  Block block;
+  block.segment = segment;
+  block.layout = layout;
+  block.rows = header.rows;
+  block.row_bytes = static_cast<uint32_t>(header.row_bytes);
+  block.payload_offset = static_cast<uint32_t>(header.payload_offset());
+  block.payload_bytes = static_cast<uint32_t>(header.payload_bytes);
+  block.codec = header.codec;
+  return block;
+}
+
+uint32_t Index::intern(const std::string& layout) {
+  const auto [place, added] = numbers_.emplace(layout, static_cast<uint32_t>(layouts_.size()));
+  if (added) layouts_.push_back(&place->first);
+  return place->second;
+}
+
+uint32_t Index::layout_number(const std::string& layout) const {
+  const auto found = numbers_.find(layout);
+  return found == numbers_.end() ? kNone : found->second;
+}
+
+uint32_t Index::add_block(const Block& block) {
+  blocks_.push_back(block);
+  return static_cast<uint32_t>(blocks_.size() - 1);
+}
+
+bool Index::same_place(const Entry& a, const Entry& b) const {
+  const Block &x = blocks_[a.block], &y = blocks_[b.block];
+  return a.row == b.row && x.segment == y.segment && x.payload_offset == y.payload_offset;
+}
+
+void Index::reserve(uint64_t rows) {
+  const uint64_t needed = (entries_ + rows) * 3 / 2 + 1;
+  if (needed > slots_.size()) rebuild(std::max<uint64_t>(needed, slots_.size() * 3 / 2 + 64));
+}
+
+void Index::rebuild(size_t slots) {
+  slots_.clear();
+  slots_.shrink_to_fit();
+  slots_.resize(slots);
+  for (uint32_t number = 0; number < entries_; ++number) {
+    size_t s = slot(entry(number).low);
+    while (slots_[s] != 0) s = next(s);
+    slots_[s] = number + 1;
+  }
+}
+
+void Index::append(size_t s, const Entry& added) {
+  if (entries_ % kChunk == 0) chunks_.emplace_back(new Entry[kChunk]);
+  entry(entries_) = added;
+  slots_[s] = ++entries_;
+}
+
+void Index::insert(const Entry& added) {
+  if (entries_ == kNone - 1) return;
+  reserve(1);
+  Entry* dead = nullptr;
+  size_t live = 0, probe = 0, s = slot(added.low);
+  for (; slots_[s] != 0; s = next(s), ++probe) {
+    Entry& present = entry(slots_[s] - 1);
+    if (present.low != added.low) continue;
+    if (present.block == kNone) {
+      dead = &present;
+    } else if (same_place(present, added) || ++live == kMaxCopies) {
+      return;
+    }
+  }
+  if (live == 0) ++keys_;
+  if (dead != nullptr) {
+    *dead = added;
+    return;
+  }
+  append(s, added);
+  if (probe < kLongestProbe) return;
+  scramble_ = load<uint64_t>(random_id().data()) | 1;
+  rebuild(slots_.size());
+}
+
+void Index::prefetch(const Digest* keys, size_t n) const {
+  if (slots_.empty()) return;
+  for (size_t i = 0; i < n; ++i) __builtin_prefetch(&slots_[slot(keys[i].low)]);
+  for (size_t i = 0; i < n; ++i) {
+    const uint32_t number = slots_[slot(keys[i].low)];
+    if (number != 0) __builtin_prefetch(&entry(number - 1));
+  }
+}
+
+bool Index::drop(uint64_t low, uint32_t block, uint32_t row) {
+  const Entry* found = find(low, [&](const Entry& e) { return e.block == block && e.row == row; });
+  if (found == nullptr) return false;
+  const_cast<Entry*>(found)->block = kNone;
+  if (find(low, [](const Entry&) { return true; }) == nullptr) --keys_;
+  return true;
+}
+
+void Index::drop_segment(uint32_t segment) {
+  for (uint32_t number = 0; number < entries_; ++number) {
+    const Entry& e = entry(number);
+    if (e.block != kNone && blocks_[e.block].segment == segment) drop(e.low, e.block, e.row);
+  }
+}
+
+uint64_t Index::memory_bytes() const {
+  return slots_.capacity() * sizeof(uint32_t) + chunks_.size() * kChunk * sizeof(Entry) +
+         blocks_.capacity() * sizeof(Block);
+}
+
+}  // namespace torchcache::store

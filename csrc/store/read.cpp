@@ -1,0 +1,264 @@
+// Plan under the mutex, read without it, verify, and drop what turned out to be damaged.
+#include "store/read.h"
+
+#include <sys/mman.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <cerrno>
+#include <cstring>
+
+#include "store/compression.h"
+#include "store/look.h"
+
+namespace torchcache::store {
+namespace {
+
+constexpr uint64_t kRunBytes = 1 << 20;   // rows that are read at once
+constexpr uint64_t kHugeBytes = 4 << 20;  // outputs from here on are worth huge pages
+
+// A row that is to be read from a segment.
+struct Piece {
+  size_t i = 0;  // of the caller's keys
+  Entry entry{};
+  Block block;
+  uint64_t offset = 0;  // in the segment
+  uint64_t length = 0;  // as stored
+  Error error = 0;
+};
+
+struct QueuedRow {
+  size_t i = 0;
+  Queue::Row row;
+};
+
+class Reading {
+ public:
+  Reading(State& state, const Digest* keys, const std::string& layout, const std::vector<Leaf>& out, uint8_t* ok)
+      : state_(state), keys_(keys), layout_(layout), out_(out), ok_(ok) {
+    for (const Leaf& leaf : out) row_bytes_ += leaf.row_bytes;
+  }
+  void run(size_t n);
+
+ private:
+  void plan(const std::vector<size_t>& rows);
+  void plan_row(uint32_t layout, size_t i);
+  void locate(Piece* piece);
+  Error read_row_ends(const Piece& piece, std::vector<uint32_t>* ends);
+  size_t run_end(size_t first) const;
+  void read_run(size_t first, size_t last);
+  Error read_together(size_t first, size_t last);
+  bool deliver(const Piece& piece, const uint8_t* stored);
+  void scatter(const uint8_t* row, size_t i);
+  void settle(const Piece& piece);
+
+  // Whether the bytes in the file are the bytes of the output.
+  bool direct(const Piece& piece) const { return out_.size() == 1 && piece.block.codec == Codec::kRaw; }
+
+  State& state_;
+  const Digest* const keys_;
+  const std::string& layout_;
+  const std::vector<Leaf>& out_;
+  uint8_t* const ok_;
+  uint64_t row_bytes_ = 0;
+  std::vector<QueuedRow> queued_;
+  std::vector<Piece> pieces_;
+  std::vector<size_t> again_;  // rows that another copy may still give
+  std::vector<uint8_t> stored_, row_;
+  bool file_gone_ = false;
+  bool looked_ = false;  // for files that were gone: once is enough
+};
+
+void Reading::run(size_t n) {
+  std::vector<size_t> rows(n);
+  for (size_t i = 0; i < n; ++i) rows[i] = i;
+  for (; !rows.empty(); rows.swap(again_)) {
+    again_.clear();
+    plan(rows);
+    for (const QueuedRow& queued : queued_) {
+      scatter(queued.row.batch->row(queued.row.row), queued.i);
+      ok_[queued.i] = 1;
+    }
+    for (size_t first = 0, last = 0; first < pieces_.size(); first = last) {
+      last = run_end(first);
+      read_run(first, last);
+    }
+    if (!file_gone_ || looked_) continue;
+    look(state_);
+    looked_ = true;
+  }
+}
+
+void Reading::plan(const std::vector<size_t>& rows) {
+  queued_.clear();
+  pieces_.clear();
+  {
+    std::lock_guard lock(state_.mutex);
+    const uint32_t layout = state_.index.layout_number(layout_);
+    if (layout == Index::kNone) return;
+    for (size_t i : rows) plan_row(layout, i);
+  }
+  for (Piece& piece : pieces_)
+    if (piece.block.codec == Codec::kZstd) locate(&piece);
+}
+
+void Reading::plan_row(uint32_t layout, size_t i) {
+  Queue::Row row = state_.queue.find(keys_[i]);
+  if (row.batch != nullptr && row.batch->layout == layout && row.batch->row_bytes == row_bytes_) {
+    queued_.push_back({i, std::move(row)});
+    return;
+  }
+  const Entry* entry = state_.index.find(keys_[i].low, [&](const Entry& e) {
+    const Block& block = state_.index.block(e.block);
+    return block.layout == layout && block.row_bytes == row_bytes_;
+  });
+  if (entry == nullptr) return;
+  Piece piece;
+  piece.i = i;
+  piece.entry = *entry;
+  piece.block = state_.index.block(entry->block);
+  piece.offset = piece.block.payload_offset + entry->row * row_bytes_;
+  piece.length = row_bytes_;
+  pieces_.push_back(piece);
+}
+
+// Where a row of a zstd block stands.
+void Reading::locate(Piece* piece) {
+  std::shared_ptr<const std::vector<uint32_t>> ends;
+  {
+    std::lock_guard lock(state_.mutex);
+    const auto known = state_.row_ends.find(piece->entry.block);
+    if (known != state_.row_ends.end()) ends = known->second;
+  }
+  if (ends == nullptr) {
+    auto read = std::make_shared<std::vector<uint32_t>>();
+    piece->error = read_row_ends(*piece, read.get());
+    if (piece->error != 0) return;
+    std::lock_guard lock(state_.mutex);
+    state_.row_ends[piece->entry.block] = ends = read;
+  }
+  const uint32_t row = piece->entry.row;
+  const uint32_t begin = row == 0 ? 0 : (*ends)[row - 1], end = (*ends)[row];
+  if (begin > end || end > piece->block.payload_bytes || end - begin > row_bytes_)
+    piece->error = kShortFile;  // the lengths are not what they were when they were checked
+  piece->offset = piece->block.payload_offset + begin;
+  piece->length = end - begin;
+}
+
+Error Reading::read_row_ends(const Piece& piece, std::vector<uint32_t>* ends) {
+  const Block& block = piece.block;
+  Error error = 0;
+  const auto file = segment_file(state_, block.segment, &error);
+  if (file == nullptr) return error;
+  const uint64_t head = kHeaderBytes + table_bytes(block.codec, block.rows, layout_.size());
+  const uint64_t lengths = lengths_offset(block.rows, layout_.size());
+  ends->resize(block.rows);
+  error = file->read(ends->data(), 4 * ends->size(), block.payload_offset - head + lengths);
+  for (size_t row = 1; row < ends->size(); ++row) (*ends)[row] += (*ends)[row - 1];
+  return error;
+}
+
+// One behind the last piece that can be read together with the first: neighbours in the file, and
+// in the output if they are read straight into it.
+size_t Reading::run_end(size_t first) const {
+  uint64_t bytes = pieces_[first].length;
+  size_t last = first + 1;
+  for (; last < pieces_.size(); ++last) {
+    const Piece &before = pieces_[last - 1], &piece = pieces_[last];
+    bytes += piece.length;
+    if (piece.entry.block != before.entry.block || piece.error != 0 || before.error != 0) break;
+    if (piece.offset != before.offset + before.length || bytes > kRunBytes) break;
+    if (direct(piece) && piece.i != before.i + 1) break;
+  }
+  return last;
+}
+
+void Reading::read_run(size_t first, size_t last) {
+  const Error error = pieces_[first].error != 0 ? pieces_[first].error : read_together(first, last);
+  if (error != 0 && last - first > 1) {
+    for (; first < last; ++first) read_run(first, first + 1);
+    return;
+  }
+  pieces_[first].error = error;
+  for (; first < last; ++first)
+    if (!ok_[pieces_[first].i]) settle(pieces_[first]);
+}
+
+// Reads, verifies and hands out pieces [first, last); sets ok for those that are right.
+Error Reading::read_together(size_t first, size_t last) {
+  const Piece& front = pieces_[first];
+  const uint64_t size = pieces_[last - 1].offset + pieces_[last - 1].length - front.offset;
+  Error error = 0;
+  const auto file = segment_file(state_, front.block.segment, &error);
+  if (file == nullptr) return error;
+  if (!direct(front) && stored_.size() < size) stored_.resize(size);
+  uint8_t* const to = direct(front) ? out_[0].data + front.i * row_bytes_ : stored_.data();
+  error = file->read(to, size, front.offset);
+  if (error != 0) return error;
+  for (size_t p = first; p < last; ++p)
+    ok_[pieces_[p].i] = deliver(pieces_[p], to + (pieces_[p].offset - front.offset));
+  return 0;
+}
+
+// Verifies one row and hands it out.
+bool Reading::deliver(const Piece& piece, const uint8_t* stored) {
+  if (row_check(digest(stored, piece.length), keys_[piece.i]) != piece.entry.check) return false;
+  if (direct(piece)) return true;
+  if (piece.block.codec == Codec::kZstd) {
+    uint8_t* row = out_.size() == 1 ? out_[0].data + piece.i * row_bytes_ : nullptr;
+    if (row == nullptr) row_.resize(row_bytes_);
+    if (!decompress_row(stored, piece.length, row ? row : row_.data(), row_bytes_)) return false;
+    if (row != nullptr) return true;
+    stored = row_.data();
+  }
+  scatter(stored, piece.i);
+  return true;
+}
+
+void Reading::scatter(const uint8_t* row, size_t i) {
+  for (const Leaf& leaf : out_) {
+    if (leaf.row_bytes > 0) memcpy(leaf.data + i * leaf.row_bytes, row, leaf.row_bytes);
+    row += leaf.row_bytes;
+  }
+}
+
+// Decides about a row that was not read: whether to try again, and whether this copy is lost.
+void Reading::settle(const Piece& piece) {
+  const Error error = piece.error;
+  if (error == EMFILE || error == ENFILE || error == ENOMEM) return;  // a miss, for this time
+  std::lock_guard lock(state_.mutex);
+  if (state_.closed) return;
+  again_.push_back(piece.i);
+  Segment& segment = state_.segments[piece.block.segment];
+  const bool gone = error == ENOENT || error == ESTALE;
+  if (gone && !looked_) {
+    forget_file(state_, segment);
+    file_gone_ = true;
+    return;
+  }
+  const bool dropped = state_.index.drop(piece.entry.low, piece.entry.block, piece.entry.row);
+  if (!dropped || gone) return;
+  ++state_.damaged_rows;
+  state_.warn_of_damage(segment);
+}
+
+// Huge pages halve the cost of touching large fresh outputs.
+void advise_huge_pages(const Leaf& leaf, size_t n) {
+  const uint64_t size = n * leaf.row_bytes;
+  if (size < kHugeBytes) return;
+  const uint64_t page = static_cast<uint64_t>(::sysconf(_SC_PAGESIZE));
+  const uint64_t begin = padded(reinterpret_cast<uint64_t>(leaf.data), page);
+  const uint64_t end = (reinterpret_cast<uint64_t>(leaf.data) + size) / page * page;
+  ::madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
+}
+
+}  // namespace
+
+void read_rows(State& state, const Digest* keys, size_t n, const std::string& layout, const std::vector<Leaf>& out,
+               uint8_t* ok) {
+  memset(ok, 0, n);
+  for (const Leaf& leaf : out) advise_huge_pages(leaf, n);
+  Reading(state, keys, layout, out, ok).run(n);
+}
+
+}  // namespace torchcache::store

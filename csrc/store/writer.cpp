@@ -1,0 +1,282 @@
+// Blocks as large as what is queued allows; after an error smaller ones, then one row every 5 s.
+#include "store/writer.h"
+
+#include <pthread.h>
+#include <signal.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <cerrno>
+#include <system_error>
+
+#include "store/index_file.h"
+
+namespace torchcache::store {
+namespace {
+
+constexpr uint64_t kBlockBytes = 1 << 20;  // of rows, unless one row is larger
+
+// While it lives, a thread that is started takes no signals: those are the application's, and
+// SIGXFSZ becomes an error of the write.
+class SignalsBlocked {
+ public:
+  SignalsBlocked() {
+    sigset_t all;
+    sigfillset(&all);
+    pthread_sigmask(SIG_SETMASK, &all, &before_);
+  }
+  ~SignalsBlocked() { pthread_sigmask(SIG_SETMASK, &before_, nullptr); }
+
+ private:
+  sigset_t before_;
+};
+
+}  // namespace
+
+uint64_t row_cost(const Options& options, uint64_t layout_bytes, uint64_t row_bytes, uint64_t rows) {
+  const uint64_t block_rows = std::max<uint64_t>(1, kBlockBytes / std::max<uint64_t>(1, row_bytes));
+  const uint64_t blocks = (rows + block_rows - 1) / block_rows + 1;  // the last block's rest
+  const uint64_t block =
+      kHeaderBytes + padded(layout_bytes, 8) + 2 * kAlignment + kCatalogBlockBytes + catalog_layout_bytes(layout_bytes);
+  const uint64_t table = options.zstd ? 28 : 24;
+  return row_bytes + table + kEntryBytes + 1 + (blocks * block + rows - 1) / rows;
+}
+
+uint64_t segment_cost() { return kHeaderBytes + kFooterBytes + kPageHeaderBytes; }
+
+Writer::Writer(std::shared_ptr<State> state)
+    : state_(std::move(state)),
+      compressor_(state_->options.zstd_level, state_->options.zstd ? state_->options.zstd_threads : 0),
+      block_bytes_(kBlockBytes) {}
+
+std::shared_ptr<Writer> Writer::start(std::shared_ptr<State> state, Error* error) {
+  *error = make_directories(state->options.directory);
+  if (*error != 0) return nullptr;
+  auto segment = SegmentWriter::create(state->options.directory, error);
+  if (segment == nullptr) return nullptr;
+  const std::string path = segment_path(state->options.directory, segment->id());
+  std::shared_ptr<Writer> writer(new Writer(std::move(state)));
+  try {
+    SignalsBlocked until_started;
+    writer->thread_ = std::thread([writer] {
+      Lock lock(writer->state_->mutex);
+      writer->run(lock);
+    });
+  } catch (const std::system_error& failure) {
+    *error = failure.code().value();
+    ::unlink(path.c_str());
+    return nullptr;
+  }
+  writer->adopt(std::move(segment));
+  return writer;
+}
+
+// ---- what the store asks for
+
+void Writer::push(std::shared_ptr<const Batch> batch) {
+  if (state_->queue.empty()) last_progress_ = Clock::now();
+  state_->queue.push(std::move(batch));
+  work_.notify_one();
+}
+
+bool Writer::stalled() const {
+  return !state_->queue.empty() && Clock::now() - last_progress_ > seconds(state_->options.patience_seconds);
+}
+
+// False once nothing was written for too long.
+bool Writer::wait(Lock& lock) {
+  if (stalled()) return false;
+  const auto patience = last_progress_ + seconds(state_->options.patience_seconds);
+  progress_.wait_until(lock, std::max(patience, Clock::now() + std::chrono::milliseconds(10)));
+  return true;
+}
+
+bool Writer::wait_for_room(Lock& lock, uint64_t bytes) {
+  for (;;) {
+    const uint64_t used = state_->queue.bytes() + state_->pending_bytes;
+    if (used == 0 || used + bytes <= state_->options.queue_bytes) return true;
+    if (!wait(lock)) return false;
+  }
+}
+
+bool Writer::wait_until_empty(Lock& lock) {
+  while (!state_->queue.empty())
+    if (!wait(lock)) return false;
+  return true;
+}
+
+void Writer::stop(Lock& lock) {
+  stop_ = true;
+  work_.notify_one();
+  const auto patience = Clock::now() + seconds(state_->options.patience_seconds);
+  const bool ended = progress_.wait_until(lock, patience, [this] { return ended_; });
+  if (ended) {
+    lock.unlock();
+    thread_.join();
+    lock.lock();
+  } else {
+    thread_.detach();  // in a write that does not return
+  }
+}
+
+// ---- the thread
+
+void Writer::run(Lock& lock) {
+  const auto unlocked = [&lock](auto act) {
+    lock.unlock();
+    const auto result = act();
+    lock.lock();
+    return result;
+  };
+  for (;;) {
+    work_.wait(lock, [this] { return stop_ || !state_->queue.empty(); });
+    if (state_->queue.empty()) break;
+    const Work work = next_work();
+    const Error error = unlocked([&] { return write(work); });
+    if (error == 0) {
+      block_bytes_ = kBlockBytes;
+      continue;
+    }
+    state_->warn("rows wait in memory, since they cannot be written to", error);
+    block_bytes_ = work.bytes / 2;
+    if (work.rows == 1) work_.wait_for(lock, seconds(state_->options.retry_seconds), [this] { return stop_; });
+  }
+  unlocked([this] { return seal(), 0; });
+  ended_ = true;
+  progress_.notify_all();
+}
+
+Writer::Work Writer::next_work() const {
+  Work work;
+  work.slices = state_->queue.front(block_bytes_, kMaxRows);
+  work.layout = state_->index.layout(work.slices.front().batch->layout);
+  for (const Slice& slice : work.slices) work.rows += slice.count;
+  work.bytes = work.rows * work.slices.front().batch->row_bytes;
+  return work;
+}
+
+NewBlock Writer::assemble(const Work& work, CompressedRows* compressed) {
+  NewBlock block;
+  block.codec = state_->options.zstd ? Codec::kZstd : Codec::kRaw;
+  block.layout = work.layout;
+  block.row_bytes = work.slices.front().batch->row_bytes;
+  block.payload_bytes = work.bytes;
+  std::vector<const uint8_t*> rows;
+  for (const Slice& slice : work.slices) {
+    const uint8_t* first = slice.batch->row(slice.first);
+    block.payload.push_back({const_cast<uint8_t*>(first), slice.count * block.row_bytes});
+    for (size_t row = slice.first; row < slice.first + slice.count; ++row) {
+      block.keys.push_back(slice.batch->keys[row]);
+      rows.push_back(slice.batch->row(row));
+    }
+  }
+  if (block.codec == Codec::kZstd) {
+    *compressed = compressor_.compress(rows, block.row_bytes);
+    block.payload = {{compressed->bytes.get(), compressed->size}};
+    block.payload_bytes = compressed->size;
+    block.lengths = compressed->lengths;
+    const uint8_t* stored = compressed->bytes.get();
+    for (size_t row = 0; row < rows.size(); stored += block.lengths[row++]) rows[row] = stored;
+  }
+  for (size_t row = 0; row < rows.size(); ++row) {
+    const uint64_t size = block.lengths.empty() ? block.row_bytes : block.lengths[row];
+    block.checks.push_back(row_check(digest(rows[row], size), block.keys[row]));
+  }
+  return block;
+}
+
+Error Writer::write(const Work& work) try {
+  CompressedRows compressed;
+  const NewBlock block = assemble(work, &compressed);
+  if (const Error error = prepare_segment(block.bytes())) return error;
+  BlockHeader header;
+  const Error error = segment_->append(block, &header);
+  if (error != 0) return error;
+  std::lock_guard lock(state_->mutex);
+  keep(work, block, header);
+  return 0;
+} catch (const std::bad_alloc&) {
+  return ENOMEM;
+}
+
+// What is written moves from the queue to the index in one step.
+void Writer::keep(const Work& work, const NewBlock& block, const BlockHeader& header) {
+  const uint32_t layout = work.slices.front().batch->layout;
+  rows_ += work.rows;
+  ++blocks_;
+  if (layouts_.insert(layout).second) layout_bytes_ += catalog_layout_bytes(block.layout.size());
+  count_own_bytes();
+  last_progress_ = Clock::now();
+  progress_.notify_all();
+  if (state_->closed) return;
+  const uint32_t number = state_->index.add_block(to_block(header, number_, layout));
+  for (uint32_t row = 0; row < header.rows; ++row)
+    state_->index.insert({block.keys[row].low, block.checks[row], number, row});
+  state_->segments[number_].position = header.end();
+  state_->queue.pop(work.slices);
+}
+
+void Writer::count_own_bytes() {
+  const uint64_t own = segment_ == nullptr ? 0 : segment_->end() + index_file_bytes(rows_, blocks_, layout_bytes_);
+  state_->own_bytes = sealed_bytes_ + own;
+}
+
+// ---- the own segment
+
+Error Writer::prepare_segment(uint64_t block_bytes) {
+  if (segment_ != nullptr && segment_->deleted()) {
+    std::lock_guard lock(state_->mutex);
+    state_->warn("the cache directory " + state_->options.directory + " was deleted; it is made again for new rows");
+    leave_segment(true);
+  } else if (segment_ != nullptr && blocks_ > 0 && segment_->end() + block_bytes > kRotateBytes) {
+    seal();
+  }
+  return segment_ != nullptr ? 0 : new_segment();
+}
+
+Error Writer::new_segment() {
+  Error error = make_directories(state_->options.directory);
+  if (error != 0) return error;
+  auto segment = SegmentWriter::create(state_->options.directory, &error);
+  if (segment == nullptr) return error;
+  std::lock_guard lock(state_->mutex);
+  adopt(std::move(segment));
+  return 0;
+}
+
+void Writer::adopt(std::unique_ptr<SegmentWriter> segment) {
+  segment_ = std::move(segment);
+  file_ = segment_->file();
+  rows_ = blocks_ = layout_bytes_ = 0;
+  layouts_.clear();
+  number_ = add_segment(*state_, segment_->id());
+  Segment& own = state_->segments[number_];
+  own.own = own.scanned = true;
+  count_own_bytes();
+}
+
+// From now on the segment is like one that another process wrote.
+void Writer::leave_segment(bool gone) {
+  count_own_bytes();
+  sealed_bytes_ = state_->own_bytes;
+  segment_.reset();
+  file_.reset();
+  state_->segments[number_].own = false;
+  if (gone) remove_segment(*state_, number_);
+}
+
+void Writer::seal() {
+  if (segment_ == nullptr) return;
+  const std::string& directory = state_->options.directory;
+  const bool empty = segment_->end() == kHeaderBytes;
+  if (empty) {
+    ::unlink(segment_path(directory, segment_->id()).c_str());
+  } else {
+    if (file_->on_network()) file_->sync();
+    write_index(directory, segment_->id());
+  }
+  std::lock_guard lock(state_->mutex);
+  leave_segment(empty);
+}
+
+}  // namespace torchcache::store

@@ -1,0 +1,248 @@
+"""What must not be cached is computed, right in every way, with one warning where the user should know."""
+
+from __future__ import annotations
+
+import logging
+import random
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.func import grad, jacfwd, vmap
+
+from torchcache import torchcache
+
+
+class Double(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        return x * 2
+
+
+@pytest.fixture
+def module() -> Double:
+    return torchcache()(Double())
+
+
+X = torch.arange(6.0).view(3, 2)
+
+
+def rows(module: nn.Module) -> int:
+    return module.cache_instance.info().memory_rows  # type: ignore[no-any-return, union-attr]
+
+
+def test_inputs_that_require_grad_are_bypassed_while_grad_is_on(module: Double) -> None:
+    x = X.clone().requires_grad_()
+    module(x).sum().backward()
+    assert x.grad is not None and x.grad.eq(2).all() and rows(module) == 0
+    with torch.no_grad():
+        assert torch.equal(module(x), X * 2)
+    assert rows(module) == 3
+    with torch.inference_mode():
+        module(x)
+    assert module.calls == 2
+
+
+def test_functorch_transforms_are_bypassed(module: Double) -> None:
+    assert torch.equal(vmap(module)(X[None]), X[None] * 2)
+    assert torch.equal(grad(lambda x: module(x).sum())(X), torch.full_like(X, 2))
+    assert torch.equal(jacfwd(module)(X).sum((2, 3)), torch.full_like(X, 2))
+    assert rows(module) == 0
+
+
+def test_forward_mode_tangents_are_bypassed(module: Double) -> None:
+    with torch.autograd.forward_ad.dual_level():
+        out = module(torch.autograd.forward_ad.make_dual(X, torch.ones_like(X)))
+        assert torch.autograd.forward_ad.unpack_dual(out).tangent.eq(2).all()
+    assert rows(module) == 0
+
+
+def test_inputs_without_plain_bytes_are_bypassed(module: Double) -> None:
+    assert module(X.to("meta")).is_meta
+    assert torch.equal(module(X.to_sparse()).to_dense(), X * 2)
+
+    class Marked(torch.Tensor):
+        pass
+
+    assert type(module(X.as_subclass(Marked))) is Marked
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    with FakeTensorMode() as mode:
+        assert module(mode.from_tensor(X)).shape == X.shape
+    assert rows(module) == 0
+
+
+def test_tracing_and_export_are_bypassed(module: Double) -> None:
+    traced = torch.jit.trace(module, (X,), check_trace=False)
+    assert torch.equal(traced(X + 1), (X + 1) * 2)
+    assert rows(module) == 0
+
+
+# ---- what is worth a warning
+
+
+class Noisy(nn.Module):
+    def __init__(self, draw: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.draw = draw
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.draw(x)
+
+
+@pytest.fixture
+def warnings(caplog: pytest.LogCaptureFixture) -> Iterator[Callable[[], list[str]]]:
+    caplog.set_level(logging.WARNING, "torchcache")
+    yield lambda: [r.getMessage() for r in caplog.records if r.name == "torchcache"]
+
+
+@pytest.mark.parametrize(
+    "draw",
+    [
+        lambda x: torch.dropout(x, 0.5, True),
+        lambda x: x + torch.randn_like(x),
+        lambda x: x + random.random(),
+    ],
+)
+def test_noise_is_never_cached_and_warned_of_once(
+    draw: Callable[[Tensor], Tensor], warnings: Callable[[], list[str]]
+) -> None:
+    module, plain = torchcache()(Noisy(draw)), Noisy(draw)
+    x = torch.ones(4, 1000)  # equal rows: noise must differ between them as without the cache
+    for seed in range(3):
+        torch.manual_seed(seed)
+        random.seed(seed)
+        got = module(x)
+        torch.manual_seed(seed)
+        random.seed(seed)
+        assert torch.equal(got, plain(x))
+    assert rows(module) == 0
+    assert len(warnings()) == 1 and "random numbers" in warnings()[0]
+
+
+class Normalized(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm1d(2)
+        self.requires_grad_(False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm(x)
+
+
+def test_batch_statistics_are_never_cached_and_warned_of_once(
+    warnings: Callable[[], list[str]],
+) -> None:
+    module, plain = torchcache()(Normalized()), Normalized()
+    for _ in range(3):
+        assert torch.equal(module(X), plain(X))
+    assert torch.equal(module.norm.running_mean, plain.norm.running_mean)
+    assert rows(module) == 0
+    assert len(warnings()) == 1 and "BatchNorm1d" in warnings()[0] and "eval" in warnings()[0]
+    module.eval(), plain.eval()
+    assert torch.equal(module(X), plain(X)) and rows(module) == 3
+
+
+def test_a_forward_that_changes_its_own_state_is_never_cached(
+    warnings: Callable[[], list[str]],
+) -> None:
+    class Averaging(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("seen", torch.zeros(()))
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.seen += 1
+            return x + self.seen
+
+    module, plain = torchcache()(Averaging()), Averaging()
+    for _ in range(4):
+        assert torch.equal(module(X), plain(X))
+    assert len(warnings()) == 1 and "own state" in warnings()[0]
+
+
+def test_what_a_first_forward_sets_up_does_not_stop_caching(
+    warnings: Callable[[], list[str]],
+) -> None:
+    class Lazy(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.table: Tensor | None = None
+            self.calls = 0
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.calls += 1
+            if self.table is None:
+                self.table = torch.full((2,), 3.0)
+            self.last = x
+            return x * self.table
+
+    module = torchcache()(Lazy())
+    for _ in range(5):
+        assert torch.equal(module(X), X * 3)
+    assert module.calls == 2 and rows(module) == 3 and warnings() == []
+
+
+def test_lazy_modules_are_cached_once_they_are_initialized() -> None:
+    for module in (torchcache()(nn.LazyLinear(4)), torchcache()(nn.Sequential(nn.LazyLinear(4)))):
+        right = module(X)
+        module.requires_grad_(False)
+        for _ in range(3):
+            assert torch.equal(module(X), right)
+        assert module.cache_instance.info().memory_hits >= 6
+
+
+def test_parameters_that_require_grad_are_named_once_and_outputs_are_detached(
+    warnings: Callable[[], list[str]],
+) -> None:
+    module = torchcache()(nn.Sequential(nn.Linear(2, 3), nn.Linear(3, 1)))
+    assert not module(X).requires_grad and not module(X).requires_grad
+    assert len(warnings()) == 1
+    assert "0.weight, 0.bias, 1.weight and 1 others require grad" in warnings()[0]
+
+
+def test_a_full_tier_says_so_once(warnings: Callable[[], list[str]]) -> None:
+    module = torchcache(max_memory_cache_size=8)(Double())
+    module(X), module(X), module(X + 10)
+    assert len(warnings()) == 1 and "memory cache is full" in warnings()[0]
+    assert "max_memory_cache_size" in warnings()[0]
+
+
+def test_a_useless_cache_says_so_once(warnings: Callable[[], list[str]]) -> None:
+    module = torchcache()(Double())
+    for i in range(12):
+        module(torch.arange(i * 1000.0, i * 1000.0 + 1000).unsqueeze(1))
+    assert len(warnings()) == 1 and "inputs never repeat" in warnings()[0]
+
+
+def test_empty_batches_pass_through(module: Double) -> None:
+    assert module(torch.empty(0, 2)).shape == (0, 2) and rows(module) == 0
+
+
+def test_arguments_that_do_not_fit_raise_what_the_function_raises(module: Double) -> None:
+    for args, kwargs in (((X, X), {}), ((X,), {"y": 1}), ((), {})):
+        with pytest.raises(TypeError, match="forward"):
+            module(*args, **kwargs)
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (([1, 2, 3],), "No tensor inputs found.+"),
+        ((5,), "No tensor inputs found.+"),
+        (
+            (X, [1]),
+            "All non-Tensor extra args to the call must be an immutable type.+got list for 'more'",
+        ),
+        ((X, X[:2]), r"All inputs must have the same batch dimension.+\(3, 2\), \(2, 2\)"),
+        ((torch.tensor(1.0),), "All inputs must have the same batch dimension.+"),
+    ],
+)
+def test_wrong_arguments_are_named(args: tuple[object, ...], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        torchcache()(lambda x, more=None: x)(*args)

@@ -1,0 +1,304 @@
+"""Outputs with the cache are the outputs without it, each distinct row is computed once, nothing is aliased."""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import threading
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from torchcache import torchcache
+
+
+class Counting(nn.Module):
+    """Remembers which rows were computed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rows: list[float] = []
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.rows += x[:, 0].tolist()
+        return x * 2 + 1
+
+
+def numbered(rows: list[int]) -> Tensor:
+    return torch.tensor(rows, dtype=torch.float32).unsqueeze(1) * torch.ones(3)
+
+
+@given(st.lists(st.lists(st.integers(0, 30), min_size=1, max_size=20), max_size=8))
+def test_outputs_are_right_and_each_distinct_row_is_computed_once(batches: list[list[int]]) -> None:
+    module = torchcache()(Counting())
+    for batch in batches:
+        x = numbered(batch)
+        assert torch.equal(module(x), x * 2 + 1)
+    assert sorted(module.rows) == sorted({float(i) for batch in batches for i in batch})
+
+
+@given(st.lists(st.lists(st.integers(0, 30), min_size=1, max_size=20), max_size=8), st.integers(0, 200))
+def test_outputs_are_right_whatever_fits_in_memory(batches: list[list[int]], limit: int) -> None:
+    module = torchcache(max_memory_cache_size=limit)(Counting())
+    for batch in batches:
+        x = numbered(batch)
+        assert torch.equal(module(x), x * 2 + 1)
+    assert module.cache_instance.memory_cache_size <= limit
+
+
+@given(
+    st.lists(st.lists(st.integers(0, 30), min_size=1, max_size=20), max_size=8),
+    st.integers(0, 100),
+    st.booleans(),
+)
+def test_outputs_are_right_from_disk_memory_and_forward_together(
+    tmp_path_factory: pytest.TempPathFactory, batches: list[list[int]], limit: int, zstd: bool
+) -> None:
+    decorate = torchcache(
+        persistent=True,
+        persistent_cache_dir=tmp_path_factory.mktemp("rows"),
+        max_memory_cache_size=limit,
+        zstd_compression=zstd,
+    )
+    computed: list[float] = []
+    for batch in batches:
+        module = decorate(Counting())  # a new cache on the same rows
+        x = numbered(batch)
+        assert torch.equal(module(x), x * 2 + 1)
+        computed += module.rows
+    assert sorted(computed) == sorted({float(i) for batch in batches for i in batch})
+
+
+def test_info_counts_rows_by_where_they_came_from() -> None:
+    module = torchcache()(Counting())
+    module(numbered([1, 2, 2, 3]))
+    module(numbered([3, 4]))
+    info = module.cache_instance.info()
+    assert (info.memory_hits, info.disk_hits, info.misses) == (2, 0, 4)
+    assert (info.memory_rows, info.memory_bytes) == (4, 4 * 3 * 4)
+
+
+# ---- outputs of any shape
+
+
+class Pair(NamedTuple):
+    first: Tensor
+    second: Tensor | None
+
+
+@dataclasses.dataclass
+class Result:
+    hidden: Tensor
+    extra: Any = None
+
+
+def nested(x: Tensor) -> Any:
+    return {
+        "tuple": (x + 1, None, [x.sum(1), x.to(torch.int64)]),
+        "pair": Pair(x * 2, None),
+        "result": Result(x.half(), Pair(x > 0, x.double())),
+        "ordered": collections.OrderedDict(b=x, a=x.to(torch.complex64)),
+        3: x.view(len(x), 3, 1, 1).expand(-1, -1, 2, 0),
+    }
+
+
+def assert_same(a: Any, b: Any) -> None:
+    assert type(a) is type(b)
+    if isinstance(a, Tensor):
+        assert a.dtype == b.dtype and torch.equal(a, b)
+    elif dataclasses.is_dataclass(a):
+        for field in dataclasses.fields(a):
+            assert_same(getattr(a, field.name), getattr(b, field.name))
+    elif isinstance(a, dict):
+        assert list(a) == list(b)
+        for key in a:
+            assert_same(a[key], b[key])
+    elif isinstance(a, (tuple, list)):
+        assert len(a) == len(b)
+        for one, other in zip(a, b):
+            assert_same(one, other)
+    else:
+        assert a is b is None
+
+
+@pytest.mark.parametrize("persistent", [False, True])
+def test_any_pytree_of_batched_tensors_comes_back_as_it_was(persistent: bool) -> None:
+    cached = torchcache(persistent=persistent, max_memory_cache_size=0 if persistent else 1e9)(nested)
+    x = torch.randn(5, 3)
+    for batch in (x[:3], x, x.flip(0), x[1:2]):
+        assert_same(cached(batch), nested(batch))
+    info = cached.cache_instance.info()  # type: ignore[attr-defined]
+    assert info.misses == 5 and info.memory_hits + info.disk_hits == 3 + 5 + 1
+
+
+@pytest.mark.parametrize("dtype", [torch.half, torch.bfloat16, torch.float64, torch.float8_e5m2])
+@pytest.mark.parametrize("persistent", [False, True])
+def test_cache_dtype_stores_floats_narrower_and_gives_back_the_original_dtype(
+    dtype: torch.dtype, persistent: bool
+) -> None:
+    @torchcache(cache_dtype=dtype, persistent=persistent)
+    def function(x: Tensor) -> tuple[Tensor, Tensor]:
+        return x / 3, x.long()
+
+    x = torch.randn(4, 50)
+    first = function(x)
+    assert_same(first, ((x / 3).to(dtype).float(), x.long()))
+    assert_same(function(x), first)
+    assert function.cache_instance.memory_cache_size == 4 * 50 * (dtype.itemsize + 8)  # type: ignore[attr-defined]
+
+
+def test_an_output_that_is_not_batched_is_an_error_that_names_the_shapes() -> None:
+    x = torch.arange(6.0).view(3, 2)
+    for wrong in (
+        lambda x: x.sum(),
+        lambda x: x[:1],
+        lambda x: (x, x.t()),
+        lambda x: None,
+        lambda x: (x, 1.0),
+    ):
+        with pytest.raises(ValueError, match="output is not batched"):
+            torchcache()(wrong)(x)
+    with pytest.raises(ValueError, match=r"3 rows .* got \(2,\)"):
+        torchcache()(lambda x: x.sum(0))(x)
+
+
+def test_rows_of_different_shapes_come_from_different_calls() -> None:
+    cached = torchcache()(lambda x: x.cumsum(1))
+    for length in (3, 7, 3, 1, 7):
+        x = torch.randn(2, length)
+        assert torch.equal(cached(x), x.cumsum(1))
+        assert torch.equal(cached(x), x.cumsum(1))
+
+
+def test_a_batch_whose_rows_have_several_layouts_is_computed() -> None:
+    def trimmed(x: Tensor) -> Tensor:
+        return x[:, : int(x[:, 0].max())]  # the width depends on the batch
+
+    cached = torchcache()(trimmed)
+    one, two = torch.tensor([[1.0, 5.0, 5.0]]), torch.tensor([[2.0, 6.0, 6.0]])
+    cached(one)
+    cached(two)
+    both = torch.cat([one, two])
+    assert torch.equal(cached(both), trimmed(both))
+    new = torch.cat([one, torch.tensor([[3.0, 1.0, 1.0]])])
+    assert torch.equal(cached(new), trimmed(new))
+
+
+# ---- aliasing
+
+
+def test_edits_of_inputs_and_outputs_never_reach_the_cache() -> None:
+    for function in (
+        lambda x: x,
+        lambda x: x.view(-1, 2, 2),
+        lambda x: x[:, :2],
+        lambda x: x + 1,
+        lambda x: {"a": x},
+    ):
+        cached = torchcache()(function)
+        x = torch.randn(3, 4)
+        right = function(x.clone())
+        first = cached(x)
+        kept = x.clone()
+        for output in (first, cached(x), cached(x)):
+            leaf = output["a"] if isinstance(output, dict) else output
+            leaf.fill_(-1)
+            assert torch.equal(x, kept)  # no output is the input
+        assert_same(cached(x), right)
+        x.zero_()
+        assert_same(cached(kept), right)
+
+
+def test_an_exception_inside_forward_leaves_the_cache_as_it_was() -> None:
+    def fragile(x: Tensor) -> Tensor:
+        if (x < 0).any():
+            raise RuntimeError("negative")
+        return x + 1
+
+    cached = torchcache()(fragile)
+    good = torch.ones(2, 2)
+    cached(good)
+    before = cached.cache_instance.info()  # type: ignore[attr-defined]
+    with pytest.raises(RuntimeError, match="negative"):
+        cached(torch.cat([good, -good]))
+    assert cached.cache_instance.info() == before  # type: ignore[attr-defined]
+    assert torch.equal(cached(good), good + 1)
+
+
+# ---- the read-only view
+
+
+def test_the_cache_maps_hashes_to_copies_of_rows_in_memory() -> None:
+    module = torchcache()(Counting())
+    x = numbered([1, 2, 3])
+    assert len(module.cache_instance.cache) == 0
+    module(x)
+    rows = module.cache_instance.cache
+    hashes = module.cache_instance.hash_tensor(x)
+    assert hashes.dtype == torch.int64 and hashes.shape == (3,)
+    assert set(rows) == set(hashes.tolist()) and len(rows) == 3
+    for h, row in zip(hashes, x):
+        assert torch.equal(rows[h.item()], row[None] * 2 + 1)
+        rows[h.item()].zero_()
+        assert torch.equal(rows[h.item()], row[None] * 2 + 1)
+    assert 5 not in rows and "x" not in rows
+    with pytest.raises(KeyError):
+        rows[5]
+    with pytest.raises(TypeError):
+        rows[5] = x  # type: ignore[index]
+
+
+def test_clear_forgets_the_rows_in_memory() -> None:
+    module = torchcache()(Counting())
+    x = numbered([1, 2])
+    module(x)
+    module.cache_instance.clear()
+    assert len(module.cache_instance.cache) == 0 == module.cache_instance.memory_cache_size
+    assert torch.equal(module(x), x * 2 + 1)
+    assert module.rows == [1, 2, 1, 2]
+
+
+# ---- limits
+
+
+def test_of_a_batch_that_does_not_fit_whole_what_fits_is_kept() -> None:
+    module = torchcache(max_memory_cache_size=3 * 12)(Counting())
+    module(numbered([1, 2]))
+    assert not module.cache_instance.is_memory_cache_full
+    module(numbered([3, 4, 5]))
+    assert module.cache_instance.is_memory_cache_full
+    assert module.cache_instance.memory_cache_size == 36
+    kept = module.cache_instance.hash_tensor(numbered([1, 2, 3])).tolist()
+    assert set(module.cache_instance.cache) == set(kept)  # the oldest stay
+
+
+def test_sizes_may_be_floats() -> None:
+    module = torchcache(max_memory_cache_size=5e9, max_persistent_cache_size=5e9)(Counting())
+    assert module.cache_instance.options.max_memory_cache_size == 5_000_000_000
+
+
+# ---- threads
+
+
+def test_eight_threads_on_one_module_compute_right_rows() -> None:
+    module = torchcache()(Counting())
+    wrong: list[int] = []
+
+    def work(seed: int) -> None:
+        generator = torch.Generator().manual_seed(seed)
+        for _ in range(50):
+            x = numbered(torch.randint(0, 40, (8,), generator=generator).tolist())
+            if not torch.equal(module(x), x * 2 + 1):
+                wrong.append(seed)
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(8)]
+    for t in threads:
+        t.start()
+    for t in threads:
+        t.join()
+    assert not wrong
+    assert len(module.cache_instance.cache) == len(set(module.rows))

@@ -1,0 +1,326 @@
+"""The persistent cache as its users see it: directories, limits, processes, exits."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import textwrap
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from torchcache import torchcache
+
+
+class Double(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        return x * 2
+
+
+X = torch.arange(12.0).view(4, 3)
+
+
+def cached(directory: Path | None, **options: object) -> Double:
+    return torchcache(persistent=True, persistent_cache_dir=directory, **options)(Double())  # type: ignore[arg-type]
+
+
+def test_the_subdirectory_is_named_by_the_module_hash_and_made_by_the_first_call(
+    tmp_path: Path,
+) -> None:
+    module = cached(tmp_path / "a" / "b")
+    cache = module.cache_instance
+    assert cache.cache_dir == tmp_path / "a" / "b" / cache.module_hash
+    assert not (tmp_path / "a").exists()
+    module(X)
+    meta = json.loads((cache.cache_dir / "meta.json").read_text())
+    assert meta["module_hash"] == cache.module_hash and meta["class"] == "Double"
+    assert len(list(cache.cache_dir.glob("*.seg"))) == 1
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"zstd_compression": True},
+        {"use_mmap_on_load": True},
+        {"zstd_compression": True, "zstd_compression_threads": 2},
+    ],
+)
+def test_rows_are_read_back_by_a_new_cache(tmp_path: Path, options: dict[str, object]) -> None:
+    cached(tmp_path, **options)(X)
+    module = cached(tmp_path, **options)
+    assert torch.equal(module(X), X * 2) and module.calls == 0
+    info = module.cache_instance.info()
+    assert (info.disk_hits, info.misses) == (4, 0)
+    assert torch.equal(module(X), X * 2)
+    assert module.cache_instance.info().memory_hits == 4
+
+
+def test_directory_sizes_and_devices_are_not_in_the_module_hash(tmp_path: Path) -> None:
+    one = cached(tmp_path / "a", max_memory_cache_size=1, use_mmap_on_load=True, zstd_compression_threads=3)
+    two = cached(tmp_path / "b", max_persistent_cache_size=7)
+    assert one.cache_instance.module_hash == two.cache_instance.module_hash
+
+
+@pytest.mark.parametrize("option", [{"cache_dtype": torch.half}, {"zstd_compression": True}, {"subsample_count": 5}])
+def test_options_that_change_what_is_stored_are_in_the_module_hash(
+    option: dict[str, object],
+) -> None:
+    assert cached(None).cache_instance.module_hash != cached(None, **option).cache_instance.module_hash
+
+
+def test_a_given_module_hash_overrides_code_arguments_and_weights(tmp_path: Path) -> None:
+    class Triple(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x * 3
+
+    options = {"persistent": True, "persistent_cache_dir": tmp_path, "persistent_module_hash": "mine"}
+    one = torchcache(**options)(Double())  # type: ignore[arg-type]
+    two = torchcache(**options)(Triple())  # type: ignore[arg-type]
+    one(X)
+    assert torch.equal(two(X), X * 2)
+    assert two.cache_instance.module_hash == "mine" and (tmp_path / "mine").is_dir()
+
+
+def test_the_persistent_limit_counts_bytes_of_files_and_keeps_the_oldest_rows(
+    tmp_path: Path,
+) -> None:
+    limit = 200_000
+    module = cached(tmp_path, max_persistent_cache_size=limit)
+    x = torch.randn(1000, 100)
+    for batch in x.split(50):
+        module(batch)
+    cache = module.cache_instance
+    cache.flush()
+    assert cache.is_persistent_cache_full
+    on_disk = sum(f.stat().st_size for f in cache.cache_dir.glob("*.seg"))
+    assert 0.8 * limit < on_disk <= cache.persistent_cache_size <= limit
+    again = cached(tmp_path)
+    again(x)
+    rows = again.cache_instance.info().disk_hits
+    assert 0 < rows < 1000
+    first = cached(tmp_path)
+    first(x[:rows])
+    assert first.calls == 0
+
+
+def test_max_persistent_cache_size_zero_keeps_nothing_on_disk(tmp_path: Path) -> None:
+    module = cached(tmp_path, max_persistent_cache_size=0)
+    assert torch.equal(module(X), X * 2)
+    module.cache_instance.flush()
+    assert module.cache_instance.is_persistent_cache_full
+    assert not list(tmp_path.glob("*/*.seg"))
+
+
+def test_caches_of_one_directory_find_each_others_rows_at_once(tmp_path: Path) -> None:
+    one, two = cached(tmp_path), cached(tmp_path)
+    two(X)
+    one(X + 100), two(X + 100)
+    assert two.calls == 1
+
+
+# ---- what can be wrong with a directory
+
+
+def test_a_directory_that_cannot_be_written_is_one_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    module = cached(tmp_path / "later")
+    (tmp_path / "later").write_text("a file in its place")
+    for i in range(3):
+        assert torch.equal(module(X + i), (X + i) * 2)
+    module.cache_instance.flush()
+    said = [r.getMessage() for r in caplog.records if r.levelno >= logging.WARNING]
+    assert len(said) == 1 and str(tmp_path / "later") in said[0]
+
+
+def test_a_deleted_directory_is_made_again(tmp_path: Path) -> None:
+    module = cached(tmp_path, max_memory_cache_size=0)
+    module(X)
+    module.cache_instance.flush()
+    for file in module.cache_instance.cache_dir.iterdir():
+        file.unlink()
+    module.cache_instance.cache_dir.rmdir()
+    assert torch.equal(module(X), X * 2)
+    assert torch.equal(module(X + 1), (X + 1) * 2)
+    module.cache_instance.flush()
+    assert list(module.cache_instance.cache_dir.glob("*.seg"))
+
+
+def test_rows_of_a_class_that_is_not_there_are_computed_again(tmp_path: Path) -> None:
+    cached(tmp_path)(X)
+    for segment in tmp_path.glob("*/*.seg"):
+        data = bytearray(segment.read_bytes())
+        data[-40] ^= 1
+        segment.write_bytes(data)
+    module = cached(tmp_path)
+    assert torch.equal(module(X), X * 2)
+
+
+# ---- processes
+
+
+def run(folder: Path, script: str, check: bool = True, **env: str) -> subprocess.CompletedProcess[str]:
+    prelude = """
+        import os, sys, signal, multiprocessing
+        import torch, torch.nn as nn
+        from torchcache import torchcache
+
+        class Double(nn.Module):
+            def forward(self, x):
+                return x * 2
+
+        def cached(directory=None):
+            return torchcache(persistent=True, persistent_cache_dir=directory)(Double())
+
+        X = torch.arange(12.).view(4, 3)
+    """
+    file = folder / "script.py"
+    file.write_text(textwrap.dedent(prelude) + textwrap.dedent(script))
+    return subprocess.run(
+        [sys.executable, file, folder / "rows"],
+        env={**os.environ, **env},
+        capture_output=True,
+        text=True,
+        check=check,
+    )
+
+
+def disk_hits(folder: Path) -> int:
+    done = run(folder, "m = cached(sys.argv[1]); m(X); print(m.cache_instance.info().disk_hits)")
+    assert done.stderr == ""
+    return int(done.stdout)
+
+
+@pytest.mark.parametrize("ending", ["", "raise SystemExit(3)", "raise RuntimeError", "del m"])
+def test_a_normal_exit_or_an_exception_writes_what_is_queued(tmp_path: Path, ending: str) -> None:
+    run(tmp_path, f"m = cached(sys.argv[1]); m(X)\n{ending}", check=False)
+    assert disk_hits(tmp_path) == 4
+
+
+@pytest.mark.parametrize("ending", ["os._exit(0)", "os.kill(os.getpid(), signal.SIGTERM)", "os.kill(os.getpid(), 9)"])
+def test_what_was_flushed_survives_any_death(tmp_path: Path, ending: str) -> None:
+    run(tmp_path, f"m = cached(sys.argv[1]); m(X); m.cache_instance.flush()\n{ending}", check=False)
+    assert disk_hits(tmp_path) == 4
+
+
+@pytest.mark.parametrize("method", ["fork", "spawn"])
+def test_children_of_multiprocessing_write_what_they_computed(tmp_path: Path, method: str) -> None:
+    run(
+        tmp_path,
+        f"""
+        def child(directory):
+            cached(directory)(X)
+
+        if __name__ == "__main__":
+            p = multiprocessing.get_context({method!r}).Process(target=child, args=(sys.argv[1],))
+            p.start(); p.join()
+            assert p.exitcode == 0
+        """,
+    )
+    assert disk_hits(tmp_path) == 4
+
+
+def test_after_a_fork_parent_and_child_are_both_right(tmp_path: Path) -> None:
+    done = run(
+        tmp_path,
+        """
+        torch.set_num_threads(1)
+        m = cached(sys.argv[1])
+        m(X[:2])
+        pid = os.fork()
+        x = X[2:3] if pid == 0 else X[3:4]
+        assert torch.equal(m(X[:2]), X[:2] * 2) and torch.equal(m(x), x * 2)
+        if pid:
+            assert os.waitpid(pid, 0)[1] == 0
+        """,
+    )
+    assert done.stderr == ""
+    assert disk_hits(tmp_path) == 4
+
+
+def test_data_loader_workers_share_rows_through_the_directory(tmp_path: Path) -> None:
+    done = run(
+        tmp_path,
+        """
+        from torch.utils.data import DataLoader, Dataset
+
+        m = cached(sys.argv[1])
+
+        class Rows(Dataset):
+            def __len__(self): return 4
+            def __getitem__(self, i): return m(X[i:i + 1])[0]
+
+        m(X[:1])
+        for _ in range(2):
+            for i, row in enumerate(DataLoader(Rows(), batch_size=1, num_workers=2)):
+                assert torch.equal(row, X[i:i + 1] * 2)
+        """,
+    )
+    assert done.stderr == ""
+    assert disk_hits(tmp_path) == 4
+
+
+# ---- the temporary directory
+
+
+@pytest.mark.parametrize("ending", ["", "raise RuntimeError", "sys.exit(1)"])
+def test_a_temporary_directory_goes_with_the_process_also_after_an_exception(tmp_path: Path, ending: str) -> None:
+    script = f"m = cached(); m(X); d = m.cache_instance.cache_dir; assert d.is_dir(); print(d, flush=True)\n{ending}"
+    done = run(tmp_path, script, check=False, TMPDIR=str(tmp_path))
+    assert Path(done.stdout.strip()).is_relative_to(tmp_path)
+    assert not list(tmp_path.glob("torchcache-*"))
+
+
+@pytest.mark.parametrize("how", ["os.fork()", "multiprocessing"])
+def test_a_forked_child_never_deletes_the_temporary_directory_of_its_parent(tmp_path: Path, how: str) -> None:
+    fork = """
+        pid = os.fork()
+        if pid == 0:
+            m(X[2:]); sys.exit(0)
+        os.waitpid(pid, 0)
+    """
+    process = """
+        p = multiprocessing.get_context("fork").Process(target=m, args=(X[2:],))
+        p.start(); p.join()
+    """
+    done = run(
+        tmp_path,
+        "torch.set_num_threads(1)\nm = cached(); m(X[:2])\n"
+        + textwrap.dedent(fork if how == "os.fork()" else process)
+        + "print(m.cache_instance.cache_dir.is_dir())",
+        TMPDIR=str(tmp_path),
+    )
+    assert done.stdout.split() == ["True"] and done.stderr == ""
+    assert not list(tmp_path.glob("torchcache-*"))
+
+
+def test_a_temporary_directory_left_by_a_kill_is_swept_by_the_next_run(tmp_path: Path) -> None:
+    script = "m = cached(); m(X); print(m.cache_instance.cache_dir, flush=True)"
+    killed = run(
+        tmp_path,
+        script + "\nos.kill(os.getpid(), signal.SIGKILL)",
+        check=False,
+        TMPDIR=str(tmp_path),
+    )
+    assert killed.returncode == -signal.SIGKILL and Path(killed.stdout.strip()).is_dir()
+    run(tmp_path, script, TMPDIR=str(tmp_path))
+    assert not list(tmp_path.glob("torchcache-*"))
+
+
+def test_a_living_process_keeps_its_temporary_directory(tmp_path: Path) -> None:
+    module = cached(None)
+    module(X)
+    assert module.cache_instance.cache_dir.is_relative_to(tempfile.gettempdir())
+    run(tmp_path, "m = cached(); m(X)")
+    assert module.cache_instance.cache_dir.is_dir()

@@ -1,0 +1,150 @@
+"""The files are what docs/format.md says: a second implementation reads ours, ours reads its."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from torchcache import _ops
+
+sys.path.append(str(Path(__file__).parent))
+from format_reader import RAW, ZSTD, Row, read_segment, read_store, write_segment
+
+LIMIT = 10**12
+
+
+def open_store(directory: Path, *, zstd: bool = False, mmap: bool = False) -> int:
+    return _ops.store_open(str(directory), LIMIT, zstd, 3, 2, mmap, 64 << 20)
+
+
+def as_tensor(keys: list[int]) -> Tensor:
+    """128-bit keys → int64 [B, 2], low halves first."""
+    halves = [key >> shift & (2**64 - 1) for key in keys for shift in (0, 64)]
+    return torch.tensor([h - 2**64 if h >= 2**63 else h for h in halves]).reshape(-1, 2)
+
+
+def as_bytes(rows: list[bytes]) -> Tensor:
+    return torch.frombuffer(bytearray(b"".join(rows)), dtype=torch.uint8).reshape(len(rows), -1)
+
+
+def key(low: int) -> int:
+    """A 128-bit key; keys that share their low half are one to the store."""
+    return low | (low * 0x9E3779B97F4A7C15 & 2**64 - 1) << 64
+
+
+rows_of_one_size = st.integers(1, 300).flatmap(
+    lambda size: st.dictionaries(
+        st.integers(0, 2**62 - 1),
+        st.one_of(st.binary(min_size=size, max_size=size), st.just(bytes(size))),
+        min_size=1,
+        max_size=20,
+    )
+)
+layouts = st.text(max_size=30)
+
+
+@given(rows=rows_of_one_size, layout=layouts, zstd=st.booleans())
+def test_an_independent_reader_reads_what_the_store_wrote(
+    tmp_path_factory: pytest.TempPathFactory, rows: dict[int, bytes], layout: str, zstd: bool
+) -> None:
+    directory = tmp_path_factory.mktemp("store")
+    store = open_store(directory, zstd=zstd)
+    keys, data = [key(low) for low in rows], as_bytes(list(rows.values()))
+    assert _ops.store_put(store, as_tensor(keys), layout, [data]) == len(keys)
+    _ops.store_close(store)
+    read = {row.key: (row.layout, row.data) for row in read_store(directory)}
+    assert read == {key(low): (layout.encode(), row) for low, row in rows.items()}
+
+
+@given(
+    blocks=st.lists(st.tuples(st.sampled_from([RAW, ZSTD]), rows_of_one_size), max_size=4),
+    layout=layouts.filter(bool),
+    index=st.booleans(),
+    mmap=st.booleans(),
+)
+def test_the_store_reads_what_an_independent_writer_wrote(
+    tmp_path_factory: pytest.TempPathFactory,
+    blocks: list[tuple[int, dict[int, bytes]]],
+    layout: str,
+    index: bool,
+    mmap: bool,
+) -> None:
+    directory = tmp_path_factory.mktemp("store")
+    encoded = [
+        (codec, [Row(key(4 * low + i), layout.encode(), data) for low, data in rows.items()])
+        for i, (codec, rows) in enumerate(blocks)
+    ]
+    write_segment(directory, encoded, index)
+    store = open_store(directory, mmap=mmap)
+    for _, rows in encoded:
+        keys = as_tensor([row.key for row in rows])
+        present, found = _ops.store_find(store, keys)
+        assert present.all() and found == layout
+        wanted = as_bytes([row.data for row in rows])
+        out = torch.empty_like(wanted)
+        assert _ops.store_read(store, keys, layout, [out]).all()
+        assert torch.equal(out, wanted)
+    _ops.store_close(store)
+
+
+@pytest.mark.parametrize("zstd", [False, True])
+def test_every_dtype_comes_back_bit_for_bit(tmp_path: Path, zstd: bool) -> None:
+    names = "bool uint8 int8 int16 int32 int64 float16 bfloat16 float32 float64 complex64"
+    bits = torch.randint(0, 2, (5, 64), dtype=torch.uint8)
+    for number, name in enumerate(names.split()):
+        store = open_store(tmp_path, zstd=zstd)
+        keys = torch.arange(10).reshape(5, 2) + 100 * number
+        leaf = bits.view(getattr(torch, name))
+        _ops.store_put(store, keys, name, [leaf])
+        _ops.store_close(store)
+        store = open_store(tmp_path)
+        out = torch.empty_like(leaf)
+        assert _ops.store_read(store, keys, name, [out]).all()
+        assert torch.equal(out.view(torch.uint8), bits)
+        _ops.store_close(store)
+
+
+def test_leaves_of_a_row_stand_one_after_another(tmp_path: Path) -> None:
+    store = open_store(tmp_path)
+    first, second = torch.tensor([[1.0], [2.0]]), torch.tensor([[3, 4], [5, 6]], dtype=torch.int16)
+    _ops.store_put(store, as_tensor([1, 2]), "two leaves", [first, second])
+    _ops.store_close(store)
+    rows = {row.key: row.data for row in read_store(tmp_path)}
+    assert rows == {
+        1: first[0].numpy().tobytes() + second[0].numpy().tobytes(),
+        2: first[1].numpy().tobytes() + second[1].numpy().tobytes(),
+    }
+
+
+def test_files_are_named_and_sized_as_the_page_says(tmp_path: Path) -> None:
+    store = open_store(tmp_path)
+    keys = torch.arange(2000).reshape(1000, 2)
+    _ops.store_put(store, keys, "layout", [torch.rand(1000, 768)])
+    _ops.store_flush(store)
+    assert [path.suffix for path in tmp_path.iterdir()] == [".seg"]
+    _ops.store_close(store)
+    assert sorted(path.suffix for path in tmp_path.iterdir()) == [".idx", ".seg"]
+    assert sum(path.stat().st_size for path in tmp_path.iterdir()) <= 1.02 * 1000 * 3072
+
+
+def test_a_block_in_another_segment_or_place_is_no_block(tmp_path: Path) -> None:
+    rows = [Row(1, b"layout", b"some bytes")]
+    path = write_segment(tmp_path, [(RAW, rows)])
+    block = path.read_bytes()[64:]
+    other = write_segment(tmp_path, [])
+    with other.open("ab") as file:
+        file.write(block)  # copied from another segment
+    assert not list(read_segment(other.read_bytes(), bytes.fromhex(other.stem)))
+    with path.open("ab") as file:
+        file.write(block)  # copied within its segment
+    path.rename(tmp_path / "gone")
+    store = open_store(tmp_path)
+    present, _ = _ops.store_find(store, as_tensor([1]))
+    assert not present.any()
+    _ops.store_close(store)

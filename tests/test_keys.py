@@ -1,0 +1,271 @@
+"""Keys mean exactly "the same computation on the same row", in every process, batch and memory layout."""
+
+from __future__ import annotations
+
+import os
+import random
+import struct
+import subprocess
+import sys
+import textwrap
+
+import pytest
+import torch
+import xxhash
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from torchcache import _ops, torchcache
+
+LEAF = 4096
+DTYPES = [
+    torch.bool,
+    torch.uint8,
+    torch.int8,
+    torch.int16,
+    torch.uint16,
+    torch.int32,
+    torch.int64,
+    torch.float16,
+    torch.bfloat16,
+    torch.float32,
+    torch.float64,
+    torch.complex64,
+    torch.complex128,
+    torch.float8_e4m3fn,
+    torch.float8_e5m2,
+]
+
+
+# ---- a plain reference in Python: docs/format.md, "Keys and digests"
+
+
+def h(data: bytes) -> bytes:
+    return xxhash.xxh3_128_digest(data.ljust(256, b"\0"))
+
+
+def row_digest(data: bytes) -> bytes:
+    leaves = [h(data[i : i + LEAF]) for i in range(0, len(data), LEAF)] or [h(b"")]
+    return leaves[0] if len(leaves) == 1 else h(b"".join(leaves))
+
+
+def as_pair(digest: bytes) -> list[int]:
+    high, low = struct.unpack(">qq", digest)
+    return [low, high]
+
+
+def row_bytes(t: Tensor) -> list[bytes]:
+    rows = [torch.empty(r.numel(), dtype=r.dtype).copy_(r.reshape(-1)) for r in t]
+    return [bytes(r.view(torch.uint8).tolist()) for r in rows]
+
+
+def reference_keys(call: Tensor, *rows: Tensor) -> list[list[int]]:
+    low, high = call.tolist()
+    prefix = struct.pack(">qq", high, low)
+    return [as_pair(h(prefix + b"".join(map(row_digest, r)))) for r in zip(*map(row_bytes, rows))]
+
+
+CALL = torch.tensor([0x0123456789ABCDEF, -2])
+
+
+# ---- the hash
+
+
+def test_digest_equals_xxhash_for_every_length_up_to_20000_bytes() -> None:
+    data = random.Random(0).randbytes(20_000)
+    buffer = torch.frombuffer(bytearray(data), dtype=torch.uint8)
+    lengths = range(20_001)
+    digests = _ops.digests([buffer[:n] for n in lengths]).tolist()
+    for n, got in zip(lengths, digests):
+        assert got == as_pair(row_digest(data[:n])), n
+
+
+def test_row_digests_of_every_dtype_and_shape_equal_the_reference() -> None:
+    torch.manual_seed(0)
+    for dtype in DTYPES:
+        for shape in [(3,), (3, 0), (2, 5), (2, 3, 700), (2, 33, 65), (1, 3, 1025)]:
+            x = torch.randint(0, 2, shape).to(dtype)
+            assert _ops.keys([x], CALL).tolist() == reference_keys(CALL, x), (dtype, shape)
+
+
+@st.composite
+def strided(draw: st.DrawFn) -> Tensor:
+    """A tensor [B, …] seen through slices, steps, transpositions and expansions."""
+    sizes = draw(st.lists(st.integers(1, 9), min_size=2, max_size=4))
+    dtype = draw(st.sampled_from([torch.uint8, torch.int16, torch.float32, torch.int64, torch.complex128]))
+    x = torch.arange(1, 1 + torch.Size(sizes).numel()).to(dtype).view(sizes)
+    x = x.permute(draw(st.permutations(range(x.dim()))))
+    for d in range(x.dim()):
+        start = draw(st.integers(0, x.shape[d] - 1))
+        x = x[(slice(None),) * d + (slice(start, None, draw(st.integers(1, 3))),)]
+    if draw(st.booleans()):
+        x = x.unsqueeze(1).expand(x.shape[0], draw(st.integers(1, 3000)), *x.shape[1:])
+    return x
+
+
+@given(strided())
+def test_keys_do_not_depend_on_strides(x: Tensor) -> None:
+    assert _ops.keys([x], CALL).tolist() == reference_keys(CALL, x)
+
+
+@given(st.data())
+def test_keys_of_several_arguments_equal_the_reference(data: st.DataObject) -> None:
+    batch = data.draw(st.integers(1, 5))
+    rows = [torch.randn(batch, data.draw(st.integers(0, 3000))) for _ in range(data.draw(st.integers(1, 20)))]
+    assert _ops.keys(rows, CALL).tolist() == reference_keys(CALL, *rows)
+
+
+@given(st.integers(1, 9000), st.data())
+def test_any_flipped_bit_changes_the_key_of_its_row_only(size: int, data: st.DataObject) -> None:
+    x = torch.randint(0, 256, (3, size), dtype=torch.uint8)
+    before = _ops.keys([x], CALL)
+    row, at, bit = (
+        data.draw(st.integers(0, 2)),
+        data.draw(st.integers(0, size - 1)),
+        data.draw(st.integers(0, 7)),
+    )
+    x[row, at] ^= 1 << bit
+    changed = (_ops.keys([x], CALL) != before).any(1)
+    assert changed.tolist() == [i == row for i in range(3)]
+
+
+# ---- keys of calls
+
+
+@torchcache()
+class Twice(nn.Module):
+    def forward(self, x: Tensor, y: Tensor | None = None, scale: object = 1, *more: object, **named: object) -> Tensor:
+        return x * 2
+
+
+def key(*args: object, **kwargs: object) -> list[int]:
+    return Twice().cache_instance.hash_tensor(*args, **kwargs).tolist()
+
+
+X = torch.arange(24, dtype=torch.float32).view(2, 12)
+
+
+@given(st.integers(1, 40), st.data())
+def test_keys_do_not_depend_on_batch_size_split_or_order(batch: int, data: st.DataObject) -> None:
+    x = torch.randn(batch, data.draw(st.integers(1, 50)))
+    order = data.draw(st.permutations(range(batch)))
+    cut = data.draw(st.integers(0, batch - 1))
+    whole = key(x)
+    assert key(x[:cut]) + key(x[cut:]) == whole if cut else True
+    assert key(x[list(order)]) == [whole[i] for i in order]
+
+
+def test_keys_do_not_depend_on_offset_or_memory_format() -> None:
+    x = torch.randn(3, 4, 5, 6)
+    shifted = torch.empty(x.numel() + 7)[7:].view_as(x).copy_(x)
+    assert key(x) == key(shifted) == key(x.to(memory_format=torch.channels_last)) == key(x.mT.contiguous().mT)
+
+
+@pytest.mark.parametrize("shape", [(2, 12), (2, 3, 4), (2, 4, 3), (2, 1, 12), (2, 12, 1)])
+def test_shape_of_a_row_is_part_of_the_key(shape: tuple[int, ...]) -> None:
+    assert (key(X.view(shape)) == key(X)) is (shape == (2, 12))
+
+
+def test_dtype_sign_of_zero_and_nan_payload_are_part_of_the_key() -> None:
+    bits = torch.tensor([[0], [-(2**31)], [0x7FC00000], [0x7FC00001]], dtype=torch.int32)
+    floats = key(bits.view(torch.float32))
+    assert len(set(floats)) == 4
+    assert not set(floats) & set(key(bits))
+    assert not set(key(torch.zeros(1, 4))) & set(key(torch.zeros(1, 4, dtype=torch.int32)))
+
+
+def test_values_of_arguments_are_told_apart_by_type() -> None:
+    keys = [tuple(key(X, scale=s)) for s in (1, True, 1.0, "1", b"1", None, 0.0, -0.0, (1,), (1.0,), torch.float32)]
+    assert len(set(keys)) == len(keys)
+
+
+def test_positional_keyword_and_default_forms_agree() -> None:
+    assert key(X) == key(X, None) == key(x=X) == key(X, None, 1) == key(scale=1, x=X)
+
+
+def test_names_and_places_of_tensors_are_part_of_the_key() -> None:
+    a, b = X, X + 1
+    assert key(a, b) != key(b, a)
+    assert key(a, b) == key(y=b, x=a)
+    assert key(a, None, 1, b) != key(a, b)
+    assert key(a, p=1) != key(a, q=1)
+    assert key(a, p=1, q=2) == key(a, q=2, p=1)
+    assert key(a, None, 1, 5, 6) != key(a, None, 1, 6, 5)
+
+
+def test_tensors_in_tuples_and_dicts_are_rows_too() -> None:
+    assert key((X, X + 1)) != key((X + 1, X))  # type: ignore[comparison-overlap]
+    assert key({"a": X, "b": X + 1}) == key({"b": X + 1, "a": X})
+    assert key({"a": X, "b": X + 1}) != key({"a": X + 1, "b": X})
+    assert key({"a": X, "n": 1}) != key({"a": X, "n": 2})
+
+
+def test_rows_that_differ_only_in_scale_or_position_have_different_keys() -> None:
+    tiny = torch.rand(100, 8) * 1e-6
+    onehot = torch.eye(100)
+    assert len(set(key(tiny))) == len(set(key(onehot))) == 100
+
+
+def test_lazy_conjugates_are_hashed_as_what_they_stand_for() -> None:
+    x = torch.randn(3, 4, dtype=torch.complex64)
+    assert key(x.conj()) == key(x.conj().resolve_conj()) != key(x)
+    assert key(x.conj().imag) == key(-x.imag)
+
+
+def test_autocast_is_part_of_the_key() -> None:
+    plain = key(X)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        half = key(X)
+    assert plain != half
+    with torch.autocast("cpu", enabled=False):
+        assert key(X) == plain
+
+
+def test_keys_are_the_same_in_another_process() -> None:
+    script = """
+        import torch, torch.nn as nn
+        from torchcache import torchcache
+
+        @torchcache(persistent=True)
+        class Net(nn.Module):
+            def __init__(self, width, name="n"):
+                super().__init__()
+                torch.manual_seed(0)
+                self.linear = nn.Linear(4, width)
+                self.act = nn.LeakyReLU(0.2)
+                self.requires_grad_(False)
+            def forward(self, x, scale=1.5, mode="a"):
+                return self.act(self.linear(x)) * scale
+
+        m = Net(3, name="x")
+        x = torch.arange(20.).view(5, 4)
+        print(m.cache_instance.module_hash, m.cache_instance.hash_tensor(x, scale=2.0).tolist())
+    """
+    outputs = {
+        subprocess.run(
+            [sys.executable, "-c", textwrap.dedent(script)],
+            env={**os.environ, "PYTHONHASHSEED": seed},
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout
+        for seed in ("1", "2")
+    }
+    assert len(outputs) == 1 and "[" in outputs.pop()
+
+
+def test_subsampling_hashes_only_about_the_documented_number_of_elements() -> None:
+    @torchcache(subsample=True, subsample_count=10)
+    def sampled(x: Tensor) -> Tensor:
+        return x * 2
+
+    @torchcache(subsample_count=10)
+    def whole(x: Tensor) -> Tensor:
+        return x * 2
+
+    a = torch.zeros(1, 1000)
+    b = a.clone()
+    b[0, 1] = 1  # between two of the sampled elements
+    assert sampled.cache_instance.hash_tensor(a).equal(sampled.cache_instance.hash_tensor(b))  # type: ignore[attr-defined]
+    assert not whole.cache_instance.hash_tensor(a).equal(whole.cache_instance.hash_tensor(b))  # type: ignore[attr-defined]

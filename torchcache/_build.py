@@ -1,0 +1,288 @@
+"""Finds the native library: compiled ahead by the installer, or compiled here on first use.
+
+The one place that says which sources and flags make it. setup.py loads this file by its path,
+before there is a package or a torch, so it imports neither.
+"""
+
+from __future__ import annotations
+
+import atexit
+import concurrent.futures
+import contextlib
+import fcntl
+import functools
+import hashlib
+import importlib.metadata
+import logging
+import os
+import platform
+import re
+import shlex
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+LIBRARY = "_C.abi3.so"
+OLDEST_TORCH = (2, 10)  # the first one with this stable ABI, and what TORCH_TARGET_VERSION names
+COMPILE_FLAGS = (
+    "-std=c++17",
+    "-O3",
+    "-g0",
+    "-DNDEBUG",
+    "-fvisibility=hidden",
+    "-DTORCH_TARGET_VERSION=0x020a000000000000",
+)
+LIBRARIES = ("zstd",)
+INSTALL = (
+    "Debian and Ubuntu: sudo apt-get install g++ libzstd-dev; "
+    "Fedora: sudo dnf install gcc-c++ libzstd-devel; conda: conda install cxx-compiler zstd"
+)
+
+_PACKAGE = Path(__file__).resolve().parent
+_logger = logging.getLogger("torchcache")
+
+
+class BuildError(ImportError):
+    """The native library is not there and cannot be compiled. The message says what to install."""
+
+
+class Torch(NamedTuple):
+    """An installed torch: its version and the folder that holds its ``include`` and ``lib``."""
+
+    version: str
+    folder: Path
+
+
+@functools.cache
+def library() -> Path:
+    """Path of the native library, compiled now if nobody has done it before.
+
+    Raises:
+        BuildError: torch is too old, or a compiler, zstd's header or the sources are missing.
+    """
+    torch = installed_torch()
+    check_torch(torch.version)
+    return ahead() or compile_on_first_use(sources_folder(), torch)
+
+
+def ahead() -> Path | None:
+    """The library that the installer compiled, if it did."""
+    path = _PACKAGE / LIBRARY
+    return path if path.is_file() else None
+
+
+def sources_folder() -> Path:
+    """The folder of the sources: inside an installed package, beside the package in a checkout."""
+    for folder in (_PACKAGE / "csrc", _PACKAGE.parent / "csrc"):
+        if (folder / "ops.cpp").is_file():
+            return folder
+    raise BuildError(f"torchcache's C++ sources are not in {_PACKAGE}: install torchcache again")
+
+
+def sources(csrc: Path) -> list[Path]:
+    """What is compiled, in a fixed order."""
+    return sorted(csrc.rglob("*.cpp"))
+
+
+def installed_torch() -> Torch:
+    import torch
+
+    return Torch(torch.__version__, Path(torch.__file__).parent)
+
+
+def check_torch(version: str) -> None:
+    """Raises BuildError for a torch that is too old."""
+    if tuple(int(n) for n in re.findall(r"\d+", version)[:2]) < OLDEST_TORCH:
+        oldest = ".".join(map(str, OLDEST_TORCH))
+        raise BuildError(
+            f"torchcache needs torch {oldest} or newer, found {version}: pip install --upgrade 'torch>={oldest}'"
+        )
+
+
+def check_toolchain() -> None:
+    """Raises BuildError unless a program that uses zstd can be compiled and linked."""
+    with tempfile.TemporaryDirectory(prefix="torchcache-") as work:
+        probe = Path(work, "probe.cpp")
+        probe.write_text("#include <zstd.h>\nint main() { return !ZSTD_versionNumber(); }\n")
+        complaint = _run([*_compiler(), str(probe), "-o", f"{work}/probe", *_link_flags()])
+    if "zstd" in complaint:
+        raise BuildError(f"zstd's header or library is missing ({complaint}): install it ({INSTALL})")
+    if complaint:
+        raise BuildError(f"the C++ compiler does not work ({complaint}); {INSTALL}")
+
+
+def compile_on_first_use(csrc: Path, torch: Torch) -> Path:
+    """The library of these sources and this torch, kept beside torch's own extensions.
+
+    A process that is killed leaves nothing that hinders the next one: the lock dies with it, and
+    the library gets its name only when it is whole. Several processes compile once.
+    """
+    folder = extensions_folder() / f"torchcache-{_digest(csrc, torch)}"
+    target = folder / LIBRARY
+    if os.path.isfile(target):  # unlike Path.is_file, false where looking is not allowed
+        return target
+    check_toolchain()
+    try:
+        with _alone_in(folder):
+            if not target.is_file():
+                _compile(csrc, torch, target)
+            return target
+    except OSError as error:
+        _logger.warning("%s cannot be used (%s): compiling for this process only", folder, error)
+    return _compile(csrc, torch, _private_folder() / LIBRARY)
+
+
+def extensions_folder() -> Path:
+    """Where torch keeps extensions that were compiled on first use."""
+    if chosen := os.environ.get("TORCH_EXTENSIONS_DIR"):
+        return Path(chosen)
+    cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    return Path(cache, "torch_extensions")
+
+
+def clash(source: str) -> str | None:
+    """What to say if the public torchmb, whose files have our names, is installed; else None."""
+    try:
+        version = importlib.metadata.version("torchmb")
+    except importlib.metadata.PackageNotFoundError:
+        return None
+    return (
+        f"the distribution torchmb {version} is installed too and has files of the same names; "
+        "mend it with these two commands:\n"
+        "  pip uninstall --yes torchmb\n"
+        f"  pip install --force-reinstall --no-deps {shlex.quote(source)}"
+    )
+
+
+def _digest(csrc: Path, torch: Torch) -> str:
+    """Names everything that the compiled library depends on."""
+    named = hashlib.sha256()
+    words = [*_compile_command(csrc, torch), *_link_flags(), torch.version]
+    words += [platform.machine(), *platform.libc_ver()]
+    named.update("\0".join(words).replace(str(csrc), "csrc").encode())
+    for path in sorted(path for path in csrc.rglob("*") if path.is_file()):
+        content = path.read_bytes()
+        named.update(f"\0{path.relative_to(csrc)}\0{len(content)}\0".encode() + content)
+    return named.hexdigest()[:16]
+
+
+@contextlib.contextmanager
+def _alone_in(folder: Path) -> Iterator[None]:
+    """Holds the folder's lock, which the kernel releases however the process ends."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / "lock", "w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            _logger.warning("another process is compiling torchcache's native library: waiting")
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+def _compile(csrc: Path, torch: Torch, target: Path) -> Path:
+    """Compiles in a folder of its own beside the target and renames into place."""
+    _logger.warning(
+        "compiling torchcache's native library for torch %s, once, into %s (about half a minute)",
+        torch.version,
+        target.parent,
+    )
+    # A fresh name each time: compilers of a killed process may still be writing in the old folder.
+    for left_by_a_kill in target.parent.glob("build-*"):
+        shutil.rmtree(left_by_a_kill, ignore_errors=True)
+    with tempfile.TemporaryDirectory(prefix="build-", dir=target.parent) as work:
+        built = Path(work, LIBRARY)
+        _link(_objects(csrc, torch, work), torch, built)
+        os.replace(built, target)
+    return target
+
+
+def _objects(csrc: Path, torch: Torch, work: str) -> list[str]:
+    """Compiles every source, several at a time."""
+    command = _compile_command(csrc, torch)
+    objects = {f"{work}/{number}.o": source for number, source in enumerate(sources(csrc))}
+    with concurrent.futures.ThreadPoolExecutor(_jobs()) as pool:
+        done = [pool.submit(_must, [*command, "-c", str(source), "-o", result]) for result, source in objects.items()]
+        for one in done:
+            one.result()
+    return list(objects)
+
+
+def _link(objects: list[str], torch: Torch, result: Path) -> None:
+    # No run path: torch is in the process before this library is.
+    torch_flags = [f"-L{torch.folder / 'lib'}", "-ltorch", "-ltorch_cpu", "-lc10"]
+    _must([*_compiler(), "-shared", *objects, "-o", str(result), *torch_flags, *_link_flags()])
+
+
+def _compile_command(csrc: Path, torch: Torch) -> list[str]:
+    paths = [f"-I{csrc}", "-isystem", f"{torch.folder / 'include'}"]
+    return [*_compiler(), *COMPILE_FLAGS, "-fPIC", *paths, *_words("CPPFLAGS"), *_words("CXXFLAGS")]
+
+
+def _link_flags() -> list[str]:
+    return [*_words("LDFLAGS"), *(f"-l{name}" for name in LIBRARIES)]
+
+
+def _compiler() -> list[str]:
+    chosen = _words("CXX")
+    for command in [chosen] if chosen else [["c++"], ["g++"], ["clang++"]]:
+        if shutil.which(command[0]):
+            return command
+    what = f"CXX names {chosen[0]}, which is not there" if chosen else "no C++ compiler was found"
+    raise BuildError(f"{what}: install one ({INSTALL}), or name one in CXX")
+
+
+def _words(variable: str) -> list[str]:
+    return shlex.split(os.environ.get(variable, ""))
+
+
+def _jobs() -> int:
+    return int(os.environ.get("MAX_JOBS") or len(os.sched_getaffinity(0)))
+
+
+def _run(command: list[str]) -> str:
+    """Runs a compiler: its first complaint, "" if it succeeds. All it says is logged at INFO."""
+    try:
+        done = subprocess.run(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            errors="replace",
+        )
+    except OSError as error:
+        return str(error)
+    if done.returncode == 0:
+        return ""
+    _logger.info("%s\n%s", shlex.join(command), done.stdout)
+    lines = done.stdout.strip().splitlines() or [f"exit status {done.returncode}"]
+    complaints = (line for line in lines if "error" in line or "cannot find" in line)
+    return next(complaints, lines[-1]).strip()
+
+
+def _must(command: list[str]) -> None:
+    if complaint := _run(command):
+        raise BuildError(
+            f"compiling torchcache's native library failed: {complaint} (TORCHCACHE_LOG_LEVEL=INFO shows everything)"
+        )
+
+
+def _private_folder() -> Path:
+    """A folder that this process, not a forked child, removes when it exits."""
+    try:
+        folder = Path(tempfile.mkdtemp(prefix="torchcache-"))
+    except OSError as error:
+        raise BuildError(
+            f"no folder is writable for the compiled library ({error}): set TORCH_EXTENSIONS_DIR to one that is"
+        ) from error
+    owner = os.getpid()
+
+    def remove() -> None:
+        if os.getpid() == owner:
+            shutil.rmtree(folder, ignore_errors=True)
+
+    atexit.register(remove)
+    return folder

@@ -1,0 +1,127 @@
+"""The native operations, typed: the only file that names ``torch.ops.torchcache``.
+
+The library is loaded at the first use, not at import: it may have to be compiled then (`_build`).
+A digest or key is int64 ``[2]``: low half, high half. Ids name native objects until they are closed.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from torchcache import _build
+
+
+@functools.cache
+def _native() -> Any:
+    torch.ops.load_library(str(_build.library()))  # type: ignore[no-untyped-call]
+    return torch.ops.torchcache
+
+
+def keys(rows: list[Tensor], call: Tensor) -> Tensor:
+    """Keys of a batch: rows ``[B, …]`` each, call digest ``[2]`` → int64 ``[B, 2]``."""
+    return cast(Tensor, _native().keys.default(rows, call))
+
+
+def digests(tensors: list[Tensor]) -> Tensor:
+    """Digest of each tensor as if it were one row → int64 ``[N, 2]``."""
+    return cast(Tensor, _native().digests.default(tensors))
+
+
+def watch_open(tensors: list[Tensor]) -> int:
+    """Registers tensors that are not expected to change; they are kept alive."""
+    return cast(int, _native().watch_open.default(tensors))
+
+
+def watch_probe(watch: int) -> int:
+    """A number that stays the same while addresses, shapes and a few words of the tensors do."""
+    return cast(int, _native().watch_probe.default(watch))
+
+
+def watch_close(watch: int) -> None:
+    _native().watch_close.default(watch)
+
+
+def table_open() -> int:
+    """A new key table: key → (layout, slot)."""
+    return cast(int, _native().table_open.default())
+
+
+def table_lookup(table: int, keys: Tensor) -> tuple[Tensor, Tensor, int]:
+    """Slots int64 ``[B]`` (``-1 - j`` for the j-th distinct missing row), first rows of those ``[M]``, layout.
+
+    The layout is -1 where nothing was found and -2 where rows of several layouts were.
+    """
+    return cast("tuple[Tensor, Tensor, int]", _native().table_lookup.default(table, keys))
+
+
+def table_insert(table: int, keys: Tensor, layout: int, first: int) -> None:
+    """The keys get the slots ``first``, ``first + 1``, …"""
+    _native().table_insert.default(table, keys, layout, first)
+
+
+def table_find(table: int, low: int) -> tuple[int, int]:
+    """Layout and slot of the key with that low half; layout -1 if there is none."""
+    return cast("tuple[int, int]", _native().table_find.default(table, low))
+
+
+def table_lows(table: int) -> Tensor:
+    """Low halves of all keys, int64 ``[N]``, in no order."""
+    return cast(Tensor, _native().table_lows.default(table))
+
+
+def table_close(table: int) -> None:
+    _native().table_close.default(table)
+
+
+def store_open(
+    directory: str,
+    max_bytes: int,
+    zstd: bool,
+    level: int,
+    threads: int,
+    mmap: bool,
+    queue_bytes: int,
+) -> int:
+    """Opens the store of a directory; damage or a missing directory is an empty store and a warning."""
+    return cast(
+        int,
+        _native().store_open.default(directory, max_bytes, zstd, level, threads, mmap, queue_bytes),
+    )
+
+
+def store_find(store: int, keys: Tensor) -> tuple[Tensor, str]:
+    """Which rows are there: bool ``[B]``, and the layout of those ("" if none)."""
+    return cast("tuple[Tensor, str]", _native().store_find.default(store, keys))
+
+
+def store_read(store: int, keys: Tensor, layout: str, leaves: list[Tensor]) -> Tensor:
+    """Reads rows into contiguous CPU tensors, one for each leaf → bool ``[B]``: read and verified."""
+    return cast(Tensor, _native().store_read.default(store, keys, layout, leaves))
+
+
+def store_put(store: int, keys: Tensor, layout: str, leaves: list[Tensor]) -> int:
+    """Queues copies of the rows for writing → how many of the first ones were admitted."""
+    return cast(int, _native().store_put.default(store, keys, layout, leaves))
+
+
+def store_flush(store: int) -> None:
+    """Returns when everything queued is written or given up."""
+    _native().store_flush.default(store)
+
+
+def store_stats(store: int) -> list[int]:
+    """In the order of ``csrc/store/store.h``'s Stats."""
+    return cast("list[int]", _native().store_stats.default(store))
+
+
+def store_warnings(store: int) -> list[str]:
+    """What has gone wrong since the last time, each thing once."""
+    return cast("list[str]", _native().store_warnings.default(store))
+
+
+def store_close(store: int) -> None:
+    _native().store_close.default(store)

@@ -1,0 +1,102 @@
+"""When a call is computed as if there were no cache, and why.
+
+Everything here gives a reason in words, or None. Reasons of the first kind are normal (a call under
+vmap), those of the second say that a cached row would be wrong or would change what is trained.
+"""
+
+from __future__ import annotations
+
+import random
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from torchcache.call import Call
+
+_PLAIN_TYPES = (Tensor, nn.Parameter)
+
+
+def of_call(call: Call) -> str | None:
+    """Silent ones: the caller asked for something that a cache cannot give."""
+    grad = torch.is_grad_enabled()
+    for t in call.tensors:
+        if grad and t.requires_grad:
+            return "an input requires grad"
+        if type(t) not in _PLAIN_TYPES:
+            return f"an input is a {type(t).__name__}"
+        if t.layout is not torch.strided or t.is_quantized or t.is_meta:
+            return f"an input has no plain bytes ({t.layout}, {t.device})"
+    if torch.autograd.forward_ad._current_level >= 0 and any(map(_is_dual, call.tensors)):
+        return "an input carries a forward-mode tangent"
+    return None
+
+
+def of_surroundings() -> str | None:
+    """Silent ones too: what is going on around the call."""
+    if torch._C._get_tracing_state() is not None or torch.compiler.is_compiling():
+        return "the call is being traced"
+    if torch._C._functorch.peek_interpreter_stack() is not None:
+        return "the call runs under a functorch transform"
+    if torch._C._len_torch_dispatch_stack() > 0:
+        return "a torch dispatch mode is active"
+    return None
+
+
+def _is_dual(t: Tensor) -> bool:
+    return torch.autograd.forward_ad.unpack_dual(t).tangent is not None  # type: ignore[no-untyped-call]
+
+
+def of_modules(modules: Sequence[nn.Module]) -> str | None:
+    """Rows that would depend on their neighbours, or ranks that would wait for each other."""
+    for m in modules:
+        kind = type(m).__name__
+        if isinstance(m, nn.SyncBatchNorm) or kind in (
+            "FullyShardedDataParallel",
+            "DistributedDataParallel",
+        ):
+            return f"{kind} talks to other processes, which would wait for ranks without misses"
+        if isinstance(m, nn.modules.batchnorm._BatchNorm) and (m.training or m.running_mean is None):
+            return (
+                f"{kind} uses the statistics of the batch, so rows depend on their neighbours; "
+                "put the module in eval mode, after every model.train() (override train() to keep it there)"
+            )
+    return None
+
+
+class Noise:
+    """Whether random numbers were drawn since this was made."""
+
+    def __init__(self) -> None:
+        self._before = _generators()
+
+    def drawn(self) -> bool:
+        now = _generators()
+        return any(not _equal(a, b) for a, b in zip(self._before, now))
+
+    def rewind(self) -> None:
+        """Sets the generators back, so that a second forward draws what the first one drew."""
+        cpu, python, array, *cuda = self._before
+        torch.set_rng_state(cpu)
+        random.setstate(python)
+        if array is not None:
+            sys.modules["numpy"].random.set_state(array)
+        if cuda:
+            torch.cuda.set_rng_state_all(cuda)
+
+
+def _generators() -> list[Any]:
+    numpy = sys.modules.get("numpy")
+    array = numpy.random.get_state() if numpy is not None and hasattr(numpy, "random") else None
+    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []  # type: ignore[no-untyped-call]
+    return [torch.get_rng_state(), random.getstate(), array, *cuda]
+
+
+def _equal(a: Any, b: Any) -> bool:
+    if isinstance(a, Tensor):
+        return torch.equal(a, b)
+    if isinstance(a, tuple):
+        return len(a) == len(b) and all(map(_equal, a, b))
+    return a is b or bool((a == b).all() if hasattr(a, "all") else a == b)

@@ -1,0 +1,393 @@
+"""The cache of one module instance or function: look up, compute what is missing, keep it."""
+
+from __future__ import annotations
+
+import functools
+import threading
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from torchcache import bypass, temporary
+from torchcache.assembly import gather, output
+from torchcache.call import Binder, Call
+from torchcache.disk import DiskTier
+from torchcache.fingerprint import Fingerprint
+from torchcache.keys import KEY_FORMAT, Keys
+from torchcache.logs import Once
+from torchcache.memory import Found, MemoryTier, RowView
+from torchcache.options import Options
+from torchcache.rows import Layout, UnsupportedOutput, split
+from torchcache.state import Mode, State, Uninitialized, Unwatchable
+
+T = TypeVar("T")
+Forward = Callable[..., Any]
+
+
+class _lazy(functools.cached_property[T]):
+    """A cached property that is computed once, whichever thread comes first."""
+
+    def __get__(self, instance: Any, owner: type[Any] | None = None) -> T:  # type: ignore[override]
+        with instance._lock:
+            value: T = super().__get__(instance, owner)
+            return value
+
+
+_USELESS_AFTER = 10_000  # rows
+_USELESS_BELOW = 0.01  # hits a row
+
+
+class CacheInfo(NamedTuple):
+    """Rows asked for since the cache was made, by where they came from; rows and bytes of each tier."""
+
+    memory_hits: int
+    disk_hits: int
+    misses: int
+    memory_rows: int
+    memory_bytes: int
+    disk_rows: int
+    disk_bytes: int
+    damaged_rows: int
+    dropped_rows: int
+    queued_rows: int
+
+
+class Cache:
+    """What ``module.cache_instance`` is. Cheap to make: everything in it is made when first needed.
+
+    Attributes that are not here are private. Thread-safe.
+    """
+
+    def __init__(
+        self,
+        target: nn.Module | Forward,
+        forward: Forward,
+        takes_self: bool,
+        init: bytes,
+        options: Callable[[], Options],
+    ) -> None:
+        self._target = target
+        self._forward = forward
+        self._takes_self = takes_self
+        self._init = init
+        self._options_now = options
+        self._lock = threading.RLock()
+        self._hits = [0, 0, 0]
+        self._uncacheable: dict[bytes, str] = {}  # mode and description of calls → why
+        self._changed: set[bytes] = set()  # the same, of calls that have changed the state once
+
+    # ---- what it is
+
+    @_lazy
+    def options(self) -> Options:
+        return self._options_now()
+
+    @_lazy
+    def _fingerprint(self) -> Fingerprint:
+        return Fingerprint(self._target, self._forward, self._init, self.options)
+
+    @property
+    def module_hash(self) -> str:
+        """Short name of code, init arguments and options; the name of the subdirectory on disk."""
+        return self._fingerprint.module_hash
+
+    @_lazy
+    def cache_dir(self) -> Path | None:
+        """The directory of this module hash; None for a cache in memory only."""
+        if not self.options.persistent:
+            return None
+        base = self.options.persistent_cache_dir
+        return (temporary.directory() if base is None else Path(base)) / self.module_hash
+
+    @property
+    def persistent(self) -> bool:
+        return self.options.persistent
+
+    @property
+    def cache(self) -> Mapping[int, Any]:
+        """The rows in memory by the low 64 bits of their keys (as int64); values are copies of outputs ``[1, …]``."""
+        return RowView(self._memory)
+
+    @property
+    def is_memory_cache_full(self) -> bool:
+        return self._memory.full
+
+    @property
+    def is_persistent_cache_full(self) -> bool:
+        return self._disk is not None and self._disk.stats().full
+
+    @property
+    def memory_cache_size(self) -> int:
+        """Bytes of rows in memory."""
+        return self._memory.bytes
+
+    @property
+    def persistent_cache_size(self) -> int:
+        """Bytes of the files that this process has written, and of the rows that wait to be written."""
+        return 0 if self._disk is None else self._disk.stats().bytes_written
+
+    def info(self) -> CacheInfo:
+        """Counters, in the manner of ``functools.lru_cache``."""
+        memory_hits, disk_hits, misses = self._hits
+        disk = None if self._disk is None else self._disk.stats()
+        return CacheInfo(
+            memory_hits,
+            disk_hits,
+            misses,
+            self._memory.rows,
+            self._memory.bytes,
+            disk.rows if disk else 0,
+            disk.bytes_written if disk else 0,
+            disk.damaged_rows if disk else 0,
+            disk.dropped_rows if disk else 0,
+            disk.queued_rows if disk else 0,
+        )
+
+    # ---- what can be done with it
+
+    def hash_tensor(self, *args: Any, **kwargs: Any) -> Tensor:
+        """The low 64 bits of the keys of a call's rows, int64 ``[B]``. The arguments are those of forward."""
+        call = self._binder.bind(args, kwargs)
+        if call is None:
+            raise TypeError(f"these arguments do not fit the signature of {self._fingerprint.name}")
+        return self._keys_of(call)[0][:, 0].clone()
+
+    def rehash(self) -> None:
+        """Looks at every byte of the state anew: for edits of single elements that bypass torch."""
+        with self._lock:
+            self.__dict__.pop("_state", None)
+
+    def flush(self) -> None:
+        """Returns when every row kept so far is in a file."""
+        if self._disk is not None:
+            self._disk.flush()
+
+    def clear(self) -> None:
+        """Forgets the rows in memory; those on disk stay."""
+        self._memory.clear()
+
+    def close(self) -> None:
+        """Flushes, and frees the memory. The cache can be used again: it then starts as a new one would."""
+        self.flush()
+        with self._lock:
+            for name in ("_disk", "_memory", "_state"):
+                self.__dict__.pop(name, None)
+
+    # ---- one call
+
+    def run(self, forward: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The output of ``forward(*args, **kwargs)``, row by row from the cache where it has them."""
+        if bypass.of_surroundings() is not None:
+            return forward(*args, **kwargs)
+        call = self._binder.bind(args, kwargs)
+        if call is None or call.batch == 0 or bypass.of_call(call) is not None:
+            return forward(*args, **kwargs)
+        try:
+            keys, where = self._keys_of(call)
+        except Uninitialized:
+            return forward(*args, **kwargs)
+        except Unwatchable as error:
+            self._once.warn("unwatchable", "calls are not cached: %s", error)
+            return forward(*args, **kwargs)
+        if where in self._uncacheable:
+            return forward(*args, **kwargs)
+        found = self._memory.lookup(keys)
+        if not len(found.missing) and not found.mixed:
+            self._count(call.batch, 0, 0)
+            assert found.layout is not None
+            return output(found.layout, found.gather(found.slots), call)
+        return _Assembly(self, forward, call, keys, where, found).output()
+
+    def _keys_of(self, call: Call) -> tuple[Tensor, bytes]:
+        """Keys of a call; and what names its kind (arguments but not rows, mode), for what is known of such calls."""
+        with self._lock:
+            state = self._state
+            digest = b"" if state is None else state.digest()
+            mode = self._mode.flags(0 if state is None else state.generation)
+        if self._mode.reason is not None:
+            self._once.warn(self._mode.reason, "calls are not cached: %s", self._mode.reason)
+            self._uncacheable[mode + call.description] = self._mode.reason
+        return self._keys.of(call, mode, digest), mode + call.description
+
+    def _compute(self, forward: Forward, call: Call, rows: Tensor, where: bytes) -> tuple[Layout, list[Tensor]]:
+        """Layout and leaves of the rows, freshly computed. Raises Uncacheable where they must not be kept."""
+        noise = bypass.Noise()
+        state = self._state
+        before = None if state is None else state.before_forward()
+        everything = len(rows) == call.batch
+        args, kwargs = (call.args, call.kwargs) if everything else call.take(rows)
+        result = forward(*args, **kwargs)
+        reason = None
+        if noise.drawn():
+            reason = "the forward draws random numbers (dropout, drop path, sampling?): is a submodule in train mode?"
+        if state is not None and before is not None:
+            with self._lock:
+                changed = not state.after_forward(before)
+            if changed and reason is None and where not in self._changed:
+                self._changed.add(where)  # may have set something up that stays; once more will tell
+                raise Uncacheable(result if everything else None, noise)
+            if changed:
+                reason = reason or "the forward changes the module's own state (buffers, tensors, submodules)"
+        if reason is not None:
+            self._uncacheable[where] = reason
+            self._once.warn(reason, "calls are not cached: %s", reason)
+            raise Uncacheable(result if everything else None, noise)
+        try:
+            return split(result, len(rows), call.tensors, self.options.cache_dtype)
+        except UnsupportedOutput as error:
+            self._once.warn("output", "outputs are not cached: %s", error)
+            raise Uncacheable(result if everything else None, noise) from None
+
+    def _keep(self, keys: Tensor, layout: Layout, leaves: list[Tensor], on_disk: bool) -> None:
+        self._warn_of_parameters()
+        self._keep_in_memory(keys, layout, leaves)
+        if self._disk is not None and not on_disk:
+            self._disk.put(keys, layout, leaves)
+            if self._disk.stats().full:
+                self._once.warn("disk full", *_full("disk", "max_persistent_cache_size"))
+
+    def _warn_of_parameters(self) -> None:
+        names = [] if self._state is None else self._state.live_names
+        if names:
+            self._once.warn(
+                "grad",
+                "%s require grad: outputs come back detached, so these will not be trained, and every call hashes "
+                "them in full; freeze them by requires_grad_(False), or leave what is trained out of the cached module",
+                ", ".join(names[:3]) + (f" and {len(names) - 3} others" if len(names) > 3 else ""),
+            )
+
+    def _keep_in_memory(self, keys: Tensor, layout: Layout, leaves: list[Tensor]) -> None:
+        try:
+            self._memory.put(keys, layout, leaves)
+        except (RuntimeError, MemoryError) as error:
+            self._memory.full = True
+            self._once.warn("memory", "rows cannot be kept in memory: %s", error)
+        if self._memory.full and self._memory.limit:
+            self._once.warn("memory full", *_full("memory", "max_memory_cache_size"))
+
+    def _count(self, memory: int, disk: int, misses: int) -> None:
+        hits = self._hits
+        hits[0] += memory
+        hits[1] += disk
+        hits[2] += misses
+        if misses and hits[2] >= _USELESS_AFTER and hits[0] + hits[1] < _USELESS_BELOW * sum(hits):
+            self._once.warn(
+                "useless",
+                "of %d rows only %d were found: inputs never repeat (random augmentation in front of the module?)",
+                sum(hits),
+                hits[0] + hits[1],
+            )
+
+    # ---- what is made when first needed
+
+    @_lazy
+    def _once(self) -> Once:
+        return Once(self._fingerprint.name)
+
+    @_lazy
+    def _binder(self) -> Binder:
+        return Binder(self._forward, self._takes_self)
+
+    @_lazy
+    def _keys(self) -> Keys:
+        return Keys(self.options.subsample_count if self.options.subsample else None)
+
+    @_lazy
+    def _mode(self) -> Mode:
+        return Mode(self._fingerprint.modules)
+
+    @_lazy
+    def _state(self) -> State | None:
+        return self._fingerprint.state()
+
+    @_lazy
+    def _memory(self) -> MemoryTier:
+        return MemoryTier(self.options.memory_cache_device, self.options.max_memory_cache_size)
+
+    @_lazy
+    def _disk(self) -> DiskTier | None:
+        if self.cache_dir is None:
+            return None
+        meta = {
+            "class": self._fingerprint.name,
+            "key_format": KEY_FORMAT,
+            "module_hash": self.module_hash,
+            "options": {k: str(v) for k, v in self.options.stored().items()},
+            "torch": torch.__version__,
+        }
+        return DiskTier(self.cache_dir, self.options, meta)
+
+
+class Uncacheable(Exception):
+    """Rows that were computed but must not be kept; `output` is the whole batch's, where that was computed."""
+
+    def __init__(self, output: Any, noise: bypass.Noise) -> None:
+        super().__init__()
+        self.output = output
+        self.noise = noise
+
+
+class _Assembly:
+    """The output of one call whose rows come from several places."""
+
+    def __init__(self, cache: Cache, forward: Forward, call: Call, keys: Tensor, where: bytes, found: Found) -> None:
+        self._cache = cache
+        self._forward = forward
+        self._call = call
+        self._keys = keys
+        self._where = where
+        self._found = found
+
+    def output(self) -> Any:
+        try:
+            return self._from_everywhere()
+        except _OtherLayout:
+            return self._forward(*self._call.args, **self._call.kwargs)
+        except Uncacheable as found:
+            if found.output is not None:
+                return found.output
+            found.noise.rewind()
+            return self._forward(*self._call.args, **self._call.kwargs)
+
+    def _from_everywhere(self) -> Any:
+        cache, found, call = self._cache, self._found, self._call
+        if found.mixed:
+            raise _OtherLayout
+        missing = found.missing  # [M] distinct rows of the batch
+        keys = self._keys.index_select(0, missing)
+        layout = found.layout
+        place = torch.full((len(missing),), -1, dtype=torch.int64, device="cpu")  # in the parts below
+        parts: list[list[Tensor]] = []
+        on_disk = None if cache._disk is None else cache._disk.fetch(keys, layout)
+        if on_disk is not None:
+            where, layout, leaves = on_disk
+            place[where] = torch.arange(len(where), device="cpu")
+            parts.append(leaves)
+            cache._keep(keys.index_select(0, where), layout, leaves, on_disk=True)
+        absent = (place < 0).nonzero().squeeze(1)
+        if len(absent):
+            computed, leaves = cache._compute(self._forward, call, missing.index_select(0, absent), self._where)
+            if layout is not None and computed != layout:
+                raise _OtherLayout
+            layout = computed
+            cache._keep(keys.index_select(0, absent), layout, leaves, on_disk=False)
+            place[absent] = torch.arange(len(absent), device="cpu") + (len(missing) - len(absent))
+            parts.append(leaves)
+        cache._count(call.batch - len(missing), len(missing) - len(absent), len(absent))
+        assert layout is not None
+        return output(layout, gather(found, parts, place), call)
+
+
+class _OtherLayout(Exception):
+    """Rows of one batch have outputs of different layouts: they are computed together, and not kept."""
+
+
+def _full(tier: str, option: str) -> tuple[str, str, str]:
+    return (
+        "the %s cache is full: new rows are computed but not kept; raise %s to keep more",
+        tier,
+        option,
+    )

@@ -1,0 +1,191 @@
+"""One call: binds the arguments, finds the batch, and describes what is not a row.
+
+A signature is resolved once for each way of passing arguments (how many by position, which by
+name) and replayed after that.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
+from copy import copy
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from torchcache.encoding import encode, is_plain
+
+_EMPTY = inspect.Parameter.empty
+_VAR_POSITIONAL = inspect.Parameter.VAR_POSITIONAL
+_NO_TENSORS = (
+    "No tensor inputs found in the call: torchcache needs at least one tensor [B, ...] whose rows it can cache"
+)
+
+
+class Call:
+    """The bound arguments of one call."""
+
+    __slots__ = ("args", "batch", "description", "device", "kwargs", "tensors")
+
+    def __init__(
+        self,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        tensors: list[Tensor],
+        description: bytes,
+    ) -> None:
+        self.args = args
+        self.kwargs = kwargs
+        self.tensors = tensors  # [B, …] each, in signature order
+        self.description = description  # of everything but the rows; see docs/format.md
+        self.batch = tensors[0].shape[0]
+        self.device = tensors[0].device
+
+    def take(self, rows: Tensor) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """The same arguments with only these rows (int64, on the CPU) of every tensor."""
+        on_device: dict[torch.device, Tensor] = {}
+
+        def pick(t: Tensor) -> Tensor:
+            if t.device not in on_device:
+                on_device[t.device] = rows.to(t.device)
+            return t.index_select(0, on_device[t.device])
+
+        args = tuple(_map_tensors(a, pick) for a in self.args)
+        return args, {name: _map_tensors(a, pick) for name, a in self.kwargs.items()}
+
+
+class Binder:
+    """Binds calls of one function; with `takes_self` its first parameter is not an argument."""
+
+    def __init__(self, function: Callable[..., Any], takes_self: bool) -> None:
+        parameters = list(inspect.signature(function).parameters.values())
+        leave_out = takes_self and bool(parameters) and parameters[0].kind is not _VAR_POSITIONAL
+        self._parameters = parameters[1:] if leave_out else parameters
+        self._plans: dict[tuple[int, tuple[str, ...]], list[tuple[str, Any, Any]] | None] = {}
+
+    def bind(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call | None:
+        """The call, or None where the arguments do not fit the signature (the function itself says it best).
+
+        Raises ValueError for calls without tensors, with different batch sizes, or with arguments
+        that are neither tensors nor immutable.
+        """
+        pattern = (len(args), tuple(kwargs))
+        if pattern not in self._plans:
+            self._plans[pattern] = self._plan(*pattern)
+        plan = self._plans[pattern]
+        if plan is None:
+            return None
+        found = _Found()
+        for name, source, default in plan:
+            if source is _EMPTY:
+                found.parts.append(default)
+            else:
+                found.add(name, args[source] if type(source) is int else kwargs[source])
+        return found.call(args, kwargs)
+
+    def _plan(self, count: int, names: tuple[str, ...]) -> list[tuple[str, Any, Any]] | None:
+        """(name, position or keyword or nothing, encoded default) for each parameter in signature order."""
+        plan: list[tuple[str, Any, Any]] = []
+        left = set(names)
+        positions = iter(range(count))
+        for p in self._parameters:
+            if p.kind is _VAR_POSITIONAL:
+                plan += [(f"*{p.name}[{k}]", i, None) for k, i in enumerate(positions)]
+            elif p.kind is p.VAR_KEYWORD:
+                plan += [(f"**{name}", name, None) for name in sorted(left)]
+                left.clear()
+            elif p.kind is not p.KEYWORD_ONLY and (i := next(positions, None)) is not None:
+                plan.append((p.name, i, None))
+            elif p.kind is not p.POSITIONAL_ONLY and p.name in left:
+                left.remove(p.name)
+                plan.append((p.name, p.name, None))
+            elif p.default is not _EMPTY:
+                plan.append((p.name, _EMPTY, _default(p.name, p.default)))
+            else:
+                return None
+        return None if left or next(positions, None) is not None else plan
+
+
+def _default(name: str, value: Any) -> bytes:
+    """A default is fixed with the code; one that cannot be encoded is the code's affair alone."""
+    found = _Found()
+    found.add(name, value)
+    return encode(name) + b"d" if found.wrong else b"".join(found.parts)
+
+
+class _Found:
+    """What the arguments of one call turn out to be."""
+
+    def __init__(self) -> None:
+        self.tensors: list[Tensor] = []
+        self.parts: list[bytes] = []
+        self.wrong: tuple[str, Any] | None = None
+
+    def add(self, name: str, value: Any) -> None:
+        if isinstance(value, Tensor):
+            self.tensors.append(value)
+            self.parts.append(_tensor_part(name, value.dtype, tuple(value.shape[1:])))
+        elif is_plain(value):
+            self.parts.append(encode(name) + encode(value))
+        elif isinstance(value, Mapping) and _holds_tensor(value):
+            self.parts.append(encode((name, "mapping", len(value))))
+            for key in sorted(value, key=str):
+                self.parts.append(encode(key) if is_plain(key) else encode(str(key)))
+                self.add(f"{name}[{key!r}]", value[key])
+        elif isinstance(value, (tuple, list)) and _holds_tensor(value):
+            self.parts.append(encode((name, "sequence", type(value).__name__, len(value))))
+            for i, item in enumerate(value):
+                self.add(f"{name}[{i}]", item)
+        elif self.wrong is None:
+            self.wrong = (name, value)
+
+    def call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
+        if not self.tensors:
+            raise ValueError(_NO_TENSORS)
+        if self.wrong is not None:
+            name, value = self.wrong
+            raise ValueError(
+                "All non-Tensor extra args to the call must be an immutable type (None, bool, int, float, complex, "
+                f"str, bytes, torch.dtype, torch.device, or tuples of these), got {type(value).__name__} for {name!r}"
+            )
+        batches = [t.shape[0] if t.dim() else None for t in self.tensors]
+        if batches[0] is None or any(b != batches[0] for b in batches):
+            shapes = ", ".join(str(tuple(t.shape)) for t in self.tensors)
+            raise ValueError(
+                f"All inputs must have the same batch dimension (dimension 0), got tensors of shapes {shapes}"
+            )
+        return Call(args, kwargs, self.tensors, b"".join(self.parts))
+
+
+_tensor_parts: dict[tuple[str, torch.dtype, tuple[int, ...]], bytes] = {}
+
+
+def _tensor_part(name: str, dtype: torch.dtype, shape: tuple[int, ...]) -> bytes:
+    key = (name, dtype, shape)
+    part = _tensor_parts.get(key)
+    if part is None:
+        if len(_tensor_parts) > 10_000:
+            _tensor_parts.clear()
+        part = _tensor_parts[key] = encode((name, "tensor", dtype, shape))
+    return part
+
+
+def _holds_tensor(value: Mapping[Any, Any] | Sequence[Any]) -> bool:
+    items = value.values() if isinstance(value, Mapping) else value
+    return any(isinstance(v, Tensor) or (isinstance(v, (Mapping, tuple, list)) and _holds_tensor(v)) for v in items)
+
+
+def _map_tensors(value: Any, function: Callable[[Tensor], Tensor]) -> Any:
+    """The argument with every tensor in it replaced, containers copied, their types kept."""
+    if isinstance(value, Tensor):
+        return function(value)
+    if isinstance(value, MutableMapping):
+        result = copy(value)
+        for key in list(value):
+            result[key] = _map_tensors(value[key], function)
+        return result
+    if isinstance(value, (tuple, list)) and _holds_tensor(value):
+        items = [_map_tensors(v, function) for v in value]
+        return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
+    return value

@@ -1,0 +1,284 @@
+"""The decorator: patches a class, an existing instance or a function; nothing else.
+
+A class is patched in place, so its name, pickling, ``super()`` and ``isinstance`` stay what they are.
+The state of an instance is one handle in its ``__dict__``.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import sys
+import threading
+import types
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch
+from torch import nn
+
+from torchcache.cache import Cache
+from torchcache.fingerprint import init_arguments
+from torchcache.options import ATTRIBUTE_PREFIX, Options
+
+T = TypeVar("T")
+Forward = Callable[..., Any]
+
+_HANDLE = "_torchcache_handle"
+_ORIGINAL = "__torchcache_original__"
+_ENABLED = ATTRIBUTE_PREFIX + "enabled"
+
+_lock = threading.Lock()
+
+
+def torchcache(
+    *,
+    enabled: bool = True,
+    memory_cache_device: str | torch.device = "cpu",
+    subsample_count: int = 10000,
+    persistent: bool = False,
+    persistent_cache_dir: str | os.PathLike[str] | None = None,
+    persistent_module_hash: str | None = None,
+    max_persistent_cache_size: float = int(10e9),
+    max_memory_cache_size: float = int(1e9),
+    zstd_compression: bool = False,
+    zstd_compression_level: int = 3,
+    zstd_compression_threads: int = 1,
+    cache_dtype: torch.dtype | None = None,
+    use_mmap_on_load: bool = False,
+    subsample: bool = False,
+) -> Callable[[T], T]:
+    """Caches the outputs of a module class, a module instance or a function, row by row.
+
+    Every tensor argument must have the same batch size B in dimension 0, and so must every tensor of
+    the output. Each distinct row is computed once; outputs come back detached.
+
+    Args:
+        enabled: whether to cache; per instance by the attribute ``torchcache_enabled``, live.
+        memory_cache_device: where rows in memory lie.
+        subsample_count: elements of a row that are hashed with ``subsample=True``.
+        persistent: keep rows on disk too, for other processes and later runs.
+        persistent_cache_dir: the directory; None: a temporary one, removed at a normal exit.
+        persistent_module_hash: name of the subdirectory instead of the module hash: rows then stay
+            valid whatever changes in the code, the arguments and the weights.
+        max_persistent_cache_size: bytes of the files that this process may write.
+        max_memory_cache_size: bytes of rows in memory.
+        zstd_compression: compress rows on disk with zstd (needs ``persistent=True``).
+        zstd_compression_level: -131072 to 22.
+        zstd_compression_threads: 1 to 256.
+        cache_dtype: floating-point dtype in which rows are kept; outputs have the original dtype.
+        use_mmap_on_load: read files through a memory map.
+        subsample: hash only about ``subsample_count`` elements of a row. Rows that differ elsewhere
+            are then taken for the same: only for inputs where that cannot matter.
+
+    Returns:
+        A decorator. It patches a class or instance in place and returns it; a function it wraps.
+
+    Raises:
+        ValueError: an option is out of its range.
+        TypeError: the decorated thing is no nn.Module subclass, instance of one, or function.
+    """
+    options = Options.checked(**locals())
+
+    def decorate(target: T) -> T:
+        if isinstance(target, type):
+            if not issubclass(target, nn.Module):
+                raise _wrong_target(target.__name__)
+            _patch_class(target, options)
+            return target
+        if isinstance(target, nn.Module):
+            return _patch_instance(target, options)
+        if isinstance(target, types.FunctionType):
+            return _wrap_function(target, options)  # type: ignore[return-value]
+        raise _wrong_target(repr(target))
+
+    return decorate
+
+
+def _wrong_target(what: str) -> TypeError:
+    return TypeError(
+        "torchcache can only decorate nn.Module subclasses, instances of them, and functions defined in Python; "
+        f"got {what}"
+    )
+
+
+class _Handle:
+    """What torchcache knows of one instance. A copy, or one out of a pickle, starts without rows."""
+
+    def __init__(self, owner: type[nn.Module], options: Options | None, init: bytes) -> None:
+        self.owner = owner
+        self.options = options  # of the instance; None: those of its class
+        self.init = init
+        self.caches: dict[Forward, Cache] = {}
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Handle:
+        return _Handle(self.owner, self.options, self.init)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _restore, (self.owner, self.options, self.init)
+
+
+def _restore(owner: type[nn.Module], options: Options | None, init: bytes) -> _Handle:
+    if options is not None:
+        _patch_forward(owner, None)
+    return _Handle(owner, options, init)
+
+
+# ---- classes and instances
+
+
+def _patch_class(cls: type[nn.Module], options: Options) -> None:
+    _patch_forward(cls, options)
+    original = cls.__init__
+    if hasattr(original, _ORIGINAL) and "__init__" in cls.__dict__:
+        return
+
+    @functools.wraps(original)
+    def __init__(self: nn.Module, *args: Any, **kwargs: Any) -> None:
+        outermost = _HANDLE not in self.__dict__
+        if outermost:  # before the arguments can be changed, and before nn.Module's own __init__
+            init = init_arguments(type(self).__qualname__, args, kwargs)
+            self.__dict__[_HANDLE] = _Handle(type(self), None, init)
+        original(self, *args, **kwargs)
+        if outermost:
+            _options_of(self, options)  # wrong torchcache_ attributes are told now, not at the first call
+
+    setattr(__init__, _ORIGINAL, original)
+    cls.__init__ = __init__  # type: ignore[method-assign]
+
+
+def _patch_instance(module: T, options: Options) -> T:
+    assert isinstance(module, nn.Module)
+    _options_of(module, options)
+    own = module.__dict__.get("forward")
+    _patch_forward(type(module), None)
+    if isinstance(module, nn.modules.lazy.LazyModuleMixin) and module.cls_to_become is not None:
+        _patch_forward(module.cls_to_become, None)  # its class from the first call on
+    module.__dict__[_HANDLE] = _Handle(type(module), options, b"")
+    if own is not None:
+        module.__dict__["forward"] = _InstanceForward(module, own)
+    return module
+
+
+def _patch_forward(cls: type[nn.Module], options: Options | None) -> None:
+    """Gives the class one forward that dispatches. Without options it acts for marked instances only."""
+    with _lock:
+        forward = cls.__dict__.get("forward")
+        if forward is None or not hasattr(forward, _ORIGINAL):
+            forward = _dispatching(getattr(cls.forward, _ORIGINAL, cls.forward))
+            cls.forward = forward
+        if options is not None:
+            forward._torchcache_options = options
+        if "cache_instance" not in cls.__dict__:
+            cls.cache_instance = property(_cache_instance)  # type: ignore[attr-defined]
+
+
+def _dispatching(original: Forward) -> Any:
+    @functools.wraps(original)
+    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        cache = _cache_of(self, forward)
+        if cache is None:
+            return original(self, *args, **kwargs)
+        return _run(cache, functools.partial(original, self), args, kwargs)
+
+    forward._torchcache_options = None  # type: ignore[attr-defined]
+    forward._torchdynamo_disable = True  # type: ignore[attr-defined]  # one graph break, at the call
+    setattr(forward, _ORIGINAL, original)
+    return forward
+
+
+class _InstanceForward:
+    """The forward of an instance that had one of its own (a compiled module, a patched one)."""
+
+    def __init__(self, module: nn.Module, original: Forward) -> None:
+        self.module = module
+        self.original = original
+        self._torchcache_options = None
+        setattr(self, _ORIGINAL, original)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        cache = _cache_of(self.module, self)
+        if cache is None:
+            return self.original(*args, **kwargs)
+        return _run(cache, self.original, args, kwargs)
+
+
+def _cache_of(module: nn.Module, forward: Any) -> Cache | None:
+    """The cache of this forward of the instance; None where it has none or is disabled."""
+    handle: _Handle | None = module.__dict__.get(_HANDLE)
+    options = forward._torchcache_options
+    if handle is None:
+        if options is None:
+            return None
+        handle = module.__dict__.setdefault(_HANDLE, _Handle(type(module), None, b""))
+    options = handle.options or options
+    if options is None or not _is_enabled(module, options):
+        return None
+    cache = handle.caches.get(forward)
+    if cache is None:
+        with _lock:
+            original = getattr(forward, _ORIGINAL)
+            takes_self = not isinstance(forward, _InstanceForward)
+            current = functools.partial(_options_of, module, options)
+            cache = handle.caches.setdefault(forward, Cache(module, original, takes_self, handle.init, current))
+    return cache
+
+
+def _is_enabled(module: nn.Module, options: Options) -> bool:
+    flag = module.__dict__.get(_ENABLED)
+    if flag is None:
+        flag = getattr(type(module), _ENABLED, options.enabled)
+    return bool(flag)
+
+
+def _options_of(module: nn.Module, options: Options) -> Options:
+    attributes = {k: v for c in reversed(type(module).__mro__) for k, v in c.__dict__.items()}
+    return options.with_attributes({**attributes, **module.__dict__})
+
+
+def _cache_instance(module: nn.Module) -> Cache:
+    forwards = [
+        module.__dict__.get("forward"),
+        *(c.__dict__.get("forward") for c in type(module).__mro__),
+    ]
+    forward = next((f for f in forwards if hasattr(f, _ORIGINAL)), None)
+    cache = None if forward is None else _cache_of(module, forward)
+    if cache is None:
+        raise AttributeError(f"{type(module).__name__} has no cache_instance: torchcache is disabled for it")
+    return cache
+
+
+# ---- functions
+
+
+def _wrap_function(function: types.FunctionType, options: Options) -> Forward:
+    @functools.wraps(function)
+    def cached(*args: Any, **kwargs: Any) -> Any:
+        if not getattr(cached, _ENABLED, options.enabled):
+            return function(*args, **kwargs)
+        return _run(cache, function, args, kwargs)
+
+    cache = Cache(function, function, False, b"", lambda: options.with_attributes(cached.__dict__))
+    setattr(cached, _ORIGINAL, function)
+    cached._torchdynamo_disable = True  # type: ignore[attr-defined]
+    if options.enabled:
+        cached.cache_instance = cache  # type: ignore[attr-defined]
+    return cached
+
+
+# ---- torch.compile
+
+
+def _run_cache(cache: Cache, forward: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    return cache.run(forward, args, kwargs)
+
+
+@functools.cache
+def _run_untraced() -> Forward:
+    return torch.compiler.disable(_run_cache)  # type: ignore[no-any-return, no-untyped-call]
+
+
+def _run(cache: Cache, forward: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Runs a call, hidden from torch.compile where that is loaded (loading it costs seconds)."""
+    run = _run_untraced() if "torch._dynamo" in sys.modules else _run_cache
+    return run(cache, forward, args, kwargs)

@@ -1,0 +1,143 @@
+"""What computes: the module hash of a module or function, and the state that its keys depend on.
+
+The module hash names the directory: code, init arguments, and the options that change what is
+stored. The state (weights, buffers, configuration of submodules) is part of every key.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor, nn
+
+from torchcache import source
+from torchcache.encoding import Unencodable, encode, is_plain
+from torchcache.logs import logger
+from torchcache.options import Options
+from torchcache.state import State, digests
+
+FINGERPRINT_FORMAT = 1
+
+_MODULE_ATTRIBUTES = frozenset(nn.Module().__dict__)
+
+
+class Fingerprint:
+    """Of one module (with the forward that is cached) or one function.
+
+    Args:
+        target: the module, or the function itself.
+        forward: the undecorated forward of the module, or the function.
+        init: encoded init arguments.
+        options: the options in force.
+    """
+
+    def __init__(
+        self,
+        target: nn.Module | Callable[..., Any],
+        forward: Callable[..., Any],
+        init: bytes,
+        options: Options,
+    ) -> None:
+        self._target = target
+        self._forward = forward
+        self.name = type(target).__qualname__ if isinstance(target, nn.Module) else forward.__qualname__
+        self._modules: dict[str, nn.Module] = {}
+        self._tensors: dict[str, Tensor] = {}
+        code = self._code()
+        self.fixed = options.persistent_module_hash is not None
+        self.module_hash = options.persistent_module_hash or _hex(
+            encode((FINGERPRINT_FORMAT, code, init, options.stored()))
+        )
+        logger.info("%s: module hash %s", self.name, self.module_hash)
+
+    def state(self) -> State | None:
+        """The state to watch; None where a given module hash stands for everything."""
+        if self.fixed:
+            return None
+        own = self._target if isinstance(self._target, nn.Module) else None
+        modules = {"": own, **self._modules} if own is not None else self._modules
+        return State(modules, self._tensors, self._describe, own)
+
+    def modules(self) -> list[nn.Module]:
+        """Every module whose training flag may matter."""
+        roots = [self._target] if isinstance(self._target, nn.Module) else []
+        return [m for root in (*roots, *self._modules.values()) for m in root.modules()]
+
+    def _code(self) -> bytes:
+        """Of the forward, the module, and the modules that their code reaches, and so on."""
+        todo: list[Any] = [self._forward]
+        if isinstance(self._target, nn.Module):
+            todo.append(self._target)
+        known = len(self._modules)
+        todo += self._modules.values()
+        parts = []
+        for what in todo:
+            parts.append(source.describe(what, tensors=self._reached_tensor, modules=self._reached_module))
+            todo += list(self._modules.values())[known:]
+            known = len(self._modules)
+        return encode(tuple(parts))
+
+    def _reached_tensor(self, tensor: Tensor) -> bytes:
+        return _name_of(tensor, self._tensors, "tensor").encode()
+
+    def _reached_module(self, module: nn.Module) -> bytes:
+        return _name_of(module, self._modules, "module").encode()
+
+    def _describe(self) -> bytes:
+        """Code and configuration of all modules as they are now, for the state digest."""
+        own = self._target if isinstance(self._target, nn.Module) else None
+        return encode((self._code(), *(_configuration(m, m is own) for m in self.modules())))
+
+
+def _name_of(what: Any, known: dict[str, Any], kind: str) -> str:
+    for name, other in known.items():
+        if other is what:
+            return name
+    name = f"{kind} {len(known)}"
+    known[name] = what
+    return name
+
+
+def _configuration(module: nn.Module, is_own: bool) -> bytes:
+    """Plain attributes, and a Hugging Face config. The decorated module's own are watched live instead."""
+    plain = {
+        name: value
+        for name, value in module.__dict__.items()
+        if not is_own and name not in _MODULE_ATTRIBUTES and not name.startswith("torchcache_") and is_plain(value)
+    }
+    config = module.__dict__.get("config")
+    as_dict = getattr(config, "to_dict", None)
+    try:
+        settings = encode(as_dict()) if callable(as_dict) else b""
+    except Unencodable as error:
+        logger.info("the config of %s is left out of the key: %s", type(module).__qualname__, error)
+        settings = b""
+    return encode((encode(plain), settings))
+
+
+def init_arguments(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bytes:
+    """Init arguments in an encoding that is the same in every process.
+
+    Where there is none, a random one and a warning: rows are then not shared with other processes.
+    """
+    try:
+        return source.describe_value((args, kwargs), tensors=_tensor_bytes, name="init arguments")
+    except Unencodable as error:
+        logger.warning(
+            "%s: an init argument has no encoding that is the same in every process (%s): its rows are "
+            "not shared with other processes; give persistent_module_hash to share them",
+            name,
+            error,
+        )
+        return os.urandom(16)
+
+
+def _tensor_bytes(tensor: Tensor) -> bytes:
+    return encode((tensor.dtype, tuple(tensor.shape), digests([tensor])[0]))
+
+
+def _hex(data: bytes) -> str:
+    return hashlib.blake2b(data, digest_size=16).hexdigest()

@@ -1,0 +1,60 @@
+"""Call → keys. What goes into a key is written down in docs/format.md, "Keys and digests"."""
+
+from __future__ import annotations
+
+import threading
+
+import torch
+from torch import Tensor
+
+from torchcache import _ops
+from torchcache.call import Call
+from torchcache.encoding import encode
+from torchcache.state import bits
+
+KEY_FORMAT = 1
+
+_MOST_DIGESTS = 4096  # remembered call digests; a state that changes on every call must not pile them up
+
+
+class Keys:
+    """Makes the keys of the calls of one cache. Thread-safe."""
+
+    def __init__(self, subsample_count: int | None) -> None:
+        """With a `subsample_count` only about so many elements of a row are hashed."""
+        self._subsample_count = subsample_count
+        self._digests: dict[tuple[bytes, ...], Tensor] = {}
+        self._lock = threading.Lock()
+
+    def of(self, call: Call, mode: bytes, state: bytes) -> Tensor:
+        """Keys of the rows of a call, int64 ``[B, 2]`` (low, high half), on the CPU."""
+        call_digest = self._call_digest(call.description, mode, _autocast(call.device.type), state)
+        return _ops.keys([self._row_bytes(t) for t in call.tensors], call_digest)
+
+    def _call_digest(self, *parts: bytes) -> Tensor:
+        digest = self._digests.get(parts)
+        if digest is None:
+            encoded = encode((KEY_FORMAT, *parts))
+            digest = _ops.digests([torch.frombuffer(bytearray(encoded), dtype=torch.uint8)])[0]
+            with self._lock:
+                if len(self._digests) >= _MOST_DIGESTS:
+                    self._digests.clear()
+                self._digests[parts] = digest
+        return digest
+
+    def _row_bytes(self, t: Tensor) -> Tensor:
+        if t.requires_grad:
+            t = t.detach()
+        if t.is_conj() or t.is_neg():
+            t = t.resolve_conj().resolve_neg()
+        if self._subsample_count is not None:
+            t = t.flatten(1) if t.dim() > 1 else t.unsqueeze(1)
+            t = t[:, :: max(1, t.shape[1] // self._subsample_count)]
+        return bits(t if t.device.type == "cpu" else t.cpu())
+
+
+def _autocast(device_type: str) -> bytes:
+    """Autocast of the inputs' device: off, or its dtype. On every device the same dtype gives the same bytes."""
+    if not torch.is_autocast_enabled(device_type):
+        return b""
+    return encode(torch.get_autocast_dtype(device_type))

@@ -1,0 +1,237 @@
+"""The memory tier: one arena for each leaf of a layout, and a native table from keys to slots.
+
+A hit is one gather a leaf. An arena is reserved whole and costs nothing until it is touched; where
+the system refuses that much address space, or off the CPU, it grows in chunks.
+"""
+
+from __future__ import annotations
+
+import mmap
+import threading
+import weakref
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from torchcache import _ops
+from torchcache.rows import Layout, Leaf
+
+MIXED = -2  # the layout of a lookup that found rows of several
+
+_CHUNK_BYTES = 64 << 20
+_MAP_NORESERVE = 0x4000  # Linux; Python's mmap does not name it
+
+
+class MemoryTier:
+    """Rows in memory, up to `limit` bytes of rows. When full, new rows are dismissed and old ones stay."""
+
+    def __init__(self, device: str, limit: int) -> None:
+        self.device = torch.device(device)
+        self.limit = limit
+        self._lock = threading.Lock()
+        self.clear()
+
+    def clear(self) -> None:
+        with self._lock:
+            self.bytes = 0
+            self.rows = 0
+            self.full = False
+            self._table = _Table()
+            self._arenas: list[_RowArena] = []
+            self._by_layout: dict[Layout, int] = {}
+
+    def lookup(self, keys: Tensor) -> Found:
+        """Which of these rows are here."""
+        table, arenas = self._table, self._arenas
+        return Found(arenas, *table.lookup(keys))
+
+    def put(self, keys: Tensor, layout: Layout, leaves: list[Tensor]) -> None:
+        """Keeps copies of the rows, as far as they fit; of those that do not, none."""
+        with self._lock:
+            _, new, _ = self._table.lookup(keys)
+            fits = (self.limit - self.bytes) // layout.row_bytes if layout.row_bytes else len(new)
+            if fits < len(new):
+                self.full = True
+                new = new[:fits]
+            if not len(new):
+                return
+            number = self._by_layout.get(layout)
+            if number is None:
+                number = len(self._arenas)
+                self._arenas.append(_RowArena(layout, self.device, self.limit - self.bytes))
+                self._by_layout[layout] = number
+            whole = len(new) == len(keys)
+            first = self._arenas[number].append(
+                leaves if whole else [t.index_select(0, new.to(t.device)) for t in leaves], len(new)
+            )
+            self._table.insert(keys if whole else keys.index_select(0, new), number, first)
+            self.bytes += len(new) * layout.row_bytes
+            self.rows += len(new)
+
+    def find(self, low: int) -> tuple[Layout, list[Tensor]] | None:
+        """A copy of the row whose key has that low half: its layout and leaves ``[1, …]``."""
+        number, slot = self._table.find(low)
+        if number < 0:
+            return None
+        arena = self._arenas[number]
+        return arena.layout, arena.gather(torch.tensor([slot], device="cpu"))
+
+    def lows(self) -> list[int]:
+        """The low halves of all keys."""
+        return self._table.lows()
+
+
+class Found:
+    """What a lookup of B keys found: `slots` ``[B]`` (negative: missing), `missing` ``[M]``: first rows of those."""
+
+    __slots__ = ("_arenas", "_number", "missing", "slots")
+
+    def __init__(self, arenas: list[_RowArena], slots: Tensor, missing: Tensor, number: int) -> None:
+        self._arenas = arenas
+        self.slots = slots
+        self.missing = missing
+        self._number = number
+
+    @property
+    def mixed(self) -> bool:
+        """Rows of several layouts: they cannot be one output."""
+        return self._number == MIXED
+
+    @property
+    def layout(self) -> Layout | None:
+        return self._arenas[self._number].layout if self._number >= 0 else None
+
+    def gather(self, slots: Tensor) -> list[Tensor]:
+        """Rows of these slots (int64, on the CPU) as fresh leaves, on the tier's device."""
+        return self._arenas[self._number].gather(slots)
+
+
+class _Table:
+    """A native key table that is closed with its owner."""
+
+    def __init__(self) -> None:
+        self._id = _ops.table_open()
+        weakref.finalize(self, _ops.table_close, self._id).atexit = False
+
+    def lookup(self, keys: Tensor) -> tuple[Tensor, Tensor, int]:
+        return _ops.table_lookup(self._id, keys)
+
+    def insert(self, keys: Tensor, layout: int, first: int) -> None:
+        _ops.table_insert(self._id, keys.contiguous(), layout, first)
+
+    def find(self, low: int) -> tuple[int, int]:
+        return _ops.table_find(self._id, low)
+
+    def lows(self) -> list[int]:
+        return _ops.table_lows(self._id).tolist()
+
+
+class _RowArena:
+    """Rows of one layout, in as many arenas as it has leaves."""
+
+    def __init__(self, layout: Layout, device: torch.device, limit: int) -> None:
+        self.layout = layout
+        capacity = max(1, limit // layout.row_bytes if layout.row_bytes else 2**40)
+        self._leaves = [_Arena(leaf, device, capacity) for leaf in layout.leaves]
+        self._used = 0
+
+    def append(self, leaves: list[Tensor], count: int) -> int:
+        """Copies rows behind the last; gives the slot of the first. Nothing is taken where it raises."""
+        first = self._used
+        for arena, rows in zip(self._leaves, leaves):
+            arena.write(first, rows)
+        self._used += count
+        return first
+
+    def gather(self, slots: Tensor) -> list[Tensor]:
+        return [arena.gather(slots) for arena in self._leaves]
+
+
+class _Arena:
+    """Rows of one leaf on one device: chunks of equally many rows, on the CPU usually one."""
+
+    def __init__(self, leaf: Leaf, device: torch.device, capacity: int) -> None:
+        self._leaf = leaf
+        self._device = device
+        self._chunks: list[Tensor] = []
+        whole = _reserve(leaf, capacity) if device.type == "cpu" else None
+        if whole is not None:
+            self._chunks.append(whole)
+            self._chunk_rows = capacity
+        else:
+            self._chunk_rows = max(1, min(capacity, _CHUNK_BYTES // max(1, leaf.row_bytes)))
+
+    def write(self, first: int, rows: Tensor) -> None:
+        done = 0
+        for chunk, at, count in self._spans(first, len(rows)):
+            while chunk >= len(self._chunks):
+                self._chunks.append(self._new_chunk())
+            with torch.no_grad():
+                self._chunks[chunk][at : at + count].copy_(rows[done : done + count])
+            done += count
+
+    def gather(self, slots: Tensor) -> Tensor:
+        slots = slots.to(self._device)
+        if len(self._chunks) == 1:
+            return self._chunks[0].index_select(0, slots)
+        out = torch.empty((len(slots), *self._leaf.shape), dtype=self._leaf.stored, device=self._device)
+        number = slots.div(self._chunk_rows, rounding_mode="floor")
+        for chunk in torch.unique(number).tolist():
+            where = (number == chunk).nonzero().squeeze(1)
+            rows = self._chunks[chunk].index_select(0, slots[where] - chunk * self._chunk_rows)
+            out.index_copy_(0, where, rows)
+        return out
+
+    def _spans(self, first: int, count: int) -> Iterator[tuple[int, int, int]]:
+        """(chunk, row in it, rows) that hold the slots first … first + count - 1."""
+        while count:
+            chunk, at = divmod(first, self._chunk_rows)
+            here = min(count, self._chunk_rows - at)
+            yield chunk, at, here
+            first, count = first + here, count - here
+
+    def _new_chunk(self) -> Tensor:
+        with torch.inference_mode(False):
+            return torch.empty((self._chunk_rows, *self._leaf.shape), dtype=self._leaf.stored, device=self._device)
+
+
+def _reserve(leaf: Leaf, capacity: int) -> Tensor | None:
+    """Address space for all rows, without memory behind it until it is touched; None where that is refused."""
+    size = capacity * leaf.row_bytes
+    if size == 0 or not hasattr(mmap, "MAP_ANONYMOUS"):
+        return None
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_NORESERVE
+    try:
+        # Private: a forked child must not write into its parent. Never closed: the tensor keeps it alive.
+        memory = mmap.mmap(-1, size, flags=flags)
+        with torch.inference_mode(False):
+            flat = torch.frombuffer(memory, dtype=leaf.stored)
+    except (OSError, ValueError, OverflowError):
+        return None
+    return flat.view(capacity, *leaf.shape)
+
+
+class RowView(Mapping[int, Any]):
+    """A read-only view of the rows in memory."""
+
+    def __init__(self, memory: MemoryTier) -> None:
+        self._memory = memory
+
+    def __len__(self) -> int:
+        return self._memory.rows
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self._memory.lows())
+
+    def __contains__(self, key: object) -> bool:
+        return isinstance(key, int) and -(2**63) <= key < 2**63 and self._memory.find(key) is not None
+
+    def __getitem__(self, key: int) -> Any:
+        found = self._memory.find(key) if isinstance(key, int) and -(2**63) <= key < 2**63 else None
+        if found is None:
+            raise KeyError(key)
+        layout, leaves = found
+        device = self._memory.device
+        return layout.join([leaf.restore(rows, device) for leaf, rows in zip(layout.leaves, leaves)])

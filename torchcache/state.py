@@ -1,0 +1,303 @@
+"""State of what computes: weights, buffers, plain tensor attributes, and the mode of every submodule.
+
+A digest of everything is taken once. After that each call takes a cheap look (identities, version
+counters, and natively addresses, shapes and a few words of every tensor), and only what changed is
+digested again. Tensors that require grad are digested in full at every look: an optimizer may change
+them without moving a counter.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import struct
+import weakref
+from collections.abc import Callable, Iterator
+from operator import attrgetter, is_
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from torchcache import _ops
+from torchcache.bypass import of_modules
+from torchcache.encoding import encode, is_plain
+
+# Attributes of every nn.Module that say nothing about what it computes (hooks are part of the code).
+_MODULE_ATTRIBUTES = frozenset(nn.Module().__dict__)
+_OWN_PREFIXES = ("_torchcache", "torchcache_")
+
+_ABSENT = object()
+_requires_grad = attrgetter("requires_grad")
+
+
+class Unwatchable(Exception):
+    """A tensor of the state has no bytes to look at: it is on the meta device, or of a tensor subclass."""
+
+
+class Uninitialized(Unwatchable):
+    """A parameter of a lazy module has no bytes before the first call."""
+
+
+class _Watched:
+    """One tensor of the state. The digest is that of its bytes at `version`."""
+
+    __slots__ = ("digest", "name", "tensor", "version")
+
+    def __init__(self, name: str, tensor: Tensor) -> None:
+        self.name = name
+        self.tensor = tensor
+        self.version = 0
+        self.digest = b""
+
+    def encoded(self) -> bytes:
+        t = self.tensor
+        return encode((self.name, t.dtype, tuple(t.shape), str(t.layout))) + self.digest
+
+
+class State:
+    """Watches the modules and tensors that one cached forward uses.
+
+    Args:
+        modules: name → root module; all submodules are included.
+        tensors: name → tensor that is reached otherwise (a global, a closure).
+        describe: canonical bytes of the code and configuration of the modules; called anew when a
+            submodule is replaced.
+        own: the module whose own plain attributes are watched live, or None.
+    """
+
+    def __init__(
+        self,
+        modules: dict[str, nn.Module],
+        tensors: dict[str, Tensor],
+        describe: Callable[[], bytes],
+        own: nn.Module | None,
+    ) -> None:
+        self._modules = modules
+        self._tensors = tensors
+        self._describe = describe
+        self._own = own
+        self._fixed: dict[str, Any] = {}  # own attributes that forward changes: what they were at first
+        self._products: set[tuple[int, str]] = set()  # attributes that a forward made
+        self.generation = 0  # of the set of submodules
+        self._probe = 0
+        self._versions: list[int] = []
+        self._watch = _NativeWatch([])
+        self._scan()
+
+    # ---- looking
+
+    def digest(self) -> bytes:
+        """16 bytes that change with the state. Cheap when nothing changed."""
+        if self._structure_changed():
+            self._scan()
+            return self._value
+        changed = []
+        versions = list(map(_version, self._frozen_tensors))
+        if versions != self._versions:
+            changed = [w for w, v in zip(self._frozen, versions) if w.version != v]
+            self._versions = versions
+        probe = self._watch.probe()
+        if probe != self._probe:
+            changed, self._probe = self._frozen, probe
+        if changed or self._live:
+            _take_digests(changed)
+            _take_digests(self._live)
+            self._combine()
+        return self._value
+
+    @property
+    def live_names(self) -> list[str]:
+        """Names of the tensors that require grad."""
+        return [w.name for w in self._live]
+
+    # ---- what a forward does to its own module
+
+    def before_forward(self) -> tuple[bytes, list[set[str]], dict[str, Any]]:
+        return self._value, [set(d) for d in self._attribute_dicts], self._own_attributes()
+
+    def after_forward(self, before: tuple[bytes, list[set[str]], dict[str, Any]]) -> bool:
+        """Whether the forward left the state as it was. Attributes that it adds or counts with do not matter."""
+        value, names, own = before
+        for d, old in zip(self._attribute_dicts, names):
+            self._products.update((id(d), name) for name in d.keys() - old)
+        for name, now in self._own_attributes().items():
+            if name in own and not _same(own[name], now):
+                self._fixed.setdefault(name, own[name])
+                self._attributes[name] = now
+        self._counts = self._count()
+        return self.digest() == value
+
+    # ---- scanning
+
+    def _scan(self) -> None:
+        self.generation += 1
+        self._named = [
+            (".".join(filter(None, (root, name))), m)
+            for root, module in self._modules.items()
+            for name, m in module.named_modules()
+        ]
+        self._order = [m for _, m in self._named]
+        self._attribute_dicts = [m.__dict__ for m in self._order]
+        self._slots_now = list(self._slots())
+        _, dicts, keys, values = map(list, zip(*self._slots_now)) if self._slots_now else ([], [], [], [])
+        self._columns: Any = dicts, keys, values
+        self._absent = [_ABSENT] * len(self._slots_now)
+        self._dicts = [d for m in self._order for d in (m._parameters, m._buffers, m._modules, m.__dict__)]
+        self._counts = self._count()
+        watched = [_Watched(name, t) for name, t in self._tensors.items()]
+        watched += [_Watched(name, value) for name, _, _, value in self._slots_now if isinstance(value, Tensor)]
+        for w in watched:
+            _check(w)
+        self._live: list[_Watched] = [w for w in watched if w.tensor.requires_grad]
+        self._frozen: list[_Watched] = [w for w in watched if not w.tensor.requires_grad]
+        self._flags = [w.tensor for w in watched], [w.tensor.requires_grad for w in watched]
+        self._frozen_tensors = [w.tensor for w in self._frozen]
+        self._versions = list(map(_version, self._frozen_tensors))
+        _take_digests(watched)
+        self._watch = _NativeWatch([w.tensor for w in self._frozen])
+        self._probe = self._watch.probe()
+        self._attributes: dict[str, Any] = self._own_attributes()
+        self._description = self._describe()
+        self._combine()
+
+    def _slots(self) -> Iterator[tuple[str, dict[str, Any], str, Any]]:
+        """(name, dictionary, key, value) of everything that may hold a tensor or a submodule."""
+        for path, m in self._named:
+            prefix = path + "." if path else ""
+            for d in (m._parameters, m._buffers, m._modules):
+                for key, value in d.items():
+                    yield prefix + key, d, key, value
+            for key, value in m.__dict__.items():
+                product = (id(m.__dict__), key) in self._products
+                if not product and (isinstance(value, Tensor) or value is None) and key not in _MODULE_ATTRIBUTES:
+                    yield prefix + key, m.__dict__, key, value
+
+    def _count(self) -> list[int]:
+        return list(map(len, self._dicts))
+
+    def _structure_changed(self) -> bool:
+        # map() over prepared lists: this runs on every call, and a loop would take three times as long.
+        dicts, keys, values = self._columns
+        tensors, flags = self._flags
+        unchanged = (
+            all(map(is_, map(dict.get, dicts, keys, self._absent), values))
+            and list(map(_requires_grad, tensors)) == flags
+            and list(map(len, self._dicts)) == self._counts
+        )
+        if not unchanged:
+            return True
+        if self._own is not None:
+            d = self._own.__dict__
+            for name, value in self._attributes.items():
+                now = d.get(name, _ABSENT)
+                if now is not value and not _same(now, value):
+                    return True
+        return False
+
+    def _own_attributes(self) -> dict[str, Any]:
+        if self._own is None:
+            return {}
+        return {
+            name: value
+            for name, value in self._own.__dict__.items()
+            if name not in _MODULE_ATTRIBUTES and not name.startswith(_OWN_PREFIXES) and is_plain(value)
+        }
+
+    def _combine(self) -> None:
+        own = {**self._attributes, **self._fixed}
+        own = {k: v for k, v in own.items() if self._own is None or (id(self._own.__dict__), k) not in self._products}
+        h = hashlib.blake2b(digest_size=16)
+        h.update(encode((self._description, encode(own))))
+        for w in sorted(self._frozen + self._live, key=lambda w: w.name):
+            h.update(w.encoded())
+        self._value: bytes = h.digest()
+
+
+class Mode:
+    """The training flags of modules, and whether cached rows could be right in that mode."""
+
+    def __init__(self, modules: Callable[[], list[nn.Module]]) -> None:
+        self._list = modules
+        self._generation = -1
+        self._flags = b""
+        self.reason: str | None = None  # why the rows of calls in this mode must not be kept
+
+    def flags(self, generation: int) -> bytes:
+        """One byte where all flags are the same, else one for each submodule in order."""
+        if generation != self._generation:
+            self._modules, self._flags, self._generation = self._list(), b"", generation
+        flags = bytes([m.training for m in self._modules])
+        if flags != self._flags:
+            self._flags = flags
+            self.reason = of_modules(self._modules)
+        first = flags[:1]
+        return first if flags == first * len(flags) else flags
+
+
+class _NativeWatch:
+    """A native watch that is closed with its owner."""
+
+    def __init__(self, tensors: list[Tensor]) -> None:
+        self._id = _ops.watch_open([_plain_view(t) for t in tensors])
+        weakref.finalize(self, _ops.watch_close, self._id).atexit = False
+
+    def probe(self) -> int:
+        return _ops.watch_probe(self._id)
+
+
+def _take_digests(watched: list[_Watched]) -> None:
+    for w in watched:
+        w.version = _version(w.tensor)
+    for w, digest in zip(watched, digests([w.tensor for w in watched])):
+        w.digest = digest
+
+
+def digests(tensors: list[Tensor]) -> list[bytes]:
+    """16 bytes for each tensor: the digest of its bytes."""
+    pairs = _ops.digests([_host(t) for t in tensors]).tolist() if tensors else []
+    return [struct.pack(">qq", high, low) for low, high in pairs]
+
+
+def _host(t: Tensor) -> Tensor:
+    t = t.detach()
+    if t.layout is not torch.strided or t.is_quantized:
+        t = t.to_dense() if not t.is_quantized else t.int_repr()
+    return bits(t.resolve_conj().resolve_neg().cpu())
+
+
+def _plain_view(t: Tensor) -> Tensor:
+    """The tensor itself, for the native look; what has no memory in the usual form is left out."""
+    if t.layout is not torch.strided or t.is_quantized or t.is_meta:
+        return torch.empty(0, device="cpu")
+    return bits(t)
+
+
+# torch's stable interface does not pass these: the same bytes as uint8.
+_AS_BYTES = frozenset(getattr(torch, name) for name in ("float8_e8m0fnu", "float4_e2m1fn_x2") if hasattr(torch, name))
+
+
+def bits(t: Tensor) -> Tensor:
+    """The tensor in a dtype that the native code takes, bits unchanged."""
+    return t.view(torch.uint8) if t.dtype in _AS_BYTES else t
+
+
+def _check(w: _Watched) -> None:
+    t = w.tensor
+    if torch.nn.parameter.is_lazy(t):
+        raise Uninitialized(w.name)
+    if t.is_meta:
+        raise Unwatchable(f"{w.name} is on the meta device")
+    if type(t).__torch_dispatch__ is not Tensor.__torch_dispatch__:
+        raise Unwatchable(f"{w.name} is a {type(t).__name__}")
+
+
+def _version(t: Tensor) -> int:
+    try:
+        return t._version
+    except RuntimeError:  # inference tensors have none
+        return -1
+
+
+def _same(a: Any, b: Any) -> bool:
+    """Equal in type and value, for plain attributes; NaN is the same as itself."""
+    return a is b or (is_plain(a) and is_plain(b) and encode(a) == encode(b))
