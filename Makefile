@@ -48,7 +48,7 @@ format: $(VENV)/.torchcache-tools
 	$(BIN)/clang-format -i $(CPP)
 
 clean:
-	rm -rf build dist *.egg-info .venv .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	rm -rf build dist *.egg-info .venv demo-cache demo.png .hypothesis .mypy_cache .pytest_cache .ruff_cache
 	find torchcache torchmb tests examples benchmarks -name __pycache__ -prune -exec rm -rf {} +
 
 # Each step leaves a stamp, written last, so that a step that broke off is done again.

@@ -5,59 +5,54 @@
 #include <atomic>
 #include <mutex>
 #include <unordered_set>
+#include <utility>
 
 namespace torchcache {
-namespace {
 
-std::atomic<bool> forked{false};
-
-// Never destroyed: objects may unregister while static destructors run.
-struct Registry {
+// One registration with the system for all objects.
+struct ForkRegistry {
   std::mutex mutex;
-  std::unordered_set<ForkAware*> live;
+  std::unordered_set<AtFork*> live;
+  std::atomic<bool> forked{false};
 
-  Registry() { pthread_atfork(prepare, parent, child); }
-  static void prepare();
-  static void parent();
-  static void child();
+  ForkRegistry() { pthread_atfork(prepare, parent, child); }
+
+  // Never destroyed: objects may unregister while static destructors run.
+  static ForkRegistry& instance() {
+    static auto* registry = new ForkRegistry;
+    return *registry;
+  }
+
+  static void prepare() {
+    instance().mutex.lock();
+    for (AtFork* object : instance().live) object->before_();
+  }
+  static void parent() { release(false); }
+  static void child() {
+    instance().forked = true;
+    release(true);
+  }
+  static void release(bool child) {
+    for (AtFork* object : instance().live) object->after_(child);
+    instance().mutex.unlock();
+  }
 };
 
-Registry& registry() {
-  static auto* instance = new Registry;
-  return *instance;
+namespace {
+const bool watching = (ForkRegistry::instance(), true);  // so that in_forked_child() counts from loading on
 }
 
-void Registry::prepare() {
-  registry().mutex.lock();
-  for (ForkAware* object : registry().live) object->before_fork();
+bool in_forked_child() { return watching && ForkRegistry::instance().forked; }
+
+AtFork::AtFork(std::function<void()> before, std::function<void(bool)> after)
+    : before_(std::move(before)), after_(std::move(after)) {
+  std::lock_guard lock(ForkRegistry::instance().mutex);
+  ForkRegistry::instance().live.insert(this);
 }
 
-void release(bool child) {
-  for (ForkAware* object : registry().live) object->after_fork(child);
-  registry().mutex.unlock();
-}
-
-void Registry::parent() { release(false); }
-
-void Registry::child() {
-  forked = true;
-  release(true);
-}
-
-const bool watching = (registry(), true);  // so that in_forked_child() counts from loading on
-
-}  // namespace
-
-bool in_forked_child() { return watching && forked; }
-
-ForkAware::ForkAware() {
-  std::lock_guard lock(registry().mutex);
-  registry().live.insert(this);
-}
-
-ForkAware::~ForkAware() {
-  std::lock_guard lock(registry().mutex);
-  registry().live.erase(this);
+AtFork::~AtFork() {
+  std::lock_guard lock(ForkRegistry::instance().mutex);
+  ForkRegistry::instance().live.erase(this);
 }
 
 }  // namespace torchcache

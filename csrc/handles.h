@@ -14,7 +14,7 @@ namespace torchcache {
 
 // Thread-safe. An object lives until it is removed and the last operation on it has ended.
 template <class T>
-class Handles final : ForkAware {
+class Handles {
  public:
   explicit Handles(const char* name) : name_(name) {}
 
@@ -43,13 +43,11 @@ class Handles final : ForkAware {
   }
 
  private:
-  void before_fork() override { mutex_.lock(); }
-  void after_fork(bool) override { mutex_.unlock(); }
-
   const char* name_;
   std::mutex mutex_;
   int64_t last_ = 0;
   std::unordered_map<int64_t, std::shared_ptr<T>> objects_;
+  AtFork at_fork_{[this] { mutex_.lock(); }, [this](bool) { mutex_.unlock(); }};
 };
 
 }  // namespace torchcache

@@ -109,6 +109,17 @@ def test_layers_of_torch_can_be_decorated() -> None:
     assert plain(X).requires_grad
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_other_layers_of_a_decorated_layers_class_can_still_be_scripted() -> None:
+    torchcache()(nn.Linear(2, 3))
+    layer = nn.Linear(2, 3)
+    assert torch.equal(torch.jit.script(layer)(X), layer(X))
+    scripted = torchcache()(nn.Sequential(torch.jit.script(layer), nn.ReLU()).requires_grad_(False))
+    for _ in range(2):
+        assert torch.equal(scripted(X), layer(X).relu())
+    assert scripted.cache_instance.info().memory_hits == 3
+
+
 def test_an_instance_with_a_forward_of_its_own_is_cached_with_that() -> None:
     module = Base()
     module.forward = lambda x: x - 1  # type: ignore[method-assign, assignment]

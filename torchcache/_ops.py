@@ -21,6 +21,15 @@ def _native() -> Any:
     return torch.ops.torchcache
 
 
+# torch's stable interface does not pass these: the same bytes as uint8.
+_AS_BYTES = frozenset(getattr(torch, name) for name in ("float8_e8m0fnu", "float4_e2m1fn_x2") if hasattr(torch, name))
+
+
+def bits(t: Tensor) -> Tensor:
+    """The tensor in a dtype that the native code takes, bits unchanged."""
+    return t.view(torch.uint8) if t.dtype in _AS_BYTES else t
+
+
 def keys(rows: list[Tensor], call: Tensor) -> Tensor:
     """Keys of a batch: rows ``[B, …]`` each, call digest ``[2]`` → int64 ``[B, 2]``."""
     return cast(Tensor, _native().keys.default(rows, call))

@@ -171,16 +171,23 @@ def _patch_forward(cls: type[nn.Module], options: Options | None) -> None:
             forward._torchcache_options = options
         if "cache_instance" not in cls.__dict__:
             cls.cache_instance = property(_cache_instance)  # type: ignore[attr-defined]
+            unused = getattr(cls, "__jit_unused_properties__", [])  # else TorchScript would compile it
+            cls.__jit_unused_properties__ = [*unused, "cache_instance"]  # type: ignore[attr-defined]
 
 
 def _dispatching(original: Forward) -> Any:
-    @functools.wraps(original)
+    cache_of, run, bind = _cache_of, _run, functools.partial
+
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        cache = _cache_of(self, forward)
+        cache = cache_of(self, forward)
         if cache is None:
             return original(self, *args, **kwargs)
-        return _run(cache, functools.partial(original, self), args, kwargs)
+        return run(cache, bind(original, self), args, kwargs)
 
+    # TorchScript compiles the source of the original with the globals of what stands in its place.
+    scope = getattr(original, "__globals__", globals())
+    forward = types.FunctionType(forward.__code__, scope, closure=forward.__closure__)
+    functools.update_wrapper(forward, original)
     forward._torchcache_options = None  # type: ignore[attr-defined]
     forward._torchdynamo_disable = True  # type: ignore[attr-defined]  # one graph break, at the call
     setattr(forward, _ORIGINAL, original)

@@ -23,7 +23,6 @@ from torchcache import _ops
 from torchcache.logs import Once
 from torchcache.options import Options
 from torchcache.rows import Layout
-from torchcache.state import bits
 
 QUEUE_BYTES = 64 << 20  # of rows that wait to be written
 META_FILE = "meta.json"
@@ -66,7 +65,7 @@ class DiskTier:
         where = present.nonzero().squeeze(1)
         wanted_keys = keys if len(where) == len(keys) else keys.index_select(0, where)
         leaves = [torch.empty((len(where), *leaf.shape), dtype=leaf.stored, device="cpu") for leaf in layout.leaves]
-        verified = _ops.store_read(self._store.id, wanted_keys, text, [bits(t) for t in leaves])
+        verified = _ops.store_read(self._store.id, wanted_keys, text, [_ops.bits(t) for t in leaves])
         if not verified.all():
             good = verified.nonzero().squeeze(1)
             where, leaves = where.index_select(0, good), [t.index_select(0, good) for t in leaves]
@@ -80,7 +79,7 @@ class DiskTier:
                 return
             text = layout.json
             self._layouts.setdefault(text, layout)
-            on_host = [bits(t.cpu().contiguous()) for t in leaves]
+            on_host = [_ops.bits(t.cpu().contiguous()) for t in leaves]
             if _ops.store_put(self._store.id, keys.contiguous(), text, on_host):
                 self._write_meta()
         except (RuntimeError, OSError, MemoryError, ValueError) as error:

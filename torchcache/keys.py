@@ -10,7 +10,6 @@ from torch import Tensor
 from torchcache import _ops
 from torchcache.call import Call
 from torchcache.encoding import encode
-from torchcache.state import bits
 
 KEY_FORMAT = 1
 
@@ -50,7 +49,7 @@ class Keys:
         if self._subsample_count is not None:
             t = t.flatten(1) if t.dim() > 1 else t.unsqueeze(1)
             t = t[:, :: max(1, t.shape[1] // self._subsample_count)]
-        return bits(t if t.device.type == "cpu" else t.cpu())
+        return _ops.bits(t if t.device.type == "cpu" else t.cpu())
 
 
 def _autocast(device_type: str) -> bytes:

@@ -142,7 +142,7 @@ class State:
         _, dicts, keys, values = map(list, zip(*self._slots_now)) if self._slots_now else ([], [], [], [])
         self._columns: Any = dicts, keys, values
         self._absent = [_ABSENT] * len(self._slots_now)
-        self._dicts = [d for m in self._order for d in (m._parameters, m._buffers, m._modules, m.__dict__)]
+        self._dicts = [d for m in self._order for d in (*_holders(m), m.__dict__)]
         self._counts = self._count()
         watched = [_Watched(name, t) for name, t in self._tensors.items()]
         watched += [_Watched(name, value) for name, _, _, value in self._slots_now if isinstance(value, Tensor)]
@@ -164,7 +164,7 @@ class State:
         """(name, dictionary, key, value) of everything that may hold a tensor or a submodule."""
         for path, m in self._named:
             prefix = path + "." if path else ""
-            for d in (m._parameters, m._buffers, m._modules):
+            for d in _holders(m):
                 for key, value in d.items():
                     yield prefix + key, d, key, value
             for key, value in m.__dict__.items():
@@ -262,23 +262,20 @@ def _host(t: Tensor) -> Tensor:
     t = t.detach()
     if t.layout is not torch.strided or t.is_quantized:
         t = t.to_dense() if not t.is_quantized else t.int_repr()
-    return bits(t.resolve_conj().resolve_neg().cpu())
+    return _ops.bits(t.resolve_conj().resolve_neg().cpu())
 
 
 def _plain_view(t: Tensor) -> Tensor:
     """The tensor itself, for the native look; what has no memory in the usual form is left out."""
     if t.layout is not torch.strided or t.is_quantized or t.is_meta:
         return torch.empty(0, device="cpu")
-    return bits(t)
+    return _ops.bits(t)
 
 
-# torch's stable interface does not pass these: the same bytes as uint8.
-_AS_BYTES = frozenset(getattr(torch, name) for name in ("float8_e8m0fnu", "float4_e2m1fn_x2") if hasattr(torch, name))
-
-
-def bits(t: Tensor) -> Tensor:
-    """The tensor in a dtype that the native code takes, bits unchanged."""
-    return t.view(torch.uint8) if t.dtype in _AS_BYTES else t
+def _holders(m: nn.Module) -> list[dict[str, Any]]:
+    """Where a module has its parameters, buffers and submodules. Scripted ones hold them natively, unchangeably."""
+    dicts = (m._parameters, m._buffers, m._modules)
+    return [d if isinstance(d, dict) else dict(d.items()) for d in dicts]
 
 
 def _check(w: _Watched) -> None:

@@ -27,7 +27,7 @@ struct Lookup {
 };
 
 // Open addressing by the low half of the key, 32 bytes an entry, at most 3/4 full. Thread-safe: lookups share a lock.
-class KeyTable final : ForkAware {
+class KeyTable {
  public:
   KeyTable();
 
@@ -48,8 +48,7 @@ class KeyTable final : ForkAware {
     Place place;
   };
 
-  void before_fork() override { mutex_.lock(); }
-  void after_fork(bool child) override;
+  void after_fork(bool child);
 
   size_t position(Digest key) const;  // of the key, or of the empty entry where it belongs
   void grow();
@@ -57,6 +56,7 @@ class KeyTable final : ForkAware {
   mutable std::shared_mutex mutex_;
   std::vector<Entry> entries_;  // a power of two; empty where slot is -1
   size_t used_ = 0;
+  AtFork at_fork_{[this] { mutex_.lock(); }, [this](bool child) { after_fork(child); }};
 };
 
 }  // namespace torchcache

@@ -176,7 +176,7 @@ void look_at(State& state, const SegmentId& id, Looking* looking) {
 void look_at_all(State& state, Looking* looking) {
   std::vector<SegmentId> ids;
   const Error error = list_segments(state.options.directory, &ids);
-  if (error == 0 || error == ENOENT) {
+  if (error == 0 || error == ENOENT || error == ENOTDIR) {  // not there: only writing would say so
     for (const SegmentId& id : ids) look_at(state, id, looking);
     forget_missing(state, std::move(ids));
     return;

@@ -10,44 +10,10 @@
 #include <unordered_set>
 #include <utility>
 
-#include "fork.h"
 #include "store/look.h"
 #include "store/writer.h"
 
 namespace torchcache::store {
-
-// All open stores, for forks. Registered only while they are whole.
-class LiveStores final : ForkAware {
- public:
-  static LiveStores& instance() {
-    static auto* stores = new LiveStores;  // never destroyed: stores may outlive static objects
-    return *stores;
-  }
-  void add(Store* store) {
-    std::lock_guard lock(mutex_);
-    stores_.insert(store);
-  }
-  void remove(Store* store) {
-    std::lock_guard lock(mutex_);
-    stores_.erase(store);
-  }
-
- private:
-  void before_fork() override {
-    mutex_.lock();
-    for (Store* store : stores_) store->state_->mutex.lock();
-  }
-  void after_fork(bool child) override {
-    for (Store* store : stores_) {
-      if (child) store->become_child();
-      store->state_->mutex.unlock();
-    }
-    mutex_.unlock();
-  }
-
-  std::mutex mutex_;
-  std::unordered_set<Store*> stores_;
-};
 
 struct Store::Chunk {
   const Digest* keys;
@@ -105,14 +71,10 @@ Store::Store(const Options& options) : state_(std::make_shared<State>(validated(
 std::shared_ptr<Store> Store::open(const Options& options) {
   std::shared_ptr<Store> store(new Store(options));
   look(*store->state_);
-  LiveStores::instance().add(store.get());
   return store;
 }
 
-Store::~Store() {
-  LiveStores::instance().remove(this);
-  close();
-}
+Store::~Store() { close(); }
 
 // ---- finding and reading
 
@@ -306,6 +268,11 @@ void Store::close() {
 }
 
 // The mutex is held, and no other thread exists.
+void Store::after_fork(bool child) {
+  if (child) become_child();
+  state_->mutex.unlock();
+}
+
 void Store::become_child() {
   State& state = *state_;
   state.queue.clear();

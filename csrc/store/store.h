@@ -6,6 +6,7 @@
 #include <string>
 #include <vector>
 
+#include "fork.h"
 #include "hash/digest.h"
 #include "store/read.h"
 #include "store/state.h"
@@ -66,7 +67,6 @@ class Store {
   std::vector<std::string> take_warnings();
 
  private:
-  friend class LiveStores;
   using Lock = std::unique_lock<std::mutex>;
   struct Chunk;  // rows of one put that are queued together
   explicit Store(const Options& options);
@@ -77,11 +77,13 @@ class Store {
   bool has_writer();
   void enqueue(const Chunk& chunk, const std::vector<size_t>& rows, uint64_t row_cost, Lock& lock);
   void drop(uint64_t rows);
+  void after_fork(bool child);
   void become_child();
 
   const std::shared_ptr<State> state_;
   std::shared_ptr<Writer> writer_;  // guarded by the mutex; null before the first put
   Clock::time_point next_start_;    // of a writer, after one could not be started
+  AtFork at_fork_{[this] { state_->mutex.lock(); }, [this](bool child) { after_fork(child); }};
 };
 
 }  // namespace torchcache::store
