@@ -34,7 +34,7 @@ demo: $(VENV)/.torchcache-installed $(VENV)/.torchcache-demo
 	$(BIN)/python examples/digits.py
 
 bench: $(VENV)/.torchcache-installed
-	for file in benchmarks/*.py; do $(BIN)/python $$file || exit; done
+	for file in memory disk; do PYTHONPATH=benchmarks $(BIN)/python benchmarks/$$file.py || exit; done
 
 lint: $(VENV)/.torchcache-tools
 	$(BIN)/ruff check .

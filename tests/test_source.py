@@ -204,13 +204,13 @@ MATTERS_IN_HELPERS = {
     "a function of an imported module": ("x * 13", "x * 14"),
     "a function imported in the function": ("x + 14", "x + 15"),
 }
+MATTERS["a constant in a dict"] = ('MUTABLE = {"a": 1}', 'MUTABLE = {"a": 2}')
 MATTERS_NOT = {
     "a comment": ("return x - 1", "return x - 1  # one less"),
     "a blank line": ("return x - 1", "\n\n        return x - 1"),
     "layout": ("return x - 1", "return (\n            x - 1\n        )"),
     "a docstring": ("def pre(self, x):", 'def pre(self, x):\n        "Less."'),
     "code that nothing reaches": ("SCALE = 2.0", "SCALE = 2.0\nOTHER = 3\ndef g(x): return x"),
-    "a mutable object": ('MUTABLE = {"a": 1}', 'MUTABLE = {"a": 2}'),
 }
 
 
@@ -253,11 +253,20 @@ def test_what_a_function_does_not_use_of_a_module_does_not_count(user: User) -> 
     assert user(PROGRAM, helpers=changed, inner=INNER) == first
 
 
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [("[1, 2]", "[2, 1]"), ("{1, 2}", "{1, 3}"), ("torch.tensor([1]).numpy()", "torch.tensor([2]).numpy()")],
+)
+def test_constants_in_lists_sets_and_arrays_count(user: User, before: str, after: str) -> None:
+    text = "import torch\nMEAN = %s\ndef M(x):\n    return x - sum(MEAN)\n"
+    assert user(text % before) == user(text % before) != user(text % after)
+
+
 def test_what_is_left_out_is_named_once(user: User, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO, logger="torchcache"):
         name = f"LEFT_{next(numbers)}"
         for _ in range(2):
-            user(f"{name} = [1]\ndef M(x):\n    return x + {name}[0]\n")
+            user(f"{name} = []\ndef M(x):\n    return x + len({name})\n")
     assert [record.message for record in caplog.records if name in record.message] == [
         f"{name}, that M reads, of type list, may change and is left out of the module hash"
     ]

@@ -185,7 +185,7 @@ def _alone_in(folder: Path) -> Iterator[None]:
 def _compile(csrc: Path, torch: Torch, target: Path) -> Path:
     """Compiles in a folder of its own beside the target and renames into place."""
     _logger.warning(
-        "compiling torchcache's native library for torch %s, once, into %s (about half a minute)",
+        "compiling torchcache's native library for torch %s, once, into %s (half a minute)",
         torch.version,
         target.parent,
     )

@@ -6,6 +6,7 @@ The state of an instance is one handle in its ``__dict__``.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
 import sys
@@ -16,6 +17,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import nn
+from torch._C._dynamo import eval_frame
 
 from torchcache.cache import Cache
 from torchcache.fingerprint import init_arguments
@@ -124,6 +126,41 @@ def _restore(owner: type[nn.Module], options: Options | None, init: bytes) -> _H
     return _Handle(owner, options, init)
 
 
+# ---- torch.compile
+#
+# A cached call is one graph break. Importing torch._dynamo costs seconds: nothing here does before somebody else has.
+
+
+def _untraced(function: T) -> T:
+    """Marks a function whose frame torch.compile leaves alone.
+
+    torch.compiler.disable would do, but for its import. Where torch has these names no longer, compiling
+    goes on into the cache and breaks the graph more often.
+    """
+    with contextlib.suppress(AttributeError):
+        skip = eval_frame._FrameExecStrategy(eval_frame._FrameAction.SKIP, eval_frame._FrameAction.DEFAULT)
+        eval_frame.set_code_exec_strategy(function.__code__, skip)  # type: ignore[attr-defined]
+    function._torchdynamo_disable = True  # type: ignore[attr-defined]
+    return function
+
+
+@_untraced
+def _run(function: Forward, *args: Any) -> Any:
+    if "torch._dynamo" in sys.modules:
+        return _hidden()(function, *args)
+    return function(*args)
+
+
+def _apply(function: Forward, *args: Any) -> Any:
+    return function(*args)
+
+
+@functools.cache
+@_untraced
+def _hidden() -> Forward:
+    return torch.compiler.disable(_apply)  # type: ignore[no-any-return, no-untyped-call]
+
+
 # ---- classes and instances
 
 
@@ -176,22 +213,28 @@ def _patch_forward(cls: type[nn.Module], options: Options | None) -> None:
 
 
 def _dispatching(original: Forward) -> Any:
-    cache_of, run, bind = _cache_of, _run, functools.partial
+    run, call, handle = _run, _call, _HANDLE
 
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        cache = cache_of(self, forward)
-        if cache is None:
-            return original(self, *args, **kwargs)
-        return run(cache, bind(original, self), args, kwargs)
+        if handle in self.__dict__ or forward._torchcache_options is not None:  # type: ignore[attr-defined]
+            return run(call, self, forward, original, args, kwargs)
+        return original(self, *args, **kwargs)
 
     # TorchScript compiles the source of the original with the globals of what stands in its place.
     scope = getattr(original, "__globals__", globals())
     forward = types.FunctionType(forward.__code__, scope, closure=forward.__closure__)
     functools.update_wrapper(forward, original)
     forward._torchcache_options = None  # type: ignore[attr-defined]
-    forward._torchdynamo_disable = True  # type: ignore[attr-defined]  # one graph break, at the call
     setattr(forward, _ORIGINAL, original)
     return forward
+
+
+def _call(module: nn.Module, forward: Forward, original: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """One call of a patched class's forward."""
+    cache = _cache_of(module, forward)
+    if cache is None:
+        return original(module, *args, **kwargs)
+    return cache.run(functools.partial(original, module), args, kwargs)
 
 
 class _InstanceForward:
@@ -204,10 +247,11 @@ class _InstanceForward:
         setattr(self, _ORIGINAL, original)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return _run(self._call, args, kwargs)
+
+    def _call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         cache = _cache_of(self.module, self)
-        if cache is None:
-            return self.original(*args, **kwargs)
-        return _run(cache, self.original, args, kwargs)
+        return self.original(*args, **kwargs) if cache is None else cache.run(self.original, args, kwargs)
 
 
 def _cache_of(module: nn.Module, forward: Any) -> Cache | None:
@@ -263,29 +307,10 @@ def _wrap_function(function: types.FunctionType, options: Options) -> Forward:
     def cached(*args: Any, **kwargs: Any) -> Any:
         if not getattr(cached, _ENABLED, options.enabled):
             return function(*args, **kwargs)
-        return _run(cache, function, args, kwargs)
+        return _run(cache.run, function, args, kwargs)
 
     cache = Cache(function, function, False, b"", lambda: options.with_attributes(cached.__dict__))
     setattr(cached, _ORIGINAL, function)
-    cached._torchdynamo_disable = True  # type: ignore[attr-defined]
     if options.enabled:
         cached.cache_instance = cache  # type: ignore[attr-defined]
-    return cached
-
-
-# ---- torch.compile
-
-
-def _run_cache(cache: Cache, forward: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    return cache.run(forward, args, kwargs)
-
-
-@functools.cache
-def _run_untraced() -> Forward:
-    return torch.compiler.disable(_run_cache)  # type: ignore[no-any-return, no-untyped-call]
-
-
-def _run(cache: Cache, forward: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Runs a call, hidden from torch.compile where that is loaded (loading it costs seconds)."""
-    run = _run_untraced() if "torch._dynamo" in sys.modules else _run_cache
-    return run(cache, forward, args, kwargs)
+    return _untraced(cached)

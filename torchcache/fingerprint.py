@@ -46,7 +46,7 @@ class Fingerprint:
         self.name = type(target).__qualname__ if isinstance(target, nn.Module) else forward.__qualname__
         self._modules: dict[str, nn.Module] = {}
         self._tensors: dict[str, Tensor] = {}
-        code = self._code()
+        code = self._code(constants=True)
         self.fixed = options.persistent_module_hash is not None
         self.module_hash = options.persistent_module_hash or _hex(
             encode((FINGERPRINT_FORMAT, code, init, options.stored()))
@@ -66,7 +66,7 @@ class Fingerprint:
         roots = [self._target] if isinstance(self._target, nn.Module) else []
         return [m for root in (*roots, *self._modules.values()) for m in root.modules()]
 
-    def _code(self) -> bytes:
+    def _code(self, constants: bool) -> bytes:
         """Of the forward, the module, and the modules that their code reaches, and so on."""
         todo: list[Any] = [self._forward]
         if isinstance(self._target, nn.Module):
@@ -75,7 +75,9 @@ class Fingerprint:
         todo += self._modules.values()
         parts = []
         for what in todo:
-            parts.append(source.describe(what, tensors=self._reached_tensor, modules=self._reached_module))
+            parts.append(
+                source.describe(what, tensors=self._reached_tensor, modules=self._reached_module, constants=constants)
+            )
             todo += list(self._modules.values())[known:]
             known = len(self._modules)
         return encode(tuple(parts))
@@ -87,9 +89,12 @@ class Fingerprint:
         return _name_of(module, self._modules, "module").encode()
 
     def _describe(self) -> bytes:
-        """Code and configuration of all modules as they are now, for the state digest."""
+        """Code and configuration of all modules as they are now, for the state digest.
+
+        Without the constants: these are in the module hash as they were at first, and may be places for results.
+        """
         own = self._target if isinstance(self._target, nn.Module) else None
-        return encode((self._code(), *(_configuration(m, m is own) for m in self.modules())))
+        return encode((self._code(constants=False), *(_configuration(m, m is own) for m in self.modules())))
 
 
 def _name_of(what: Any, known: dict[str, Any], kind: str) -> str:

@@ -22,7 +22,7 @@ from collections.abc import Callable, Iterable
 import torch
 
 from torchcache import syntax
-from torchcache.encoding import encode, is_plain, type_name
+from torchcache.encoding import Unencodable, encode, is_plain, type_name
 from torchcache.origin import (
     import_users,
     is_added,
@@ -64,14 +64,15 @@ _BYTECODE = (
 )
 
 
-def describe(obj: object, *, tensors: Tensors, modules: Modules | None = None) -> bytes:
+def describe(obj: object, *, tensors: Tensors, modules: Modules | None = None, constants: bool = True) -> bytes:
     """What `obj`, a class, a module, a function or another callable, computes.
 
     Of a module: the classes, hooks and functions of it and its submodules, not their state. Tensors
     that functions reach are given to `tensors`, which says what they hold, modules to `modules`;
-    without it they count with their state.
+    without it they count with their state. `constants`: whether lists, dicts, sets and arrays that
+    code reaches count, if what they hold is plain.
     """
-    describer = _Describer(tensors, modules)
+    describer = _Describer(tensors, modules, constants)
     if not isinstance(obj, torch.nn.Module):
         return describer.finish(encode(obj, describer.value, name="the callable"))
     for name, module in obj.named_modules():
@@ -102,7 +103,8 @@ def _say_once(level: int, message: str) -> None:
 class _Describer:
     """Describes objects in the order in which they are first mentioned; a mention is a number."""
 
-    def __init__(self, tensors: Tensors, modules: Modules | None = None) -> None:
+    def __init__(self, tensors: Tensors, modules: Modules | None = None, constants: bool = True) -> None:
+        self.constants = constants
         self.tensors = tensors
         self.modules = modules
         self.own: dict[int, str] = {}  # the described module's parts, whose state does not count
@@ -155,12 +157,26 @@ class _Describer:
             return "see", self.refer(value)
         if isinstance(value, types.ModuleType):
             return "module", of_module(value.__name__)
+        constant = self.constant(value) if where and self.constants else None
+        if constant is not None:
+            return "constant", constant
         wrapped = getattr(value, "__dict__", {}).get("__wrapped__")
         if where and wrapped is None:
             kind = type_name(type(value))
             text = "%s, of type %s, may change and is left out of the module hash"
             _say_once(logging.INFO, text % (where, kind))
         return "instance", self.refer(type(value)), self.mention(wrapped, where)
+
+    def constant(self, value: object) -> bytes | None:
+        """A list, dict, set or array of plain values is mostly a constant; an empty one is a place for results."""
+        numpy = sys.modules.get("numpy")
+        array = numpy is not None and isinstance(value, numpy.ndarray)
+        if not array and not (isinstance(value, (list, dict, set)) and value):
+            return None
+        try:
+            return encode(value, self.value if array else None)
+        except Unencodable:
+            return None
 
     def record(self, obj: object) -> object:
         if id(obj) in self.reduced:
