@@ -14,6 +14,7 @@
 #include "handles.h"
 #include "hash/cpu.h"
 #include "hash/dtypes.h"
+#include "hash/new_tensor.h"
 #include "hash/watch.h"
 #include "memory/table.h"
 #include "store/store.h"
@@ -51,7 +52,7 @@ Keys as_keys(const Tensor& keys) {
 }
 
 Tensor int64_tensor(const std::vector<int64_t>& values) {
-  Tensor result = torch::stable::empty({static_cast<int64_t>(values.size())}, ScalarType::Long);
+  Tensor result = new_int64(values.size());
   if (!values.empty()) memcpy(result.mutable_data_ptr(), values.data(), 8 * values.size());
   return result;
 }
@@ -71,8 +72,15 @@ void table_close(int64_t table) { tables().remove(table); }
 
 std::tuple<Tensor, Tensor, int64_t> table_lookup(int64_t table, Tensor keys) {
   const auto [data, count] = as_keys(keys);
-  const Lookup found = tables().get(table)->lookup(data, count);
-  return {int64_tensor(found.slots), int64_tensor(found.missing), found.layout};
+  Tensor slots = new_int64(count);
+  const Lookup found = tables().get(table)->lookup(data, count, static_cast<int64_t*>(slots.mutable_data_ptr()));
+  return {slots, int64_tensor(found.missing), found.layout};
+}
+
+std::tuple<Tensor, Tensor, Tensor, int64_t> table_lookup_rows(int64_t table, std::vector<Tensor> rows, Tensor call) {
+  Tensor keys = keys_cpu(std::move(rows), std::move(call));
+  auto [slots, missing, layout] = table_lookup(table, keys);
+  return {keys, slots, missing, layout};
 }
 
 void table_insert(int64_t table, Tensor keys, int64_t layout, int64_t first) {
@@ -169,6 +177,7 @@ STABLE_TORCH_LIBRARY(torchcache, m) {
   // Memory tier. lookup gives slots [B], distinct missing rows [M], layout; find gives layout, slot.
   m.def("table_open() -> int");
   m.def("table_lookup(int table, Tensor keys) -> (Tensor, Tensor, int)");
+  m.def("table_lookup_rows(int table, Tensor[] rows, Tensor call) -> (Tensor, Tensor, Tensor, int)");  // keys first
   m.def("table_insert(int table, Tensor keys, int layout, int first) -> ()");
   m.def("table_find(int table, int low) -> (int, int)");
   m.def("table_lows(int table) -> Tensor");
@@ -195,6 +204,7 @@ STABLE_TORCH_LIBRARY_IMPL(torchcache, CompositeImplicitAutograd, m) {
   m.impl("watch_close", TORCH_BOX(&torchcache::watch_close));
   m.impl("table_open", TORCH_BOX(&torchcache::table_open));
   m.impl("table_lookup", TORCH_BOX(&torchcache::table_lookup));
+  m.impl("table_lookup_rows", TORCH_BOX(&torchcache::table_lookup_rows));
   m.impl("table_insert", TORCH_BOX(&torchcache::table_insert));
   m.impl("table_find", TORCH_BOX(&torchcache::table_find));
   m.impl("table_lows", TORCH_BOX(&torchcache::table_lows));

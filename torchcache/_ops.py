@@ -67,6 +67,11 @@ def table_lookup(table: int, keys: Tensor) -> tuple[Tensor, Tensor, int]:
     return cast("tuple[Tensor, Tensor, int]", _native().table_lookup.default(table, keys))
 
 
+def table_lookup_rows(table: int, rows: list[Tensor], call: Tensor) -> tuple[Tensor, Tensor, Tensor, int]:
+    """`keys` and `table_lookup` at once: keys, slots, first rows of the distinct missing ones, layout."""
+    return cast("tuple[Tensor, Tensor, Tensor, int]", _native().table_lookup_rows.default(table, rows, call))
+
+
 def table_insert(table: int, keys: Tensor, layout: int, first: int) -> None:
     """The keys get the slots ``first``, ``first + 1``, …"""
     _native().table_insert.default(table, keys, layout, first)

@@ -18,6 +18,11 @@ from torchcache.call import Call
 
 _PLAIN_TYPES = (Tensor, nn.Parameter)
 
+_tracing_state = torch._C._get_tracing_state
+_is_compiling = torch.compiler.is_compiling
+_functorch_level = torch._C._functorch.peek_interpreter_stack
+_dispatch_modes = torch._C._len_torch_dispatch_stack
+
 
 def of_call(call: Call) -> str | None:
     """Silent ones: the caller asked for something that a cache cannot give."""
@@ -36,11 +41,11 @@ def of_call(call: Call) -> str | None:
 
 def of_surroundings() -> str | None:
     """Silent ones too: what is going on around the call."""
-    if torch._C._get_tracing_state() is not None or torch.compiler.is_compiling():
+    if _tracing_state() is not None or _is_compiling():
         return "the call is being traced"
-    if torch._C._functorch.peek_interpreter_stack() is not None:
+    if _functorch_level() is not None:
         return "the call runs under a functorch transform"
-    if torch._C._len_torch_dispatch_stack() > 0:
+    if _dispatch_modes() > 0:
         return "a torch dispatch mode is active"
     return None
 

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor, nn
 
-from torchcache import bypass, temporary
+from torchcache import _ops, bypass, temporary
 from torchcache.assembly import gather, output
 from torchcache.call import Binder, Call
 from torchcache.disk import DiskTier
@@ -153,7 +153,7 @@ class Cache:
         call = self._binder.bind(args, kwargs)
         if call is None:
             raise TypeError(f"these arguments do not fit the signature of {self._fingerprint.name}")
-        return self._keys_of(call)[0][:, 0].clone()
+        return _ops.keys(*self._key_parts(call)[:2])[:, 0].clone()
 
     def rehash(self) -> None:
         """Looks at every byte of the state anew: for edits of single elements that bypass torch."""
@@ -186,7 +186,7 @@ class Cache:
         if call is None or call.batch == 0 or bypass.of_call(call) is not None:
             return forward(*args, **kwargs)
         try:
-            keys, where = self._keys_of(call)
+            rows, digest, where = self._key_parts(call)
         except Uninitialized:
             return forward(*args, **kwargs)
         except Unwatchable as error:
@@ -194,15 +194,15 @@ class Cache:
             return forward(*args, **kwargs)
         if where in self._uncacheable:
             return forward(*args, **kwargs)
-        found = self._memory.lookup(keys)
-        if not len(found.missing) and not found.mixed:
+        found = self._memory.lookup(rows, digest)
+        if not found.missing.numel() and not found.mixed:
             self._count(call.batch, 0, 0)
             assert found.layout is not None
             return output(found.layout, found.gather(found.slots), call)
-        return _Assembly(self, forward, call, keys, where, found).output()
+        return _Assembly(self, forward, call, where, found).output()
 
-    def _keys_of(self, call: Call) -> tuple[Tensor, bytes]:
-        """Keys of a call; and what names its kind (arguments but not rows, mode), for what is known of such calls."""
+    def _key_parts(self, call: Call) -> tuple[list[Tensor], Tensor, bytes]:
+        """See `Keys.parts`; and what names this kind of call (arguments but not rows, mode)."""
         with self._lock:
             state = self._state
             digest = b"" if state is None else state.digest()
@@ -210,7 +210,7 @@ class Cache:
         if self._mode.reason is not None:
             self._once.warn(self._mode.reason, "calls are not cached: %s", self._mode.reason)
             self._uncacheable[mode + call.description] = self._mode.reason
-        return self._keys.of(call, mode, digest), mode + call.description
+        return *self._keys.parts(call, mode, digest), mode + call.description
 
     def _compute(self, forward: Forward, call: Call, rows: Tensor, where: bytes) -> tuple[Layout, list[Tensor]]:
         """Layout and leaves of the rows, freshly computed. Raises Uncacheable where they must not be kept."""
@@ -333,11 +333,10 @@ class Uncacheable(Exception):
 class _Assembly:
     """The output of one call whose rows come from several places."""
 
-    def __init__(self, cache: Cache, forward: Forward, call: Call, keys: Tensor, where: bytes, found: Found) -> None:
+    def __init__(self, cache: Cache, forward: Forward, call: Call, where: bytes, found: Found) -> None:
         self._cache = cache
         self._forward = forward
         self._call = call
-        self._keys = keys
         self._where = where
         self._found = found
 
@@ -357,7 +356,7 @@ class _Assembly:
         if found.mixed:
             raise _OtherLayout
         missing = found.missing  # [M] distinct rows of the batch
-        keys = self._keys.index_select(0, missing)
+        keys = found.keys.index_select(0, missing)
         layout = found.layout
         place = torch.full((len(missing),), -1, dtype=torch.int64, device="cpu")  # in the parts below
         parts: list[list[Tensor]] = []

@@ -25,10 +25,10 @@ class Keys:
         self._digests: dict[tuple[bytes, ...], Tensor] = {}
         self._lock = threading.Lock()
 
-    def of(self, call: Call, mode: bytes, state: bytes) -> Tensor:
-        """Keys of the rows of a call, int64 ``[B, 2]`` (low, high half), on the CPU."""
+    def parts(self, call: Call, mode: bytes, state: bytes) -> tuple[list[Tensor], Tensor]:
+        """What the keys of a call are made of: the tensors to hash, row by row, and the call digest."""
         call_digest = self._call_digest(call.description, mode, _autocast(call.device.type), state)
-        return _ops.keys([self._row_bytes(t) for t in call.tensors], call_digest)
+        return [self._row_bytes(t) for t in call.tensors], call_digest
 
     def _call_digest(self, *parts: bytes) -> Tensor:
         digest = self._digests.get(parts)
@@ -42,8 +42,6 @@ class Keys:
         return digest
 
     def _row_bytes(self, t: Tensor) -> Tensor:
-        if t.requires_grad:
-            t = t.detach()
         if t.is_conj() or t.is_neg():
             t = t.resolve_conj().resolve_neg()
         if self._subsample_count is not None:

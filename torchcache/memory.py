@@ -42,10 +42,10 @@ class MemoryTier:
             self._arenas: list[_RowArena] = []
             self._by_layout: dict[Layout, int] = {}
 
-    def lookup(self, keys: Tensor) -> Found:
-        """Which of these rows are here."""
+    def lookup(self, rows: list[Tensor], call_digest: Tensor) -> Found:
+        """Which rows of a call are here (see `Keys.parts`)."""
         table, arenas = self._table, self._arenas
-        return Found(arenas, *table.lookup(keys))
+        return Found(arenas, *table.lookup_rows(rows, call_digest))
 
     def put(self, keys: Tensor, layout: Layout, leaves: list[Tensor]) -> None:
         """Keeps copies of the rows, as far as they fit; of those that do not, none."""
@@ -84,12 +84,16 @@ class MemoryTier:
 
 
 class Found:
-    """What a lookup of B keys found: `slots` ``[B]`` (negative: missing), `missing` ``[M]``: first rows of those."""
+    """What a lookup of B rows found.
 
-    __slots__ = ("_arenas", "_number", "missing", "slots")
+    `keys` ``[B, 2]``, `slots` ``[B]`` (negative: missing), `missing` ``[M]``: the first rows of those.
+    """
 
-    def __init__(self, arenas: list[_RowArena], slots: Tensor, missing: Tensor, number: int) -> None:
+    __slots__ = ("_arenas", "_number", "keys", "missing", "slots")
+
+    def __init__(self, arenas: list[_RowArena], keys: Tensor, slots: Tensor, missing: Tensor, number: int) -> None:
         self._arenas = arenas
+        self.keys = keys
         self.slots = slots
         self.missing = missing
         self._number = number
@@ -117,6 +121,9 @@ class _Table:
 
     def lookup(self, keys: Tensor) -> tuple[Tensor, Tensor, int]:
         return _ops.table_lookup(self._id, keys)
+
+    def lookup_rows(self, rows: list[Tensor], call_digest: Tensor) -> tuple[Tensor, Tensor, Tensor, int]:
+        return _ops.table_lookup_rows(self._id, rows, call_digest)
 
     def insert(self, keys: Tensor, layout: int, first: int) -> None:
         _ops.table_insert(self._id, keys.contiguous(), layout, first)
@@ -173,7 +180,8 @@ class _Arena:
             done += count
 
     def gather(self, slots: Tensor) -> Tensor:
-        slots = slots.to(self._device)
+        if self._device.type != "cpu":
+            slots = slots.to(self._device)
         if len(self._chunks) == 1:
             return self._chunks[0].index_select(0, slots)
         out = torch.empty((len(slots), *self._leaf.shape), dtype=self._leaf.stored, device=self._device)

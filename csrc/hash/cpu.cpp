@@ -11,6 +11,7 @@
 #include "fork.h"
 #include "hash/digest.h"
 #include "hash/dtypes.h"
+#include "hash/new_tensor.h"
 
 namespace torchcache {
 namespace {
@@ -146,8 +147,6 @@ std::vector<Digest> row_digests(const Rows& rows) {
   return result;
 }
 
-Tensor new_digests(int64_t n) { return torch::stable::empty({n, 2}, ScalarType::Long); }
-
 }  // namespace
 
 Tensor keys_cpu(std::vector<Tensor> rows, Tensor call) {
@@ -164,7 +163,7 @@ Tensor keys_cpu(std::vector<Tensor> rows, Tensor call) {
   }
   const auto* halves = static_cast<const int64_t*>(call.const_data_ptr());
   const Digest prefix{static_cast<uint64_t>(halves[0]), static_cast<uint64_t>(halves[1])};
-  Tensor result = new_digests(batch);
+  Tensor result = new_int64(batch, 2);
   auto* out = static_cast<Digest*>(result.mutable_data_ptr());
   parallel(batch, kKeysPerThread, [&](int64_t begin, int64_t end) {
     std::vector<uint8_t> bytes(16 * (1 + arguments.size()));
@@ -178,7 +177,7 @@ Tensor keys_cpu(std::vector<Tensor> rows, Tensor call) {
 }
 
 Tensor digests_cpu(std::vector<Tensor> tensors) {
-  Tensor result = new_digests(static_cast<int64_t>(tensors.size()));
+  Tensor result = new_int64(tensors.size(), 2);
   auto* out = static_cast<Digest*>(result.mutable_data_ptr());
   for (const Tensor& t : tensors) {
     if (!t.is_cpu()) throw std::invalid_argument("digests of CPU tensors only");

@@ -53,20 +53,19 @@ size_t KeyTable::position(Digest key) const {
   return at;
 }
 
-Lookup KeyTable::lookup(const Digest* keys, size_t n) const {
+Lookup KeyTable::lookup(const Digest* keys, size_t n, int64_t* slots) const {
   constexpr size_t kAhead = 8;  // entries of a large table are cold: fetch those of the next keys
   Lookup result;
-  result.slots.resize(n);
   Distinct distinct(keys, n);
   std::shared_lock lock(mutex_);
   for (size_t i = 0; i < n; ++i) {
     if (i + kAhead < n) __builtin_prefetch(&entries_[keys[i + kAhead].low & (entries_.size() - 1)]);
     const Place place = entries_[position(keys[i])].place;
     if (place.slot < 0) {
-      result.slots[i] = -1 - distinct.number(i, result.missing);
+      slots[i] = -1 - distinct.number(i, result.missing);
       continue;
     }
-    result.slots[i] = place.slot;
+    slots[i] = place.slot;
     if (result.layout == Lookup::kNone) result.layout = place.layout;
     if (result.layout != place.layout) result.layout = Lookup::kMixed;
   }

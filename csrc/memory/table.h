@@ -16,9 +16,8 @@ struct Place {
   int64_t slot = -1;
 };
 
-// What a lookup of a batch of B keys found.
+// What a lookup of a batch found, beside the slots.
 struct Lookup {
-  std::vector<int64_t> slots;    // [B]: ≥ 0: the row is in that slot; -1 - j: it is the j-th distinct missing row
   std::vector<int64_t> missing;  // for each distinct missing key, the first row of the batch that has it
   int64_t layout = kNone;        // of all rows that were found
 
@@ -31,7 +30,8 @@ class KeyTable {
  public:
   KeyTable();
 
-  Lookup lookup(const Digest* keys, size_t n) const;
+  // slots[i] ≥ 0: the row is in that slot; -1 - j: it is the j-th distinct missing row.
+  Lookup lookup(const Digest* keys, size_t n, int64_t* slots) const;
 
   // Keys get the slots first, first + 1, …; a key that is there already keeps its place.
   void insert(const Digest* keys, size_t n, int64_t layout, int64_t first);
