@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import logging
 import threading
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -14,13 +15,15 @@ from torch import Tensor, nn
 from torchcache import _ops, bypass, temporary
 from torchcache.assembly import gather, output
 from torchcache.call import Binder, Call
+from torchcache.compute import Computer, Uncacheable
 from torchcache.disk import DiskTier
+from torchcache.explain import Asked, Explanation, differing, key_parts, meta, since_directory
 from torchcache.fingerprint import Fingerprint
-from torchcache.keys import KEY_FORMAT, Keys
-from torchcache.logs import Once
+from torchcache.keys import Keys, autocast
+from torchcache.logs import Once, logger
 from torchcache.memory import Found, MemoryTier, RowView
 from torchcache.options import Options
-from torchcache.rows import Layout, UnsupportedOutput, split
+from torchcache.rows import Layout
 from torchcache.state import Mode, State, Uninitialized, Unwatchable
 
 T = TypeVar("T")
@@ -76,8 +79,7 @@ class Cache:
         self._options_now = options
         self._lock = threading.RLock()
         self._hits = [0, 0, 0]
-        self._uncacheable: dict[bytes, str] = {}  # mode and description of calls → why
-        self._changed: set[bytes] = set()  # the same, of calls that have changed the state once
+        self._last: Asked | None = None
 
     # ---- what it is
 
@@ -150,10 +152,19 @@ class Cache:
 
     def hash_tensor(self, *args: Any, **kwargs: Any) -> Tensor:
         """The low 64 bits of the keys of a call's rows, int64 ``[B]``. The arguments are those of forward."""
-        call = self._binder.bind(args, kwargs)
-        if call is None:
-            raise TypeError(f"these arguments do not fit the signature of {self._fingerprint.name}")
-        return _ops.keys(*self._key_parts(call)[:2])[:, 0].clone()
+        return _ops.keys(*self._key_parts(self._bound(args, kwargs))[:2])[:, 0].clone()
+
+    def explain(self, *args: Any, **kwargs: Any) -> Explanation:
+        """Which tier has how many of a call's rows, and what has changed in their keys if some are missing.
+
+        The arguments are those of forward; nothing is computed.
+        """
+        call = self._bound(args, kwargs)
+        rows, digest, kind = self._key_parts(call)
+        found = self._memory.lookup(rows, digest)
+        absent = found.keys[found.slots < 0]
+        on_disk = 0 if self._disk is None or not len(absent) else self._disk.count(absent)
+        return self._explanation(call, kind, call.batch - len(absent), on_disk)
 
     def rehash(self) -> None:
         """Looks at every byte of the state anew: for edits of single elements that bypass torch."""
@@ -186,20 +197,27 @@ class Cache:
         if call is None or call.batch == 0 or bypass.of_call(call) is not None:
             return forward(*args, **kwargs)
         try:
-            rows, digest, where = self._key_parts(call)
+            rows, digest, kind = self._key_parts(call)
         except Uninitialized:
             return forward(*args, **kwargs)
         except Unwatchable as error:
             self._once.warn("unwatchable", "calls are not cached: %s", error)
             return forward(*args, **kwargs)
-        if where in self._uncacheable:
+        if self._computer.refuses(kind):
             return forward(*args, **kwargs)
         found = self._memory.lookup(rows, digest)
         if not found.missing.numel() and not found.mixed:
+            self._last = self._asked(call, kind)
             self._count(call.batch, 0, 0)
             assert found.layout is not None
             return output(found.layout, found.gather(found.slots), call)
-        return _Assembly(self, forward, call, where, found).output()
+        return _Assembly(self, forward, call, kind, found).output()
+
+    def _bound(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
+        call = self._binder.bind(args, kwargs)
+        if call is None:
+            raise TypeError(f"these arguments do not fit the signature of {self._fingerprint.name}")
+        return call
 
     def _key_parts(self, call: Call) -> tuple[list[Tensor], Tensor, bytes]:
         """See `Keys.parts`; and what names this kind of call (arguments but not rows, mode)."""
@@ -208,38 +226,26 @@ class Cache:
             digest = b"" if state is None else state.digest()
             mode = self._mode.flags(0 if state is None else state.generation)
         if self._mode.reason is not None:
-            self._once.warn(self._mode.reason, "calls are not cached: %s", self._mode.reason)
-            self._uncacheable[mode + call.description] = self._mode.reason
+            self._computer.refuse(mode + call.description, self._mode.reason)
         return *self._keys.parts(call, mode, digest), mode + call.description
 
-    def _compute(self, forward: Forward, call: Call, rows: Tensor, where: bytes) -> tuple[Layout, list[Tensor]]:
-        """Layout and leaves of the rows, freshly computed. Raises Uncacheable where they must not be kept."""
-        noise = bypass.Noise()
-        state = self._state
-        before = None if state is None else state.before_forward()
-        everything = len(rows) == call.batch
-        args, kwargs = (call.args, call.kwargs) if everything else call.take(rows)
-        result = forward(*args, **kwargs)
-        reason = None
-        if noise.drawn():
-            reason = "the forward draws random numbers (dropout, drop path, sampling?): is a submodule in train mode?"
-        if state is not None and before is not None:
-            with self._lock:
-                changed = not state.after_forward(before)
-            if changed and reason is None and where not in self._changed:
-                self._changed.add(where)  # may have set something up that stays; once more will tell
-                raise Uncacheable(result if everything else None, noise)
-            if changed:
-                reason = reason or "the forward changes the module's own state (buffers, tensors, submodules)"
-        if reason is not None:
-            self._uncacheable[where] = reason
-            self._once.warn(reason, "calls are not cached: %s", reason)
-            raise Uncacheable(result if everything else None, noise)
-        try:
-            return split(result, len(rows), call.tensors, self.options.cache_dtype)
-        except UnsupportedOutput as error:
-            self._once.warn("output", "outputs are not cached: %s", error)
-            raise Uncacheable(result if everything else None, noise) from None
+    def _explanation(self, call: Call, kind: bytes, in_memory: int, on_disk: int) -> Explanation:
+        parts = key_parts(*self._asked(call, kind))
+        return Explanation(
+            call.batch,
+            in_memory,
+            on_disk,
+            None if self._last is None else differing(parts, key_parts(*self._last)),
+            None if self.cache_dir is None else since_directory(self.cache_dir, self._fingerprint, parts),
+        )
+
+    def _asked(self, call: Call, kind: bytes) -> Asked:
+        """What the keys of a call were made of, without its rows."""
+        state = {} if self._state is None else self._state.parts
+        return call.names, call.parts, kind.removesuffix(call.description), autocast(call.device.type), state
+
+    def _meta(self) -> dict[str, Any]:
+        return meta(self._fingerprint, self.options, {} if self._last is None else key_parts(*self._last))
 
     def _keep(self, keys: Tensor, layout: Layout, leaves: list[Tensor], on_disk: bool) -> None:
         self._warn_of_parameters()
@@ -288,6 +294,10 @@ class Cache:
         return Once(self._fingerprint.name)
 
     @_lazy
+    def _computer(self) -> Computer:
+        return Computer(self._once, self._lock, self.options.cache_dtype)
+
+    @_lazy
     def _binder(self) -> Binder:
         return Binder(self._forward, self._takes_self)
 
@@ -311,33 +321,17 @@ class Cache:
     def _disk(self) -> DiskTier | None:
         if self.cache_dir is None:
             return None
-        meta = {
-            "class": self._fingerprint.name,
-            "key_format": KEY_FORMAT,
-            "module_hash": self.module_hash,
-            "options": {k: str(v) for k, v in self.options.stored().items()},
-            "torch": torch.__version__,
-        }
-        return DiskTier(self.cache_dir, self.options, meta)
-
-
-class Uncacheable(Exception):
-    """Rows that were computed but must not be kept; `output` is the whole batch's, where that was computed."""
-
-    def __init__(self, output: Any, noise: bypass.Noise) -> None:
-        super().__init__()
-        self.output = output
-        self.noise = noise
+        return DiskTier(self.cache_dir, self.options, self._meta)
 
 
 class _Assembly:
     """The output of one call whose rows come from several places."""
 
-    def __init__(self, cache: Cache, forward: Forward, call: Call, where: bytes, found: Found) -> None:
+    def __init__(self, cache: Cache, forward: Forward, call: Call, kind: bytes, found: Found) -> None:
         self._cache = cache
         self._forward = forward
         self._call = call
-        self._where = where
+        self._kind = kind
         self._found = found
 
     def output(self) -> Any:
@@ -367,8 +361,14 @@ class _Assembly:
             parts.append(leaves)
             cache._keep(keys.index_select(0, where), layout, leaves, on_disk=True)
         absent = (place < 0).nonzero().squeeze(1)
+        if len(absent) == len(missing) and logger.isEnabledFor(logging.DEBUG):
+            name = cache._fingerprint.name
+            logger.debug("%s: %s", name, cache._explanation(call, self._kind, call.batch - len(missing), 0))
+        cache._last = cache._asked(call, self._kind)
         if len(absent):
-            computed, leaves = cache._compute(self._forward, call, missing.index_select(0, absent), self._where)
+            computed, leaves = cache._computer.rows(
+                self._forward, call, missing.index_select(0, absent), self._kind, cache._state
+            )
             if layout is not None and computed != layout:
                 raise _OtherLayout
             layout = computed

@@ -26,19 +26,22 @@ _NO_TENSORS = (
 class Call:
     """The bound arguments of one call."""
 
-    __slots__ = ("args", "batch", "description", "device", "kwargs", "tensors")
+    __slots__ = ("args", "batch", "description", "device", "kwargs", "names", "parts", "tensors")
 
     def __init__(
         self,
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
         tensors: list[Tensor],
-        description: bytes,
+        names: list[str],
+        parts: list[bytes],
     ) -> None:
         self.args = args
         self.kwargs = kwargs
         self.tensors = tensors  # [B, …] each, in signature order
-        self.description = description  # of everything but the rows; see docs/format.md
+        self.names = names  # of what the parts describe
+        self.parts = parts
+        self.description = b"".join(parts)  # of everything but the rows; see docs/format.md
         self.batch = tensors[0].shape[0]
         self.device = tensors[0].device
 
@@ -79,7 +82,7 @@ class Binder:
         found = _Found()
         for name, source, default in plan:
             if source is _EMPTY:
-                found.parts.append(default)
+                found.describe(name, default)
             else:
                 found.add(name, args[source] if type(source) is int else kwargs[source])
         return found.call(args, kwargs)
@@ -119,22 +122,27 @@ class _Found:
 
     def __init__(self) -> None:
         self.tensors: list[Tensor] = []
+        self.names: list[str] = []
         self.parts: list[bytes] = []
         self.wrong: tuple[str, Any] | None = None
+
+    def describe(self, name: str, part: bytes) -> None:
+        self.names.append(name)
+        self.parts.append(part)
 
     def add(self, name: str, value: Any) -> None:
         if isinstance(value, Tensor):
             self.tensors.append(value)
-            self.parts.append(_tensor_part(name, value.dtype, tuple(value.shape[1:])))
+            self.describe(name, _tensor_part(name, value.dtype, tuple(value.shape[1:])))
         elif is_plain(value):
-            self.parts.append(encode(name) + encode(value))
+            self.describe(name, encode(name) + encode(value))
         elif isinstance(value, Mapping) and _holds_tensor(value):
-            self.parts.append(encode((name, "mapping", len(value))))
+            self.describe(name, encode((name, "mapping", len(value))))
             for key in sorted(value, key=str):
-                self.parts.append(encode(key) if is_plain(key) else encode(str(key)))
+                self.describe(name, encode(key) if is_plain(key) else encode(str(key)))
                 self.add(f"{name}[{key!r}]", value[key])
         elif isinstance(value, (tuple, list)) and _holds_tensor(value):
-            self.parts.append(encode((name, "sequence", type(value).__name__, len(value))))
+            self.describe(name, encode((name, "sequence", type(value).__name__, len(value))))
             for i, item in enumerate(value):
                 self.add(f"{name}[{i}]", item)
         elif self.wrong is None:
@@ -155,7 +163,7 @@ class _Found:
             raise ValueError(
                 f"All inputs must have the same batch dimension (dimension 0), got tensors of shapes {shapes}"
             )
-        return Call(args, kwargs, self.tensors, b"".join(self.parts))
+        return Call(args, kwargs, self.tensors, self.names, self.parts)
 
 
 _tensor_parts: dict[tuple[str, torch.dtype, tuple[int, ...]], bytes] = {}

@@ -12,6 +12,7 @@ import json
 import os
 import threading
 import weakref
+from collections.abc import Callable
 from multiprocessing import util
 from pathlib import Path
 from typing import Any
@@ -24,8 +25,8 @@ from torchcache.logs import Once
 from torchcache.options import Options
 from torchcache.rows import Layout
 
-QUEUE_BYTES = 64 << 20  # of rows that wait to be written
 META_FILE = "meta.json"
+QUEUE_BYTES = 64 << 20  # of rows that wait to be written
 
 _MAX_ROW_BYTES = 1 << 30  # docs/format.md
 
@@ -33,7 +34,7 @@ _MAX_ROW_BYTES = 1 << 30  # docs/format.md
 class DiskTier:
     """Rows on disk. Writing happens behind the training step; rows that wait for it are found already."""
 
-    def __init__(self, directory: Path, options: Options, meta: dict[str, Any]) -> None:
+    def __init__(self, directory: Path, options: Options, meta: Callable[[], dict[str, Any]]) -> None:
         self.directory = directory
         self._meta = meta
         self._meta_written = False
@@ -87,6 +88,10 @@ class DiskTier:
         finally:
             self._report()
 
+    def count(self, keys: Tensor) -> int:
+        """How many of these rows are here."""
+        return int(_ops.store_find(self._store.id, keys)[0].sum())
+
     def stats(self) -> StoreStats:
         return StoreStats(*_ops.store_stats(self._store.id))
 
@@ -118,7 +123,7 @@ class DiskTier:
             return
         with contextlib.suppress(OSError):
             temporary = self.directory / f".{META_FILE}.{os.getpid()}.{threading.get_ident()}"
-            temporary.write_text(json.dumps(self._meta, indent=1, sort_keys=True) + "\n")
+            temporary.write_text(json.dumps(self._meta(), indent=1, sort_keys=True) + "\n")
             temporary.replace(path)
 
     def _report(self) -> None:

@@ -48,9 +48,13 @@ class Fingerprint:
         self._tensors: dict[str, Tensor] = {}
         code = self._code(constants=True)
         self.fixed = options.persistent_module_hash is not None
-        self.module_hash = options.persistent_module_hash or _hex(
-            encode((FINGERPRINT_FORMAT, code, init, options.stored()))
-        )
+        self.parts = {
+            "code": code,
+            "init arguments": init,
+            **{f"option {name}": encode(value) for name, value in options.stored().items()},
+        }
+        hashed = encode((FINGERPRINT_FORMAT, self.parts))
+        self.module_hash = options.persistent_module_hash or hashlib.blake2b(hashed, digest_size=16).hexdigest()
         logger.info("%s: module hash %s", self.name, self.module_hash)
 
     def state(self) -> State | None:
@@ -60,6 +64,11 @@ class Fingerprint:
         own = self._target if isinstance(self._target, nn.Module) else None
         modules = {"": own, **self._modules} if own is not None else self._modules
         return State(modules, self._tensors, self._describe, own)
+
+    def classes(self) -> dict[str, bytes]:
+        """Name of each class that takes part → its code, to tell which one changed."""
+        kinds = {type(m).__qualname__: type(m) for m in self.modules()}
+        return {name: source.describe(kind, tensors=_tensor_bytes) for name, kind in sorted(kinds.items())}
 
     def modules(self) -> list[nn.Module]:
         """Every module whose training flag may matter."""
@@ -88,13 +97,18 @@ class Fingerprint:
     def _reached_module(self, module: nn.Module) -> bytes:
         return _name_of(module, self._modules, "module").encode()
 
-    def _describe(self) -> bytes:
+    def _describe(self) -> dict[str, bytes]:
         """Code and configuration of all modules as they are now, for the state digest.
 
         Without the constants: these are in the module hash as they were at first, and may be places for results.
         """
-        own = self._target if isinstance(self._target, nn.Module) else None
-        return encode((self._code(constants=False), *(_configuration(m, m is own) for m in self.modules())))
+        roots = {"": self._target} if isinstance(self._target, nn.Module) else {}
+        parts = {"code": self._code(constants=False)}
+        for root, module in {**roots, **self._modules}.items():
+            for name, m in module.named_modules():
+                path = ".".join(filter(None, (root, name)))
+                parts[f"configuration of {path or 'the module'}"] = _configuration(m, m is self._target)
+        return parts
 
 
 def _name_of(what: Any, known: dict[str, Any], kind: str) -> str:
@@ -142,7 +156,3 @@ def init_arguments(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
 
 def _tensor_bytes(tensor: Tensor) -> bytes:
     return encode((tensor.dtype, tuple(tensor.shape), digests([tensor])[0]))
-
-
-def _hex(data: bytes) -> str:
-    return hashlib.blake2b(data, digest_size=16).hexdigest()

@@ -27,7 +27,7 @@ class Keys:
 
     def parts(self, call: Call, mode: bytes, state: bytes) -> tuple[list[Tensor], Tensor]:
         """What the keys of a call are made of: the tensors to hash, row by row, and the call digest."""
-        call_digest = self._call_digest(call.description, mode, _autocast(call.device.type), state)
+        call_digest = self._call_digest(call.description, mode, autocast(call.device.type), state)
         return [self._row_bytes(t) for t in call.tensors], call_digest
 
     def _call_digest(self, *parts: bytes) -> Tensor:
@@ -50,7 +50,7 @@ class Keys:
         return _ops.bits(t if t.device.type == "cpu" else t.cpu())
 
 
-def _autocast(device_type: str) -> bytes:
+def autocast(device_type: str) -> bytes:
     """Autocast of the inputs' device: off, or its dtype. On every device the same dtype gives the same bytes."""
     if not torch.is_autocast_enabled(device_type):
         return b""

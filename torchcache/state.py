@@ -60,8 +60,8 @@ class State:
     Args:
         modules: name → root module; all submodules are included.
         tensors: name → tensor that is reached otherwise (a global, a closure).
-        describe: canonical bytes of the code and configuration of the modules; called anew when a
-            submodule is replaced.
+        describe: what → canonical bytes of the code and configuration of the modules; called anew when
+            a submodule is replaced.
         own: the module whose own plain attributes are watched live, or None.
     """
 
@@ -69,7 +69,7 @@ class State:
         self,
         modules: dict[str, nn.Module],
         tensors: dict[str, Tensor],
-        describe: Callable[[], bytes],
+        describe: Callable[[], dict[str, bytes]],
         own: nn.Module | None,
     ) -> None:
         self._modules = modules
@@ -79,6 +79,7 @@ class State:
         self._fixed: dict[str, Any] = {}  # own attributes that forward changes: what they were at first
         self._products: set[tuple[int, str]] = set()  # attributes that a forward made
         self.generation = 0  # of the set of submodules
+        self.parts: dict[str, bytes] = {}  # what the digest is made of; replaced, never changed
         self._probe = 0
         self._versions: list[int] = []
         self._watch = _NativeWatch([])
@@ -206,11 +207,12 @@ class State:
     def _combine(self) -> None:
         own = {**self._attributes, **self._fixed}
         own = {k: v for k, v in own.items() if self._own is None or (id(self._own.__dict__), k) not in self._products}
-        h = hashlib.blake2b(digest_size=16)
-        h.update(encode((self._description, encode(own))))
-        for w in sorted(self._frozen + self._live, key=lambda w: w.name):
-            h.update(w.encoded())
-        self._value: bytes = h.digest()
+        self.parts = {
+            **self._description,
+            **{f"attribute {name}": encode(value) for name, value in own.items()},
+            **{f"tensor {w.name}": w.encoded() for w in (*self._frozen, *self._live)},
+        }
+        self._value: bytes = hashlib.blake2b(encode(self.parts), digest_size=16).digest()
 
 
 class Mode:

@@ -1,0 +1,103 @@
+"""A cache that misses says why: which tier has what, and what has changed in the keys."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from torchcache import torchcache
+
+X = torch.arange(12.0).view(4, 3)
+
+
+class Net(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.linear = nn.Linear(3, 2)
+        self.act = nn.LeakyReLU(0.1)
+        self.scale = 1.0
+        self.requires_grad_(False)
+
+    def forward(self, x: Tensor, power: int = 1) -> Tensor:
+        return self.act(self.linear(x)) ** power * self.scale
+
+
+def cached(directory: Path, **options: object) -> Net:
+    return torchcache(persistent=True, persistent_cache_dir=directory, **options)(Net())  # type: ignore[arg-type]
+
+
+def test_rows_are_counted_by_tier_and_nothing_is_computed(tmp_path: Path) -> None:
+    cached(tmp_path)(X[:2])
+    module = cached(tmp_path)
+    module(X[1:2])
+    before = module.cache_instance.info()
+    why = module.cache_instance.explain(X)
+    assert (why.rows, why.in_memory, why.on_disk) == (4, 1, 1)
+    assert why.since_last_call == [] == why.since_directory
+    assert "1 of 4 rows are in memory, 1 more on disk" in str(why) and "but the rows themselves" in str(why)
+    assert module.cache_instance.info() == before
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        (lambda m: m.linear.weight.mul_(2), "tensor linear.weight"),
+        (lambda m: setattr(m, "scale", 3.0), "attribute scale"),
+        (lambda m: setattr(m, "act", nn.LeakyReLU(0.5)), "configuration of act"),
+        (lambda m: m.act.eval(), "mode (train or eval)"),
+    ],
+)
+def test_what_changed_is_named(tmp_path: Path, change: object, named: str) -> None:
+    module = cached(tmp_path)
+    module(X)
+    change(module)  # type: ignore[operator]
+    why = module.cache_instance.explain(X)
+    assert why.in_memory == 0 and why.since_last_call == why.since_directory == [named]
+    assert f"changed: {named}" in str(why)
+
+
+def test_a_changed_argument_is_named(tmp_path: Path) -> None:
+    module = cached(tmp_path)
+    module(X)
+    assert module.cache_instance.explain(X, 2).since_last_call == ["argument power"]
+    assert module.cache_instance.explain(X.double()).since_last_call == ["argument x"]
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert module.cache_instance.explain(X).since_last_call == ["autocast"]
+
+
+def test_a_directory_of_another_module_hash_says_what_makes_it_another(tmp_path: Path) -> None:
+    cached(tmp_path)(X)
+    other = cached(tmp_path, zstd_compression=True, zstd_compression_level=5)
+    assert other.cache_instance.explain(X).since_directory == [
+        "option zstd_compression",
+        "option zstd_compression_level",
+    ]
+
+    class Net(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x
+
+    Net.__qualname__ = "Net"
+    changed = torchcache(persistent=True, persistent_cache_dir=tmp_path)(Net())
+    assert "code of Net" in (changed.cache_instance.explain(X).since_directory or [])
+
+
+def test_a_miss_is_explained_at_debug(caplog: pytest.LogCaptureFixture, tmp_path: Path) -> None:
+    module = cached(tmp_path)
+    with caplog.at_level(logging.DEBUG, logger="torchcache"):
+        module(X)
+        module.linear.weight.mul_(2)
+        module(X)
+    said = [r.getMessage() for r in caplog.records if r.levelno == logging.DEBUG]
+    assert len(said) == 2 and "against the last call: changed: tensor linear.weight" in said[1]
+
+
+def test_the_first_call_has_nothing_to_compare_with() -> None:
+    why = torchcache()(Net()).cache_instance.explain(X)
+    assert why.since_last_call is None is why.since_directory
+    assert "nothing to compare with" in str(why)

@@ -1,0 +1,73 @@
+"""Computes missing rows with the forward, and sees whether they may be kept."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from torchcache.bypass import Noise
+from torchcache.call import Call
+from torchcache.logs import Once
+from torchcache.rows import Layout, UnsupportedOutput, split
+from torchcache.state import State
+
+_NOISE = "the forward draws random numbers (dropout, drop path, sampling?): is a submodule in train mode?"
+_OWN_STATE = "the forward changes the module's own state (buffers, tensors, submodules)"
+
+
+class Uncacheable(Exception):
+    """Rows that were computed but must not be kept; `output` is the whole batch's, where that was computed."""
+
+    def __init__(self, output: Any, noise: Noise) -> None:
+        super().__init__()
+        self.output = output
+        self.noise = noise
+
+
+class Computer:
+    """Remembers which kinds of calls must not be kept. A kind is a mode and a description of arguments."""
+
+    def __init__(self, once: Once, lock: threading.RLock, cache_dtype: torch.dtype | None) -> None:
+        self._once = once
+        self._lock = lock
+        self._cache_dtype = cache_dtype
+        self._refused: set[bytes] = set()
+        self._changed: set[bytes] = set()  # kinds of calls that have changed the state once
+
+    def refuses(self, kind: bytes) -> bool:
+        return kind in self._refused
+
+    def refuse(self, kind: bytes, reason: str) -> None:
+        """Such calls are not kept from now on; the reason is said once."""
+        self._refused.add(kind)
+        self._once.warn(reason, "calls are not cached: %s", reason)
+
+    def rows(
+        self, forward: Callable[..., Any], call: Call, rows: Tensor, kind: bytes, state: State | None
+    ) -> tuple[Layout, list[Tensor]]:
+        """Layout and leaves of these rows of the call (int64 ``[M]``). Raises Uncacheable if they must not be kept."""
+        noise = Noise()
+        before = None if state is None else state.before_forward()
+        everything = len(rows) == call.batch
+        args, kwargs = (call.args, call.kwargs) if everything else call.take(rows)
+        output = forward(*args, **kwargs)
+        changed = False
+        if state is not None and before is not None:
+            with self._lock:
+                changed = not state.after_forward(before)
+        if noise.drawn():
+            self.refuse(kind, _NOISE)
+        elif changed and kind in self._changed:
+            self.refuse(kind, _OWN_STATE)
+        elif changed:
+            self._changed.add(kind)  # it may have set something up that stays: the next time will tell
+        else:
+            try:
+                return split(output, len(rows), call.tensors, self._cache_dtype)
+            except UnsupportedOutput as error:
+                self._once.warn("output", "outputs are not cached: %s", error)
+        raise Uncacheable(output if everything else None, noise)
