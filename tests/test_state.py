@@ -120,6 +120,59 @@ def test_a_changed_module_gives_what_it_would_give_without_the_cache(change: str
     assert module.calls == 3 - 1  # the first state's rows are found again
 
 
+class Sized:
+    def __init__(self, sizes: list[int]) -> None:
+        self.sizes = sizes
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        ([1, 2], [1, 3]),
+        ({"a": 1}, {"a": 2}),
+        (Sized([1]), Sized([2])),
+        ([torch.ones(2)], [torch.zeros(2)]),
+        ([nn.LeakyReLU(0.1)], [nn.LeakyReLU(0.2)]),
+    ],
+)
+def test_instances_with_other_contents_of_lists_dicts_and_objects_share_no_rows(one: Any, other: Any) -> None:
+    def with_attribute(value: Any) -> Net:
+        module = Net()
+        module.extra = value  # type: ignore[assignment]
+        return torchcache()(module)
+
+    assert keys(with_attribute(one)) == keys(with_attribute(one)) != keys(with_attribute(other))
+
+
+def test_tensors_and_modules_in_lists_are_watched() -> None:
+    module = Net()
+    module.extra = [torch.ones(2), {"layer": nn.Linear(2, 2).requires_grad_(False)}]  # type: ignore[assignment]
+    torchcache()(module)
+    before = keys(module)
+    module.extra[0].mul_(2)  # type: ignore[operator, index, union-attr]
+    changed = keys(module)
+    module.extra[1]["layer"].weight.mul_(2)  # type: ignore[operator, index, union-attr, call-overload]
+    assert len({tuple(before), tuple(changed), tuple(keys(module))}) == 3
+
+
+def test_lists_that_a_forward_fills_do_not_matter() -> None:
+    class Logging(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.seen: list[Tensor] = []
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.seen.append(x)
+            return x * 2
+
+    module = torchcache()(Logging())
+    before = keys(module)
+    module(X), module(X + 1)
+    module.act = nn.ReLU()
+    del module.act
+    assert keys(module) == before and len(module.seen) == 2
+
+
 def test_instances_of_different_weights_or_configuration_share_no_rows() -> None:
     same, other, sloped = Net(), Net(), Net(slope=0.9)
     set_weight(other, other.linear.weight + 1)

@@ -14,6 +14,8 @@ from torchcache.rows import Layout
 
 def output(layout: Layout, leaves: list[Tensor], call: Call) -> Any:
     """The output of a call from its leaves as they are kept."""
+    if layout.verbatim and all(t.is_cpu for t in (leaves[0], call.tensors[0])):
+        return layout.join(leaves)
     return layout.join([leaf.restore(rows, call.device) for leaf, rows in zip(layout.leaves, leaves)])
 
 

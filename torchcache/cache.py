@@ -19,7 +19,7 @@ from torchcache.compute import Computer, Uncacheable
 from torchcache.disk import DiskTier
 from torchcache.explain import Asked, Explanation, differing, key_parts, meta, since_directory
 from torchcache.fingerprint import Fingerprint
-from torchcache.keys import Keys, autocast
+from torchcache.keys import Keys, Kind, autocast
 from torchcache.logs import Once, logger
 from torchcache.memory import Found, MemoryTier, RowView
 from torchcache.options import Options
@@ -219,17 +219,18 @@ class Cache:
             raise TypeError(f"these arguments do not fit the signature of {self._fingerprint.name}")
         return call
 
-    def _key_parts(self, call: Call) -> tuple[list[Tensor], Tensor, bytes]:
-        """See `Keys.parts`; and what names this kind of call (arguments but not rows, mode)."""
+    def _key_parts(self, call: Call) -> tuple[list[Tensor], Tensor, Kind]:
+        """See `Keys.parts`; and the kind of the call."""
         with self._lock:
             state = self._state
             digest = b"" if state is None else state.digest()
             mode = self._mode.flags(0 if state is None else state.generation)
+        kind = (call.description, mode, autocast(call.device.type))
         if self._mode.reason is not None:
-            self._computer.refuse(mode + call.description, self._mode.reason)
-        return *self._keys.parts(call, mode, digest), mode + call.description
+            self._computer.refuse(kind, self._mode.reason)
+        return *self._keys.parts(call, kind, digest), kind
 
-    def _explanation(self, call: Call, kind: bytes, in_memory: int, on_disk: int) -> Explanation:
+    def _explanation(self, call: Call, kind: Kind, in_memory: int, on_disk: int) -> Explanation:
         parts = key_parts(*self._asked(call, kind))
         return Explanation(
             call.batch,
@@ -239,10 +240,10 @@ class Cache:
             None if self.cache_dir is None else since_directory(self.cache_dir, self._fingerprint, parts),
         )
 
-    def _asked(self, call: Call, kind: bytes) -> Asked:
+    def _asked(self, call: Call, kind: Kind) -> Asked:
         """What the keys of a call were made of, without its rows."""
         state = {} if self._state is None else self._state.parts
-        return call.names, call.parts, kind.removesuffix(call.description), autocast(call.device.type), state
+        return call.names, call.parts, kind, state
 
     def _meta(self) -> dict[str, Any]:
         return meta(self._fingerprint, self.options, {} if self._last is None else key_parts(*self._last))
@@ -327,7 +328,7 @@ class Cache:
 class _Assembly:
     """The output of one call whose rows come from several places."""
 
-    def __init__(self, cache: Cache, forward: Forward, call: Call, kind: bytes, found: Found) -> None:
+    def __init__(self, cache: Cache, forward: Forward, call: Call, kind: Kind, found: Found) -> None:
         self._cache = cache
         self._forward = forward
         self._call = call

@@ -83,8 +83,12 @@ class Binder:
         for name, source, default in plan:
             if source is _EMPTY:
                 found.describe(name, default)
+                continue
+            value = args[source] if type(source) is int else kwargs[source]
+            if type(value) is Tensor:
+                found.add_tensor(name, value)
             else:
-                found.add(name, args[source] if type(source) is int else kwargs[source])
+                found.add(name, value)
         return found.call(args, kwargs)
 
     def _plan(self, count: int, names: tuple[str, ...]) -> list[tuple[str, Any, Any]] | None:
@@ -126,14 +130,19 @@ class _Found:
         self.parts: list[bytes] = []
         self.wrong: tuple[str, Any] | None = None
 
+    def add_tensor(self, name: str, value: Tensor) -> None:
+        self.tensors.append(value)
+        self.names.append(name)
+        key = (name, value.dtype, value.shape[1:])
+        self.parts.append(_tensor_parts.get(key) or _tensor_part(key))
+
     def describe(self, name: str, part: bytes) -> None:
         self.names.append(name)
         self.parts.append(part)
 
     def add(self, name: str, value: Any) -> None:
         if isinstance(value, Tensor):
-            self.tensors.append(value)
-            self.describe(name, _tensor_part(name, value.dtype, tuple(value.shape[1:])))
+            self.add_tensor(name, value)
         elif is_plain(value):
             self.describe(name, encode(name) + encode(value))
         elif isinstance(value, Mapping) and _holds_tensor(value):
@@ -157,8 +166,8 @@ class _Found:
                 "All non-Tensor extra args to the call must be an immutable type (None, bool, int, float, complex, "
                 f"str, bytes, torch.dtype, torch.device, or tuples of these), got {type(value).__name__} for {name!r}"
             )
-        batches = [t.shape[0] if t.dim() else None for t in self.tensors]
-        if batches[0] is None or any(b != batches[0] for b in batches):
+        sizes = {t.shape[:1] for t in self.tensors}
+        if len(sizes) != 1 or () in sizes:
             shapes = ", ".join(str(tuple(t.shape)) for t in self.tensors)
             raise ValueError(
                 f"All inputs must have the same batch dimension (dimension 0), got tensors of shapes {shapes}"
@@ -166,17 +175,15 @@ class _Found:
         return Call(args, kwargs, self.tensors, self.names, self.parts)
 
 
-_tensor_parts: dict[tuple[str, torch.dtype, tuple[int, ...]], bytes] = {}
+_TensorKey = tuple[str, torch.dtype, torch.Size]  # name, dtype, shape of a row
+_tensor_parts: dict[_TensorKey, bytes] = {}
 
 
-def _tensor_part(name: str, dtype: torch.dtype, shape: tuple[int, ...]) -> bytes:
-    key = (name, dtype, shape)
-    part = _tensor_parts.get(key)
-    if part is None:
-        if len(_tensor_parts) > 10_000:
-            _tensor_parts.clear()
-        part = _tensor_parts[key] = encode((name, "tensor", dtype, shape))
-    return part
+def _tensor_part(key: _TensorKey) -> bytes:
+    if len(_tensor_parts) > 10_000:
+        _tensor_parts.clear()
+    name, dtype, shape = key
+    return _tensor_parts.setdefault(key, encode((name, "tensor", dtype, tuple(shape))))
 
 
 def _holds_tensor(value: Mapping[Any, Any] | Sequence[Any]) -> bool:

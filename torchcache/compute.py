@@ -11,6 +11,7 @@ from torch import Tensor
 
 from torchcache.bypass import Noise
 from torchcache.call import Call
+from torchcache.keys import Kind
 from torchcache.logs import Once
 from torchcache.rows import Layout, UnsupportedOutput, split
 from torchcache.state import State
@@ -29,25 +30,25 @@ class Uncacheable(Exception):
 
 
 class Computer:
-    """Remembers which kinds of calls must not be kept. A kind is a mode and a description of arguments."""
+    """Remembers which kinds of calls must not be kept."""
 
     def __init__(self, once: Once, lock: threading.RLock, cache_dtype: torch.dtype | None) -> None:
         self._once = once
         self._lock = lock
         self._cache_dtype = cache_dtype
-        self._refused: set[bytes] = set()
-        self._changed: set[bytes] = set()  # kinds of calls that have changed the state once
+        self._refused: set[Kind] = set()
+        self._changed: set[Kind] = set()  # kinds of calls that have changed the state once
 
-    def refuses(self, kind: bytes) -> bool:
+    def refuses(self, kind: Kind) -> bool:
         return kind in self._refused
 
-    def refuse(self, kind: bytes, reason: str) -> None:
+    def refuse(self, kind: Kind, reason: str) -> None:
         """Such calls are not kept from now on; the reason is said once."""
         self._refused.add(kind)
         self._once.warn(reason, "calls are not cached: %s", reason)
 
     def rows(
-        self, forward: Callable[..., Any], call: Call, rows: Tensor, kind: bytes, state: State | None
+        self, forward: Callable[..., Any], call: Call, rows: Tensor, kind: Kind, state: State | None
     ) -> tuple[Layout, list[Tensor]]:
         """Layout and leaves of these rows of the call (int64 ``[M]``). Raises Uncacheable if they must not be kept."""
         noise = Noise()

@@ -12,12 +12,12 @@ import torch
 
 from torchcache.disk import META_FILE
 from torchcache.fingerprint import Fingerprint
-from torchcache.keys import KEY_FORMAT
+from torchcache.keys import KEY_FORMAT, Kind
 from torchcache.options import Options
 
 Parts = dict[str, bytes]
-# Names and parts of the arguments, mode, autocast, parts of the state: the arguments of `key_parts`.
-Asked = tuple[list[str], list[bytes], bytes, bytes, Parts]
+# Names and parts of the arguments, kind of the call, parts of the state: the arguments of `key_parts`.
+Asked = tuple[list[str], list[bytes], Kind, Parts]
 
 
 class Explanation(NamedTuple):
@@ -51,11 +51,12 @@ def _sentence(changed: list[str] | None) -> str:
     return "changed: " + ", ".join(changed[:8]) + more
 
 
-def key_parts(names: list[str], parts: list[bytes], mode: bytes, autocast: bytes, state: Parts) -> Parts:
+def key_parts(names: list[str], parts: list[bytes], kind: Kind, state: Parts) -> Parts:
     """What the keys of a call were made of, by name."""
     arguments: Parts = {}
     for name, part in zip(names, parts):
         arguments[f"argument {name}"] = arguments.get(f"argument {name}", b"") + part
+    _, mode, autocast = kind
     return {**arguments, "mode (train or eval)": mode, "autocast": autocast, **state}
 
 

@@ -46,6 +46,7 @@ class Fingerprint:
         self.name = type(target).__qualname__ if isinstance(target, nn.Module) else forward.__qualname__
         self._modules: dict[str, nn.Module] = {}
         self._tensors: dict[str, Tensor] = {}
+        self._contents = self._mutable_attributes()
         code = self._code(constants=True)
         self.fixed = options.persistent_module_hash is not None
         self.parts = {
@@ -72,8 +73,15 @@ class Fingerprint:
 
     def modules(self) -> list[nn.Module]:
         """Every module whose training flag may matter."""
-        roots = [self._target] if isinstance(self._target, nn.Module) else []
-        return [m for root in (*roots, *self._modules.values()) for m in root.modules()]
+        return [m for _, m in self._named_modules()]
+
+    def _named_modules(self) -> list[tuple[str, nn.Module]]:
+        roots = {"": self._target} if isinstance(self._target, nn.Module) else {}
+        return [
+            (".".join(filter(None, (root, name))), m)
+            for root, module in {**roots, **self._modules}.items()
+            for name, m in module.named_modules()
+        ]
 
     def _code(self, constants: bool) -> bytes:
         """Of the forward, the module, and the modules that their code reaches, and so on."""
@@ -95,6 +103,9 @@ class Fingerprint:
         return _name_of(tensor, self._tensors, "tensor").encode()
 
     def _reached_module(self, module: nn.Module) -> bytes:
+        for path, own in self._named_modules():
+            if own is module:
+                return f"module {path}".encode()
         return _name_of(module, self._modules, "module").encode()
 
     def _describe(self) -> dict[str, bytes]:
@@ -102,13 +113,31 @@ class Fingerprint:
 
         Without the constants: these are in the module hash as they were at first, and may be places for results.
         """
-        roots = {"": self._target} if isinstance(self._target, nn.Module) else {}
-        parts = {"code": self._code(constants=False)}
-        for root, module in {**roots, **self._modules}.items():
-            for name, m in module.named_modules():
-                path = ".".join(filter(None, (root, name)))
-                parts[f"configuration of {path or 'the module'}"] = _configuration(m, m is self._target)
+        parts = {**self._contents, "code": self._code(constants=False)}
+        for path, module in self._named_modules():
+            parts[f"configuration of {path or 'the module'}"] = _configuration(module, module is self._target)
         return parts
+
+    def _mutable_attributes(self) -> dict[str, bytes]:
+        """What lists, dicts and other objects hold that are attributes of modules, as it is when the cache is made."""
+        reached: dict[str, Any] = {"tensors": self._reached_tensor, "modules": self._reached_module}
+        parts = {}
+        for path, module in self._named_modules():
+            for name, value in module.__dict__.items():
+                if _is_mutable_attribute(name, value):
+                    what = ".".join(filter(None, (path, name)))
+                    try:
+                        parts[f"contents of {what}"] = source.describe_value(value, name=what, **reached)
+                    except Exception as error:  # whatever the objects of others raise when they are looked at
+                        logger.info("%s: %s is left out of the key: %s", self.name, what, error)
+        return parts
+
+
+def _is_mutable_attribute(name: str, value: Any) -> bool:
+    """Not what is looked at otherwise: plain values, tensors, modules, code, a Hugging Face config."""
+    own = name in _MODULE_ATTRIBUTES or name.startswith(("torchcache_", "_torchcache"))
+    otherwise = isinstance(value, (Tensor, nn.Module, *source.CODE)) or is_plain(value) or hasattr(value, "to_dict")
+    return not (own or otherwise or type(value).__module__.partition(".")[0] in ("torch", "torchcache"))
 
 
 def _name_of(what: Any, known: dict[str, Any], kind: str) -> str:

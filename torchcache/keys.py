@@ -16,6 +16,10 @@ KEY_FORMAT = 1
 _MOST_DIGESTS = 4096  # remembered call digests; a state that changes on every call must not pile them up
 
 
+# What is the same for all calls of one kind: description, mode (training flags), autocast.
+Kind = tuple[bytes, bytes, bytes]
+
+
 class Keys:
     """Makes the keys of the calls of one cache. Thread-safe."""
 
@@ -25,10 +29,9 @@ class Keys:
         self._digests: dict[tuple[bytes, ...], Tensor] = {}
         self._lock = threading.Lock()
 
-    def parts(self, call: Call, mode: bytes, state: bytes) -> tuple[list[Tensor], Tensor]:
+    def parts(self, call: Call, kind: Kind, state: bytes) -> tuple[list[Tensor], Tensor]:
         """What the keys of a call are made of: the tensors to hash, row by row, and the call digest."""
-        call_digest = self._call_digest(call.description, mode, autocast(call.device.type), state)
-        return [self._row_bytes(t) for t in call.tensors], call_digest
+        return [self._row_bytes(t) for t in call.tensors], self._call_digest(*kind, state)
 
     def _call_digest(self, *parts: bytes) -> Tensor:
         digest = self._digests.get(parts)

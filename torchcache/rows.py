@@ -40,8 +40,6 @@ class Leaf:
 
     def restore(self, rows: Tensor, input_device: torch.device) -> Tensor:
         """Kept rows as the forward would have given them."""
-        if self.device is None and self.stored is self.dtype and rows.device == input_device:
-            return rows
         device = input_device if self.device is None else torch.device(self.device)
         return rows.to(device=device, dtype=self.dtype)
 
@@ -54,6 +52,11 @@ class Layout:
     @functools.cached_property
     def row_bytes(self) -> int:
         return sum(leaf.row_bytes for leaf in self.leaves)
+
+    @functools.cached_property
+    def verbatim(self) -> bool:
+        """Whether rows are kept as they are given back, on the device of the input."""
+        return all(leaf.stored is leaf.dtype and leaf.device is None for leaf in self.leaves)
 
     @functools.cached_property
     def json(self) -> str:

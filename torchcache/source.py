@@ -50,13 +50,11 @@ _C_FUNCTIONS = (
     types.WrapperDescriptorType,
     types.ClassMethodDescriptorType,
 )
-_CODE = (
+CODE = (
     *_C_FUNCTIONS,
     *(types.FunctionType, types.MethodType, functools.partial, functools.partialmethod),
     *(staticmethod, classmethod, property, functools.cached_property),
-    torch.jit.ScriptFunction,
-    type,
-    torch.nn.Module,
+    *(torch.jit.ScriptFunction, type, torch.nn.Module),
 )
 _BYTECODE = (
     "%s has no source that compiles to what runs, so its bytecode names the cache: "
@@ -80,14 +78,13 @@ def describe(obj: object, *, tensors: Tensors, modules: Modules | None = None, c
     return describer.finish(encode(describer.module(obj, state=False)))
 
 
-def describe_value(value: object, *, tensors: Tensors, name: str = "value") -> bytes:
-    """Any value that has a stable encoding; code as `describe` does, modules with their state.
+def describe_value(value: object, *, tensors: Tensors, modules: Modules | None = None, name: str = "value") -> bytes:
+    """Any value that has a stable encoding; code as `describe` does, modules with their state or as `modules` says.
 
-    Objects of other classes count as what pickling them would keep; `Unencodable` is raised for
-    those that cannot be pickled, such as open files and generators. `name` is what the error calls
-    the value.
+    Objects of other classes count as what pickling them would keep; `Unencodable`, which calls the value `name`, is
+    raised for those that cannot be pickled, such as open files and generators.
     """
-    describer = _Describer(tensors)
+    describer = _Describer(tensors, modules)
     return describer.finish(encode(value, describer.value, name=name))
 
 
@@ -129,7 +126,7 @@ class _Describer:
             return encode(("method", value.__func__, value.__self__), self.value)
         if isinstance(value, functools.partial):
             return encode(("partial", value.func, value.args, value.keywords), self.value)
-        known = isinstance(value, (torch.Tensor, *_CODE)) and _owner(value) is None
+        known = isinstance(value, (torch.Tensor, *CODE)) and _owner(value) is None
         if known or "__wrapped__" in getattr(value, "__dict__", {}):
             return encode(self.mention(value, ""))
         array = _array(value)
@@ -153,7 +150,7 @@ class _Describer:
             return "submodule", self.own[id(value)]
         if self.modules is not None and isinstance(value, torch.nn.Module):
             return "module", self.modules(value)
-        if isinstance(value, _CODE):
+        if isinstance(value, CODE):
             return "see", self.refer(value)
         if isinstance(value, types.ModuleType):
             return "module", of_module(value.__name__)
@@ -370,7 +367,7 @@ def _is_machinery(cls: type, name: str, member: object) -> bool:
         record = dataclasses.is_dataclass(cls) or hasattr(cls, "_fields")
         return record and name in _GENERATED and member.__code__.co_filename == "<string>"
     dunder = name.startswith("__") and name.endswith("__")
-    return (dunder or name == "_abc_impl") and not isinstance(member, _CODE)
+    return (dunder or name == "_abc_impl") and not isinstance(member, CODE)
 
 
 def _array(value: object) -> bytes | None:
