@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import ctypes
 import subprocess
 import tempfile
@@ -9,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
-from interleaved import table
+from interleaved import measure, table
 from torch import Tensor, nn
 
 from torchcache import _ops, torchcache
@@ -68,6 +69,19 @@ def hits(name: str, x: Tensor, rounds: int) -> None:
         table(f"full hit, {name} → {FEATURES} f32, 1 thread", rivals, rounds, len(x) / 1e6, "M rows/s")
 
 
+def unchanged_state() -> None:
+    """What it costs on every call to see that no weight has changed."""
+    encoder = nn.TransformerEncoder(nn.TransformerEncoderLayer(32, 4, batch_first=True), 8, enable_nested_tensor=False)
+    block = [nn.Conv2d(8, 8, 1, bias=False), nn.BatchNorm2d(8), nn.ReLU()]
+    convolutions = nn.Sequential(*(copy.deepcopy(layer) for _ in range(53) for layer in block), nn.Linear(8, 8))
+    print("\nseeing that nothing changed")
+    for name, module in (("encoder", encoder), ("as many tensors as ResNet-50", convolutions)):
+        cache = torchcache()(module.eval().requires_grad_(False)).cache_instance
+        (median,) = measure([(name, lambda cache=cache: cache._state.digest())], 1000)
+        count = f"{len(list(module.parameters()))} parameters, {len(list(module.buffers()))} buffers"
+        print(f"  {name + ', ' + count:62} {median * 1e6:8.1f} µs")
+
+
 def main() -> None:
     library = read_limit()
     for threads in (1, 2):
@@ -75,6 +89,7 @@ def main() -> None:
     hits("(64, 3, 224, 224) f32", torch.randn(64, 3, 224, 224), 25)
     hits("(256, 512) f32", torch.randn(256, 512), 400)
     hits("(64, 128) int64", torch.randint(0, 1000, (64, 128)), 400)
+    unchanged_state()
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ import copy
 import inspect
 import io
 import pickle
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -118,6 +119,18 @@ def test_other_layers_of_a_decorated_layers_class_can_still_be_scripted() -> Non
     for _ in range(2):
         assert torch.equal(scripted(X), layer(X).relu())
     assert scripted.cache_instance.info().memory_hits == 3
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize("way", [torch.jit.script, lambda m: torch.jit.trace(m, X), torch.fx.symbolic_trace])
+def test_scripted_traced_and_symbolic_modules_can_be_decorated(way: Callable[[nn.Module], nn.Module]) -> None:
+    layer = nn.Linear(2, 3).requires_grad_(False)
+    module = torchcache()(way(nn.Sequential(layer, nn.ReLU())))
+    for _ in range(2):
+        assert torch.equal(module(X), layer(X).relu())
+    assert module.cache_instance.info().memory_hits == 3
+    layer.weight.mul_(2)
+    assert torch.equal(module(X), layer(X).relu())
 
 
 def test_an_instance_with_a_forward_of_its_own_is_cached_with_that() -> None:

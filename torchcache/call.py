@@ -62,7 +62,10 @@ class Binder:
     """Binds calls of one function; with `takes_self` its first parameter is not an argument."""
 
     def __init__(self, function: Callable[..., Any], takes_self: bool) -> None:
-        parameters = list(inspect.signature(function).parameters.values())
+        try:
+            parameters = list(inspect.signature(function).parameters.values())
+        except (TypeError, ValueError):  # of compiled code nothing is known
+            parameters = list(inspect.signature(lambda *args, **kwargs: None).parameters.values())
         leave_out = takes_self and bool(parameters) and parameters[0].kind is not _VAR_POSITIONAL
         self._parameters = parameters[1:] if leave_out else parameters
         self._plans: dict[tuple[int, tuple[str, ...]], list[tuple[str, Any, Any]] | None] = {}

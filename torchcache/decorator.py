@@ -121,7 +121,7 @@ class _Handle:
 
 
 def _restore(owner: type[nn.Module], options: Options | None, init: bytes) -> _Handle:
-    if options is not None:
+    if options is not None and not issubclass(owner, torch.jit.ScriptModule):
         _patch_forward(owner, None)
     return _Handle(owner, options, init)
 
@@ -188,7 +188,11 @@ def _patch_instance(module: T, options: Options) -> T:
     assert isinstance(module, nn.Module)
     _options_of(module, options)
     own = module.__dict__.get("forward")
-    _patch_forward(type(module), None)
+    if isinstance(module, torch.jit.ScriptModule):
+        own = module.forward  # compiled for this instance; its class has none
+        _add_cache_instance(type(module))
+    else:
+        _patch_forward(type(module), None)
     if isinstance(module, nn.modules.lazy.LazyModuleMixin) and module.cls_to_become is not None:
         _patch_forward(module.cls_to_become, None)  # its class from the first call on
     module.__dict__[_HANDLE] = _Handle(type(module), options, b"")
@@ -206,10 +210,14 @@ def _patch_forward(cls: type[nn.Module], options: Options | None) -> None:
             cls.forward = forward
         if options is not None:
             forward._torchcache_options = options
-        if "cache_instance" not in cls.__dict__:
-            cls.cache_instance = property(_cache_instance)  # type: ignore[attr-defined]
-            unused = getattr(cls, "__jit_unused_properties__", [])  # else TorchScript would compile it
-            cls.__jit_unused_properties__ = [*unused, "cache_instance"]  # type: ignore[attr-defined]
+        _add_cache_instance(cls)
+
+
+def _add_cache_instance(cls: type[nn.Module]) -> None:
+    if "cache_instance" not in cls.__dict__:
+        cls.cache_instance = property(_cache_instance)  # type: ignore[attr-defined]
+        unused = getattr(cls, "__jit_unused_properties__", [])  # else TorchScript would compile it
+        cls.__jit_unused_properties__ = [*unused, "cache_instance"]  # type: ignore[attr-defined]
 
 
 def _dispatching(original: Forward) -> Any:

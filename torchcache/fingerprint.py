@@ -11,6 +11,7 @@ import os
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from torchcache import source
@@ -85,7 +86,8 @@ class Fingerprint:
 
     def _code(self, constants: bool) -> bytes:
         """Of the forward, the module, and the modules that their code reaches, and so on."""
-        todo: list[Any] = [self._forward]
+        scripted = isinstance(self._target, torch.jit.ScriptModule)  # then the module has the code of its forward
+        todo: list[Any] = [] if scripted else [self._forward]
         if isinstance(self._target, nn.Module):
             todo.append(self._target)
         known = len(self._modules)

@@ -227,7 +227,8 @@ class Mode:
     def flags(self, generation: int) -> bytes:
         """One byte where all flags are the same, else one for each submodule in order."""
         if generation != self._generation:
-            self._modules, self._flags, self._generation = self._list(), b"", generation
+            self._modules = [m for m in self._list() if hasattr(m, "training")]  # frozen TorchScript has none
+            self._flags, self._generation = b"", generation
         flags = bytes([m.training for m in self._modules])
         if flags != self._flags:
             self._flags = flags
