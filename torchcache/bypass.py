@@ -75,33 +75,41 @@ class Noise:
     """Whether random numbers were drawn since this was made."""
 
     def __init__(self) -> None:
-        self._before = _generators()
+        self._torch = _torch_generators()
+        self._python = random.getstate()
+        self._numpy = _numpy_state()
 
     def drawn(self) -> bool:
-        now = _generators()
-        return any(not _equal(a, b) for a, b in zip(self._before, now))
+        now = _torch_generators()
+        return (
+            any(not torch.equal(a, b) for a, b in zip(self._torch, now))
+            or random.getstate() != self._python
+            or _comparable(_numpy_state()) != _comparable(self._numpy)
+        )
 
     def rewind(self) -> None:
         """Sets the generators back, so that a second forward draws what the first one drew."""
-        cpu, python, array, *cuda = self._before
-        torch.set_rng_state(cpu)
-        random.setstate(python)
-        if array is not None:
-            sys.modules["numpy"].random.set_state(array)
-        if cuda:
-            torch.cuda.set_rng_state_all(cuda)
+        torch.set_rng_state(self._torch[0])
+        random.setstate(self._python)
+        if self._numpy is not None:
+            sys.modules["numpy"].random.set_state(self._numpy)
+        if self._torch[1:]:
+            torch.cuda.set_rng_state_all(self._torch[1:])
 
 
-def _generators() -> list[Any]:
-    numpy = sys.modules.get("numpy")
-    array = numpy.random.get_state() if numpy is not None and hasattr(numpy, "random") else None
+def _torch_generators() -> list[Tensor]:
     cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []  # type: ignore[no-untyped-call]
-    return [torch.get_rng_state(), random.getstate(), array, *cuda]
+    return [torch.get_rng_state(), *cuda]
 
 
-def _equal(a: Any, b: Any) -> bool:
-    if isinstance(a, Tensor):
-        return torch.equal(a, b)
-    if isinstance(a, tuple):
-        return len(a) == len(b) and all(map(_equal, a, b))
-    return a is b or bool((a == b).all() if hasattr(a, "all") else a == b)
+def _numpy_state() -> Any:
+    """Of NumPy's global generator; None where nobody has imported that."""
+    generator = sys.modules.get("numpy.random")
+    return None if generator is None else generator.get_state()
+
+
+def _comparable(numpy_state: Any) -> Any:
+    if numpy_state is None:
+        return None
+    name, words, *rest = numpy_state
+    return name, words.tobytes(), rest
