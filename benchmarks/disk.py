@@ -1,4 +1,4 @@
-"""Writing and reading rows on disk, beside plain pwrite and pread of the same bytes (page cache warm)."""
+"""Writing, reading and opening, beside plain pwrite, pread and read of the same bytes (page cache warm)."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from torch import Tensor
 from torchcache import _ops
 
 ROWS, BATCH = 8192, 64
+OPENED_ROWS = 2_000_000
 LAYOUT = '{"leaves":[],"tree":"*"}'
 QUEUE_BYTES = 64 << 20
 
@@ -22,8 +23,8 @@ def batches(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
     return zip(*(t.split(BATCH) for t in tensors), strict=True)
 
 
-def open_store(folder: Path) -> int:
-    return _ops.store_open(str(folder), 1 << 40, False, 3, 1, False, QUEUE_BYTES)
+def open_store(folder: Path, mmap: bool = False) -> int:
+    return _ops.store_open(str(folder), 1 << 40, False, 3, 1, mmap, QUEUE_BYTES)
 
 
 def run(root: Path, width: int, rows: int, rounds: int) -> None:
@@ -58,6 +59,7 @@ def run(root: Path, width: int, rows: int, rounds: int) -> None:
     for k, d in batches(keys, data):
         _ops.store_put(store, k, LAYOUT, [d])
     _ops.store_flush(store)
+    mapped = open_store(root / "read", mmap=True)
     places = order.tolist()
 
     def pread() -> None:
@@ -66,21 +68,46 @@ def run(root: Path, width: int, rows: int, rounds: int) -> None:
             for j, place in enumerate(places[i : i + BATCH]):
                 os.preadv(plain, [memoryview(out[j]).cast("B")], place * row_bytes)
 
-    def read() -> None:
+    def read(store: int) -> None:
         for (k,) in batches(shuffled):
             _ops.store_find(store, k)
             assert _ops.store_read(store, k, LAYOUT, [torch.empty(len(k), width)]).all()
 
     rivals = [
         ("limit: pread per row into a fresh tensor", pread),
-        ("find and read, verified", read),
+        ("find and read, verified", lambda: read(store)),
+        ("the same with use_mmap_on_load", lambda: read(mapped)),
     ]
     table(f"read {title}, warm, shuffled", rivals, rounds, rows / 1e3, "k rows/s")
     _ops.store_close(store)
+    _ops.store_close(mapped)
+
+
+def opening(root: Path) -> None:
+    store = open_store(root)
+    for _ in range(OPENED_ROWS // 1000):
+        _ops.store_put(store, torch.randint(-(2**63), 2**63 - 1, (1000, 2)), LAYOUT, [torch.zeros(1000, 4)])
+    _ops.store_close(store)
+    indexes = list(root.glob("*.idx"))
+    buffer = bytearray(1 << 18)
+
+    def read() -> None:
+        for index in indexes:
+            with index.open("rb", buffering=0) as file:
+                while file.readinto(buffer):
+                    pass
+
+    rivals = [
+        ("limit: reading the index files", read),
+        ("open", lambda: _ops.store_close(open_store(root))),
+    ]
+    table(f"open a store of {OPENED_ROWS} rows", rivals, 7, OPENED_ROWS / 1e6, "M rows/s")
 
 
 def main() -> None:
     torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory(prefix="torchcache-bench-") as folder:
+        opening(Path(folder))
     for width, rows, rounds in ((768, ROWS, 9), (151_296, 512, 5)):
         with tempfile.TemporaryDirectory(prefix="torchcache-bench-") as root:
             run(Path(root), width, rows, rounds)

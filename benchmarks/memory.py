@@ -104,9 +104,7 @@ def memory_overhead() -> None:
         module(torch.arange(i + 1, i + 1001.0).unsqueeze(1).expand(-1, 8))
     used = resident() - before
     rows = module.cache_instance.memory_cache_size
-    print(
-        f"\nmemory used for each cached byte: {used / rows:.3f} ({rows / 1e6:.0f} MB, {4 * FEATURES} bytes a row)"
-    )
+    print(f"\nmemory used for each cached byte: {used / rows:.3f} ({rows / 1e6:.0f} MB, {4 * FEATURES} bytes a row)")
 
 
 def unchanged_state() -> None:

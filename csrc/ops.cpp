@@ -17,6 +17,7 @@
 #include "hash/new_tensor.h"
 #include "hash/watch.h"
 #include "memory/table.h"
+#include "store/compaction.h"
 #include "store/store.h"
 
 namespace torchcache {
@@ -36,6 +37,10 @@ Handles<KeyTable>& tables() {
 }
 Handles<store::Store>& stores() {
   static auto* instance = new Handles<store::Store>("store");
+  return *instance;
+}
+Handles<store::Compaction>& compactions() {
+  static auto* instance = new Handles<store::Compaction>("compaction");
   return *instance;
 }
 
@@ -161,6 +166,79 @@ std::vector<int64_t> store_stats(int64_t store) {
 
 std::vector<std::string> store_warnings(int64_t store) { return stores().get(store)->take_warnings(); }
 
+// ---- maintenance
+
+store::SegmentId as_id(const std::string& name) {
+  store::SegmentId id;
+  if (!store::from_hex(name, &id))
+    throw std::invalid_argument("a segment is named by 32 lower-case hex digits, got '" + name + "'");
+  return id;
+}
+
+std::vector<store::SegmentId> as_ids(const std::vector<std::string>& names) {
+  std::vector<store::SegmentId> ids;
+  for (const std::string& name : names) ids.push_back(as_id(name));
+  return ids;
+}
+
+std::tuple<std::vector<int64_t>, std::vector<std::string>> segment_summary(std::string directory, std::string name) {
+  const store::Summary s = store::summarize(directory, as_id(name));
+  std::vector<int64_t> numbers = {s.idle, static_cast<int64_t>(s.bytes), static_cast<int64_t>(s.index_bytes),
+                                  static_cast<int64_t>(s.blocks)};
+  std::vector<std::string> layouts;
+  for (const store::RowGroup& g : s.groups) {
+    layouts.push_back(g.layout);
+    numbers.insert(numbers.end(), {static_cast<int64_t>(g.codec), static_cast<int64_t>(g.rows),
+                                   static_cast<int64_t>(g.bytes), static_cast<int64_t>(g.stored)});
+  }
+  return {numbers, layouts};
+}
+
+std::vector<int64_t> segment_verify(std::string directory, std::string name, int64_t position, int64_t bytes) {
+  const store::Verified v =
+      store::verify(directory, as_id(name), static_cast<uint64_t>(position), static_cast<uint64_t>(bytes));
+  std::vector<int64_t> numbers = {static_cast<int64_t>(v.position), v.done, static_cast<int64_t>(v.rows)};
+  for (const store::Damage& d : v.damage)
+    numbers.insert(numbers.end(), {d.kind, static_cast<int64_t>(d.offset), static_cast<int64_t>(d.bytes),
+                                   static_cast<int64_t>(d.rows)});
+  return numbers;
+}
+
+std::vector<int64_t> segment_waste(std::string directory, std::vector<std::string> names) {
+  std::vector<int64_t> numbers;
+  for (const store::Waste& w : store::find_waste(directory, as_ids(names)))
+    numbers.insert(numbers.end(), {static_cast<int64_t>(w.duplicates), static_cast<int64_t>(w.holes)});
+  return numbers;
+}
+
+Tensor segment_keys(std::string directory, std::string name, std::string layout) {
+  const std::vector<Digest> keys = store::keys_of(directory, as_id(name), layout);
+  Tensor result = torch::stable::empty({static_cast<int64_t>(keys.size()), 2}, ScalarType::Long);
+  if (!keys.empty()) memcpy(result.mutable_data_ptr(), keys.data(), sizeof(Digest) * keys.size());
+  return result;
+}
+
+bool segment_remove(std::string path) { return store::remove_idle(path); }
+
+int64_t compact_open(std::string directory, std::vector<std::string> kept) {
+  auto compaction = std::make_shared<store::Compaction>(std::move(directory));
+  for (const store::SegmentId& id : as_ids(kept)) compaction->keep(id);
+  return compactions().add(std::move(compaction));
+}
+
+bool compact_take(int64_t compaction, std::string name) { return compactions().get(compaction)->take(as_id(name)); }
+
+// In the order of store::Compaction::Counts.
+std::vector<int64_t> compact_finish(int64_t compaction) {
+  const auto object = compactions().get(compaction);
+  object->finish();
+  const store::Compaction::Counts& c = object->counts();
+  return {static_cast<int64_t>(c.rows), static_cast<int64_t>(c.duplicates), static_cast<int64_t>(c.damaged),
+          static_cast<int64_t>(c.removed), static_cast<int64_t>(c.written)};
+}
+
+void compact_close(int64_t compaction) { compactions().remove(compaction); }
+
 }  // namespace
 }  // namespace torchcache
 
@@ -193,6 +271,20 @@ STABLE_TORCH_LIBRARY(torchcache, m) {
   m.def("store_stats(int store) -> int[]");
   m.def("store_warnings(int store) -> str[]");
   m.def("store_close(int store) -> ()");
+
+  // Maintenance of a directory: maintain.h, compaction.h. summary gives idle, bytes, index bytes, blocks and then
+  // codec, rows, bytes, stored bytes for each layout; verify gives position, done, rows and then kind, offset, bytes,
+  // rows for each damage; waste gives duplicates and holes for each segment; compact_take gives false for a segment in
+  // use.
+  m.def("segment_summary(str directory, str name) -> (int[], str[])");
+  m.def("segment_verify(str directory, str name, int position, int bytes) -> int[]");
+  m.def("segment_waste(str directory, str[] names) -> int[]");
+  m.def("segment_keys(str directory, str name, str layout) -> Tensor");
+  m.def("segment_remove(str path) -> bool");
+  m.def("compact_open(str directory, str[] kept) -> int");
+  m.def("compact_take(int compaction, str name) -> bool");
+  m.def("compact_finish(int compaction) -> int[]");
+  m.def("compact_close(int compaction) -> ()");
 }
 
 // Implicit: nothing here is differentiable, so autograd's own layer (2 µs a call) is not needed either.
@@ -217,4 +309,13 @@ STABLE_TORCH_LIBRARY_IMPL(torchcache, CompositeImplicitAutograd, m) {
   m.impl("store_stats", TORCH_BOX(&torchcache::store_stats));
   m.impl("store_warnings", TORCH_BOX(&torchcache::store_warnings));
   m.impl("store_close", TORCH_BOX(&torchcache::store_close));
+  m.impl("segment_summary", TORCH_BOX(&torchcache::segment_summary));
+  m.impl("segment_verify", TORCH_BOX(&torchcache::segment_verify));
+  m.impl("segment_waste", TORCH_BOX(&torchcache::segment_waste));
+  m.impl("segment_keys", TORCH_BOX(&torchcache::segment_keys));
+  m.impl("segment_remove", TORCH_BOX(&torchcache::segment_remove));
+  m.impl("compact_open", TORCH_BOX(&torchcache::compact_open));
+  m.impl("compact_take", TORCH_BOX(&torchcache::compact_take));
+  m.impl("compact_finish", TORCH_BOX(&torchcache::compact_finish));
+  m.impl("compact_close", TORCH_BOX(&torchcache::compact_close));
 }

@@ -131,6 +131,19 @@ def test_caches_of_one_directory_find_each_others_rows_at_once(tmp_path: Path) -
     assert two.calls == 1
 
 
+def test_clear_keeps_the_rows_on_disk_unless_told_otherwise(tmp_path: Path) -> None:
+    module, other = cached(tmp_path), cached(tmp_path)
+    module(X)
+    module.cache_instance.clear()
+    module(X)
+    assert module.calls == 1 and module.cache_instance.info().disk_hits == 4
+    module.cache_instance.clear(persistent=True)
+    assert not list(tmp_path.glob("*/*.seg")) and module.cache_instance.persistent_cache_size == 0
+    module(X)
+    assert module.calls == 2
+    assert torch.equal(other(X), X * 2) and other.calls == 0
+
+
 # ---- what can be wrong with a directory
 
 

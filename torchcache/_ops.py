@@ -139,3 +139,47 @@ def store_warnings(store: int) -> list[str]:
 
 def store_close(store: int) -> None:
     _native().store_close.default(store)
+
+
+def segment_summary(directory: str, name: str) -> tuple[list[int], list[str]]:
+    """Idle, bytes, index bytes, blocks; then codec, rows, bytes, stored bytes for each of the layouts."""
+    return cast("tuple[list[int], list[str]]", _native().segment_summary.default(directory, name))
+
+
+def segment_verify(directory: str, name: str, position: int, bytes: int) -> list[int]:
+    """Position, done, rows; then kind, offset, bytes, rows of each damage: ``csrc/store/maintain.h``."""
+    return cast("list[int]", _native().segment_verify.default(directory, name, position, bytes))
+
+
+def segment_waste(directory: str, names: list[str]) -> list[int]:
+    """Duplicate rows and ranges without a block, for each segment."""
+    return cast("list[int]", _native().segment_waste.default(directory, names))
+
+
+def segment_keys(directory: str, name: str, layout: str) -> Tensor:
+    """Keys of the rows of one layout, int64 ``[N, 2]``, in the order of the file."""
+    return cast(Tensor, _native().segment_keys.default(directory, name, layout))
+
+
+def segment_remove(path: str) -> bool:
+    """Removes a file that no process writes any more; False if one may."""
+    return cast(bool, _native().segment_remove.default(path))
+
+
+def compact_open(directory: str, kept: list[str]) -> int:
+    """A compaction; rows of the kept segments are not copied from others."""
+    return cast(int, _native().compact_open.default(directory, kept))
+
+
+def compact_take(compaction: int, name: str) -> bool:
+    """Copies the rows of a segment; False if a process may still write it."""
+    return cast(bool, _native().compact_take.default(compaction, name))
+
+
+def compact_finish(compaction: int) -> list[int]:
+    """Puts the new segments into place, removes the old → the order of ``csrc/store/compaction.h``'s Counts."""
+    return cast("list[int]", _native().compact_finish.default(compaction))
+
+
+def compact_close(compaction: int) -> None:
+    _native().compact_close.default(compaction)

@@ -25,6 +25,7 @@ from torchcache.memory import Found, MemoryTier, RowView
 from torchcache.options import Options
 from torchcache.rows import Layout
 from torchcache.state import Mode, State, Uninitialized, Unwatchable
+from torchcache.tiers import Tiers
 
 T = TypeVar("T")
 Forward = Callable[..., Any]
@@ -41,6 +42,7 @@ class _lazy(functools.cached_property[T]):
 
 _USELESS_AFTER = 10_000  # rows
 _USELESS_BELOW = 0.01  # hits a row
+_FULL = "the %s cache is full: new rows are computed but not kept; raise %s to keep more"
 
 
 class CacheInfo(NamedTuple):
@@ -79,6 +81,7 @@ class Cache:
         self._options_now = options
         self._lock = threading.RLock()
         self._hits = [0, 0, 0]
+        self.filling = False  # rows are expected to be new
         self._last: Asked | None = None
 
     # ---- what it is
@@ -152,7 +155,15 @@ class Cache:
 
     def hash_tensor(self, *args: Any, **kwargs: Any) -> Tensor:
         """The low 64 bits of the keys of a call's rows, int64 ``[B]``. The arguments are those of forward."""
-        return _ops.keys(*self._key_parts(self._bound(args, kwargs))[:2])[:, 0].clone()
+        return self.keys(*args, **kwargs)[:, 0].clone()
+
+    def keys(self, *args: Any, **kwargs: Any) -> Tensor:
+        """The keys of a call's rows, int64 ``[B, 2]``. The arguments are those of forward."""
+        return _ops.keys(*self._key_parts(self._bound(args, kwargs))[:2])
+
+    def tiers(self) -> Tiers:
+        """The rows by key, without what computes them."""
+        return Tiers(self._memory, self._disk, self.options)
 
     def explain(self, *args: Any, **kwargs: Any) -> Explanation:
         """Which tier has how many of a call's rows, and what has changed in their keys if some are missing.
@@ -176,9 +187,11 @@ class Cache:
         if self._disk is not None:
             self._disk.flush()
 
-    def clear(self) -> None:
-        """Forgets the rows in memory; those on disk stay."""
+    def clear(self, persistent: bool = False) -> None:
+        """Forgets the rows in memory; with `persistent` also removes those of this module hash on disk."""
         self._memory.clear()
+        if persistent and self._disk is not None:
+            self._disk.remove_rows()
 
     def close(self) -> None:
         """Flushes, and frees the memory. The cache can be used again: it then starts as a new one would."""
@@ -254,7 +267,7 @@ class Cache:
         if self._disk is not None and not on_disk:
             self._disk.put(keys, layout, leaves)
             if self._disk.stats().full:
-                self._once.warn("disk full", *_full("disk", "max_persistent_cache_size"))
+                self._once.warn("disk full", _FULL, "disk", "max_persistent_cache_size")
 
     def _warn_of_parameters(self) -> None:
         names = [] if self._state is None else self._state.live_names
@@ -273,17 +286,18 @@ class Cache:
             self._memory.full = True
             self._once.warn("memory", "rows cannot be kept in memory: %s", error)
         if self._memory.full and self._memory.limit:
-            self._once.warn("memory full", *_full("memory", "max_memory_cache_size"))
+            self._once.warn("memory full", _FULL, "memory", "max_memory_cache_size")
 
     def _count(self, memory: int, disk: int, misses: int) -> None:
         hits = self._hits
         hits[0] += memory
         hits[1] += disk
         hits[2] += misses
-        if misses and hits[2] >= _USELESS_AFTER and hits[0] + hits[1] < _USELESS_BELOW * sum(hits):
+        if misses and not self.filling and hits[2] >= _USELESS_AFTER and hits[0] + hits[1] < _USELESS_BELOW * sum(hits):
             self._once.warn(
                 "useless",
-                "of %d rows only %d were found: inputs never repeat (random augmentation in front of the module?)",
+                "of %d rows only %d were found: normal in a first pass over the data; if rows should repeat, is there "
+                "random augmentation in front of the module?",
                 sum(hits),
                 hits[0] + hits[1],
             )
@@ -383,11 +397,3 @@ class _Assembly:
 
 class _OtherLayout(Exception):
     """Rows of one batch have outputs of different layouts: they are computed together, and not kept."""
-
-
-def _full(tier: str, option: str) -> tuple[str, str, str]:
-    return (
-        "the %s cache is full: new rows are computed but not kept; raise %s to keep more",
-        tier,
-        option,
-    )

@@ -54,8 +54,8 @@ class Call:
                 on_device[t.device] = rows.to(t.device)
             return t.index_select(0, on_device[t.device])
 
-        args = tuple(_map_tensors(a, pick) for a in self.args)
-        return args, {name: _map_tensors(a, pick) for name, a in self.kwargs.items()}
+        args = tuple(map_tensors(a, pick) for a in self.args)
+        return args, {name: map_tensors(a, pick) for name, a in self.kwargs.items()}
 
 
 class Binder:
@@ -194,16 +194,16 @@ def _holds_tensor(value: Mapping[Any, Any] | Sequence[Any]) -> bool:
     return any(isinstance(v, Tensor) or (isinstance(v, (Mapping, tuple, list)) and _holds_tensor(v)) for v in items)
 
 
-def _map_tensors(value: Any, function: Callable[[Tensor], Tensor]) -> Any:
+def map_tensors(value: Any, function: Callable[[Tensor], Tensor]) -> Any:
     """The argument with every tensor in it replaced, containers copied, their types kept."""
     if isinstance(value, Tensor):
         return function(value)
     if isinstance(value, MutableMapping):
         result = copy(value)
         for key in list(value):
-            result[key] = _map_tensors(value[key], function)
+            result[key] = map_tensors(value[key], function)
         return result
     if isinstance(value, (tuple, list)) and _holds_tensor(value):
-        items = [_map_tensors(v, function) for v in value]
+        items = [map_tensors(v, function) for v in value]
         return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
     return value

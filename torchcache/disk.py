@@ -95,6 +95,10 @@ class DiskTier:
     def stats(self) -> StoreStats:
         return StoreStats(*_ops.store_stats(self._store.id))
 
+    def remove_rows(self) -> None:
+        """Removes every row of the directory. Raises OSError where that is not allowed."""
+        self._store.remove_rows()
+
     def flush(self) -> None:
         """Returns when every row that was put is in a file (or was given up, with a warning)."""
         _ops.store_flush(self._store.id)
@@ -157,8 +161,33 @@ class _Store:
     """A native store. It is closed, which flushes it, with its last owner or at a normal exit of any process."""
 
     def __init__(self, directory: Path, options: Options) -> None:
-        self.id = _ops.store_open(
-            str(directory),
+        self._directory = directory
+        self._options = options
+        self._ids = [self._open()]  # the last one is in use
+        close = functools.partial(_close_all, self._ids)
+        weakref.finalize(self, _close_early, close).atexit = False
+        # Not finalize's own atexit: that one runs after the temporary directory is gone.
+        atexit.register(close)
+        # Children that multiprocessing forks leave without atexit, and without their parent's finalizers.
+        _close_at_child_exit(close)
+        util.register_after_fork(close, _close_at_child_exit)
+
+    @property
+    def id(self) -> int:
+        return self._ids[-1]
+
+    def remove_rows(self) -> None:
+        """Removes every row of the directory, also those of other processes; they will find them missing."""
+        _ops.store_close(self.id)
+        for suffix in (".seg", ".idx"):
+            for path in self._directory.glob("?" * 32 + suffix):
+                path.unlink(missing_ok=True)
+        self._ids.append(self._open())
+
+    def _open(self) -> int:
+        options = self._options
+        return _ops.store_open(
+            str(self._directory),
             options.max_persistent_cache_size,
             options.zstd_compression,
             options.zstd_compression_level,
@@ -166,13 +195,11 @@ class _Store:
             options.use_mmap_on_load,
             QUEUE_BYTES,
         )
-        close = functools.partial(_ops.store_close, self.id)
-        weakref.finalize(self, _close_early, close).atexit = False
-        # Not finalize's own atexit: that one runs after the temporary directory is gone.
-        atexit.register(close)
-        # Children that multiprocessing forks leave without atexit, and without their parent's finalizers.
-        _close_at_child_exit(close)
-        util.register_after_fork(close, _close_at_child_exit)
+
+
+def _close_all(ids: list[int]) -> None:
+    for number in ids:
+        _ops.store_close(number)
 
 
 def _close_early(close: functools.partial[None]) -> None:

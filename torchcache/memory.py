@@ -47,6 +47,11 @@ class MemoryTier:
         table, arenas = self._table, self._arenas
         return Found(arenas, *table.lookup_rows(rows, call_digest))
 
+    def lookup_keys(self, keys: Tensor) -> Found:
+        """Which of the rows with these keys (int64 ``[B, 2]``) are here."""
+        table, arenas = self._table, self._arenas
+        return Found(arenas, keys, *table.lookup(keys))
+
     def put(self, keys: Tensor, layout: Layout, leaves: list[Tensor]) -> None:
         """Keeps copies of the rows, as far as they fit; of those that do not, none."""
         with self._lock:

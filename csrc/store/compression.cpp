@@ -64,7 +64,7 @@ CompressedRows Compressor::compress(const std::vector<const uint8_t*>& rows, uin
 
 bool decompress_row(const uint8_t* stored, uint64_t length, uint8_t* out, uint64_t row_bytes) {
   if (length == row_bytes) {
-    memcpy(out, stored, row_bytes);
+    if (row_bytes > 0) memcpy(out, stored, row_bytes);
     return true;
   }
   if (ZSTD_getFrameContentSize(stored, length) != row_bytes) return false;

@@ -1,7 +1,6 @@
 // POSIX files: open rules, loops over short transfers and interruptions, copies out of mappings.
 #include "store/file.h"
 
-#include <dirent.h>
 #include <fcntl.h>
 #include <limits.h>
 #include <sys/mman.h>
@@ -21,6 +20,12 @@ int open_file(const char* path, int flags, mode_t mode) { return ::open(path, fl
 
 constexpr int kOpenFlags = O_CLOEXEC | O_NOFOLLOW | O_NONBLOCK;
 
+bool lock_file(int fd) {
+  struct flock lock = {};
+  lock.l_type = F_WRLCK;
+  return ::fcntl(fd, F_OFD_SETLK, &lock) == 0;
+}
+
 FileState to_state(const struct stat& s) {
   return {static_cast<uint64_t>(s.st_size), s.st_mtim.tv_sec * int64_t{1000000000} + s.st_mtim.tv_nsec, s.st_nlink};
 }
@@ -33,9 +38,28 @@ Error regular_state(int fd, FileState* state) {
   return 0;
 }
 
+// Ids of all names that are an id and this suffix.
+Error list_names(const std::string& directory, const std::string& suffix, std::vector<SegmentId>* ids) {
+  DIR* stream = system_calls.opendir(directory.c_str());
+  if (stream == nullptr) return errno;
+  errno = 0;
+  while (const dirent* entry = ::readdir(stream)) {
+    const std::string name = entry->d_name;
+    SegmentId id;
+    if (name.size() == 32 + suffix.size() && name.compare(32, suffix.size(), suffix) == 0 &&
+        from_hex(name.substr(0, 32), &id))
+      ids->push_back(id);
+    errno = 0;
+  }
+  const Error error = errno;
+  ::closedir(stream);
+  return error;
+}
+
 }  // namespace
 
-SystemCalls system_calls = {open_file, ::fstat, ::pread, ::pwritev, ::ftruncate, ::fsync};
+SystemCalls system_calls = {open_file, ::fstat, ::pread,   ::pwritev, ::ftruncate,
+                            ::fsync,   ::lstat, ::opendir, ::mkdir,   ::rename};
 
 std::string error_text(Error error) {
   if (error == kShortFile) return "the file ends early";
@@ -62,9 +86,7 @@ std::shared_ptr<File> File::create(const std::string& path, Error* error) {
   const int fd = system_calls.open(path.c_str(), O_RDWR | O_CREAT | O_EXCL | kOpenFlags, 0666);
   *error = fd < 0 ? errno : 0;
   if (fd < 0) return nullptr;
-  struct flock lock = {};
-  lock.l_type = F_WRLCK;
-  ::fcntl(fd, F_OFD_SETLK, &lock);  // where locks do not work, maintenance goes by age
+  lock_file(fd);  // where locks do not work, maintenance goes by age
   return std::shared_ptr<File>(new File(fd));
 }
 
@@ -84,12 +106,40 @@ void File::map() {
 }
 
 Error File::read(void* out, uint64_t size, uint64_t offset) const {
-  if (mapping_ != nullptr && offset + size <= kMaxSegmentBytes && size > 0) {
-    const struct iovec to = {out, size}, from = {mapping_ + offset, size};
-    const ssize_t copied = ::process_vm_readv(::getpid(), &to, 1, &from, 1, 0);
-    if (copied == static_cast<ssize_t>(size)) return 0;
+  Transfer transfer{static_cast<uint8_t*>(out), size, offset};
+  read(&transfer, 1);
+  return transfer.error;
+}
+
+void File::read(Transfer* transfers, size_t n) const {
+  for (size_t i = 0; i < n; ++i) {
+    if (mapping_ != nullptr) i += copy_mapped(transfers + i, n - i);
+    if (i < n) transfers[i].error = read_file(transfers[i].out, transfers[i].size, transfers[i].offset);
   }
-  return read_file(static_cast<uint8_t*>(out), size, offset);
+}
+
+// How many of the first ones are done: it stops at one that passes the end of the file.
+size_t File::copy_mapped(const Transfer* transfers, size_t n) const {
+  constexpr size_t kAtOnce = 64;  // the system copies small lists without asking for memory
+  iovec to[kAtOnce], from[kAtOnce];
+  size_t done = 0;
+  while (done < n) {
+    size_t count = 0;
+    for (; count < kAtOnce && done + count < n; ++count) {
+      const Transfer& t = transfers[done + count];
+      if (t.size == 0 || t.size > kMaxSegmentBytes || t.offset > kMaxSegmentBytes - t.size) break;
+      to[count] = {t.out, t.size};
+      from[count] = {mapping_ + t.offset, t.size};
+    }
+    if (count == 0) break;
+    ssize_t copied = ::process_vm_readv(::getpid(), to, count, from, count, 0);
+    size_t whole = 0;
+    for (; whole < count && copied >= static_cast<ssize_t>(to[whole].iov_len); ++whole)
+      copied -= static_cast<ssize_t>(to[whole].iov_len);
+    done += whole;
+    if (whole < count) break;
+  }
+  return done;
 }
 
 Error File::read_file(uint8_t* out, uint64_t size, uint64_t offset) const {
@@ -148,30 +198,32 @@ bool File::on_network() const {
 
 Error path_state(const std::string& path, FileState* state) {
   struct stat s;
-  if (::lstat(path.c_str(), &s) != 0) return errno;
+  if (system_calls.lstat(path.c_str(), &s) != 0) return errno;
   *state = to_state(s);
   return S_ISREG(s.st_mode) ? 0 : kNotRegular;
 }
 
 Error list_segments(const std::string& directory, std::vector<SegmentId>* ids) {
-  DIR* stream = ::opendir(directory.c_str());
-  if (stream == nullptr) return errno;
-  errno = 0;
-  while (const dirent* entry = ::readdir(stream)) {
-    const std::string name = entry->d_name;
-    SegmentId id;
-    if (name.size() == 36 && name.compare(32, 4, ".seg") == 0 && from_hex(name.substr(0, 32), &id)) ids->push_back(id);
-    errno = 0;
+  return list_names(directory, ".seg", ids);
+}
+
+void sweep_temporaries(const std::string& directory) {
+  std::vector<SegmentId> ids;
+  list_names(directory, ".tmp", &ids);
+  for (const SegmentId& id : ids) {
+    const std::string path = temporary_path(directory, id);
+    const int fd = system_calls.open(path.c_str(), O_RDWR | kOpenFlags, 0);
+    if (fd < 0) continue;
+    FileState state;
+    if (regular_state(fd, &state) == 0 && lock_file(fd)) ::unlink(path.c_str());
+    ::close(fd);
   }
-  const Error error = errno;
-  ::closedir(stream);
-  return error;
 }
 
 Error make_directories(const std::string& directory) {
   for (size_t slash = directory.find('/', 1);; slash = directory.find('/', slash + 1)) {
     const std::string part = directory.substr(0, slash);
-    if (::mkdir(part.c_str(), 0777) != 0 && errno != EEXIST) return errno;
+    if (system_calls.mkdir(part.c_str(), 0777) != 0 && errno != EEXIST) return errno;
     if (slash == std::string::npos) break;
   }
   struct stat s;

@@ -2,6 +2,7 @@
 // The system calls go through one table, so that tests can make each of them fail.
 #pragma once
 
+#include <dirent.h>
 #include <sys/stat.h>
 #include <sys/uio.h>
 
@@ -28,6 +29,10 @@ struct SystemCalls {
   ssize_t (*pwritev)(int fd, const struct iovec* parts, int count, off_t offset);
   int (*ftruncate)(int fd, off_t size);
   int (*fsync)(int fd);
+  int (*lstat)(const char* path, struct stat* out);
+  DIR* (*opendir)(const char* path);
+  int (*mkdir)(const char* path, mode_t mode);
+  int (*rename)(const char* from, const char* to);
 };
 extern SystemCalls system_calls;
 
@@ -39,6 +44,14 @@ struct FileState {
   friend bool operator==(const FileState& a, const FileState& b) {
     return a.size == b.size && a.modified == b.modified;
   }
+};
+
+// A range of a file, and where its bytes are to go.
+struct Transfer {
+  uint8_t* out;
+  uint64_t size;
+  uint64_t offset;
+  Error error = 0;
 };
 
 // An open regular file. Thread-safe; closed when the last owner lets go.
@@ -55,6 +68,8 @@ class File {
 
   // Exactly `size` bytes at `offset`, or an error.
   Error read(void* out, uint64_t size, uint64_t offset) const;
+  // The same for each of them; says in each how it went.
+  void read(Transfer* transfers, size_t n) const;
   // All parts, one after another, at `offset`, or an error after a part of them. Alters `parts`.
   Error write(std::vector<iovec> parts, uint64_t offset) const;
   Error state(FileState* state) const;
@@ -68,6 +83,7 @@ class File {
  private:
   explicit File(int fd) : fd_(fd) {}
   void map();
+  size_t copy_mapped(const Transfer* transfers, size_t n) const;
   Error read_file(uint8_t* out, uint64_t size, uint64_t offset) const;
 
   int fd_;
@@ -81,6 +97,8 @@ Error path_state(const std::string& path, FileState* state);
 
 // Ids of all names that are 32 lower-case hex digits and ".seg".
 Error list_segments(const std::string& directory, std::vector<SegmentId>* ids);
+// Removes unfinished indexes of processes that died while they wrote them: those that nobody locks.
+void sweep_temporaries(const std::string& directory);
 Error make_directories(const std::string& directory);
 SegmentId random_id();
 

@@ -1,4 +1,4 @@
-// Open addressing with linear probing, at most two thirds full, growing by half.
+// Open addressing with linear probing, at most half full, growing by half.
 #include "store/index.h"
 
 #include <algorithm>
@@ -44,34 +44,31 @@ bool Index::same_place(const Entry& a, const Entry& b) const {
 }
 
 void Index::reserve(uint64_t rows) {
-  const uint64_t needed = (entries_ + rows) * 3 / 2 + 1;
-  if (needed > slots_.size()) rebuild(std::max<uint64_t>(needed, slots_.size() * 3 / 2 + 64));
+  const uint64_t all = std::min<uint64_t>(entries_ + rows, kNone - 1);
+  if (all * sizeof(Entry) > entry_pages_.size())
+    entry_pages_.grow(std::max<uint64_t>(all * 3 / 2, 170) * sizeof(Entry));
+  const uint64_t needed = 2 * all + 1;
+  if (needed > slot_count_) rebuild(std::max<uint64_t>(needed, slot_count_ * 3 / 2 + 64));
 }
 
-void Index::rebuild(size_t slots) {
-  slots_.clear();
-  slots_.shrink_to_fit();
-  slots_.resize(slots);
+void Index::rebuild(size_t slot_count) {
+  slot_pages_ = Pages();  // the old ones go before the new ones come
+  slot_pages_.grow(slot_count * sizeof(uint32_t));
+  slot_count_ = slot_count;
+  uint32_t* const slots = this->slots();
   for (uint32_t number = 0; number < entries_; ++number) {
     size_t s = slot(entry(number).low);
-    while (slots_[s] != 0) s = next(s);
-    slots_[s] = number + 1;
+    while (slots[s] != 0) s = next(s);
+    slots[s] = number + 1;
   }
 }
 
-void Index::append(size_t s, const Entry& added) {
-  if (entries_ % kChunk == 0) chunks_.emplace_back(new Entry[kChunk]);
-  entry(entries_) = added;
-  slots_[s] = ++entries_;
-}
-
-void Index::insert(const Entry& added) {
-  if (entries_ == kNone - 1) return;
-  reserve(1);
+inline void Index::insert_one(const Entry& added) {
   Entry* dead = nullptr;
+  uint32_t* const slots = this->slots();
   size_t live = 0, probe = 0, s = slot(added.low);
-  for (; slots_[s] != 0; s = next(s), ++probe) {
-    Entry& present = entry(slots_[s] - 1);
+  for (; slots[s] != 0; s = next(s), ++probe) {
+    Entry& present = entry(slots[s] - 1);
     if (present.low != added.low) continue;
     if (present.block == kNone) {
       dead = &present;
@@ -84,17 +81,28 @@ void Index::insert(const Entry& added) {
     *dead = added;
     return;
   }
-  append(s, added);
+  entry(entries_) = added;
+  slots[s] = ++entries_;
   if (probe < kLongestProbe) return;
   scramble_ = load<uint64_t>(random_id().data()) | 1;
-  rebuild(slots_.size());
+  rebuild(slot_count_);
+}
+
+void Index::insert(const Entry* entries, size_t n, uint32_t first_block) {
+  constexpr size_t kAhead = 16;
+  n = std::min<size_t>(n, kNone - 1 - entries_);
+  reserve(n);
+  for (size_t i = 0; i < n; ++i) {
+    if (i + kAhead < n) __builtin_prefetch(&slots()[slot(entries[i + kAhead].low)], 1);
+    insert_one({entries[i].low, entries[i].check, entries[i].block + first_block, entries[i].row});
+  }
 }
 
 void Index::prefetch(const Digest* keys, size_t n) const {
-  if (slots_.empty()) return;
-  for (size_t i = 0; i < n; ++i) __builtin_prefetch(&slots_[slot(keys[i].low)]);
+  if (slot_count_ == 0) return;
+  for (size_t i = 0; i < n; ++i) __builtin_prefetch(&slots()[slot(keys[i].low)]);
   for (size_t i = 0; i < n; ++i) {
-    const uint32_t number = slots_[slot(keys[i].low)];
+    const uint32_t number = slots()[slot(keys[i].low)];
     if (number != 0) __builtin_prefetch(&entry(number - 1));
   }
 }
@@ -115,8 +123,7 @@ void Index::drop_segment(uint32_t segment) {
 }
 
 uint64_t Index::memory_bytes() const {
-  return slots_.capacity() * sizeof(uint32_t) + chunks_.size() * kChunk * sizeof(Entry) +
-         blocks_.capacity() * sizeof(Block);
+  return slot_count_ * sizeof(uint32_t) + entries_ * sizeof(Entry) + blocks_.capacity() * sizeof(Block);
 }
 
 }  // namespace torchcache::store

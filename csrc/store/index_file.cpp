@@ -159,19 +159,18 @@ bool IndexFile::parse_blocks(const uint8_t* in, const uint8_t* end) {
     block.header.offset = load<uint64_t>(in);
     if (!within_limits(block.header) || block.header.end() > footer_.covered) return false;
     blocks_.push_back(block);
+    block_rows_.push_back(block.header.rows);
   }
   return true;
 }
 
-bool IndexFile::parse_page(const uint8_t* page, uint64_t number, uint64_t rows, std::vector<Entry>* out) const {
+bool IndexFile::parse_page(const uint8_t* page, uint64_t number, uint64_t rows, Entry* out) const {
   const uint64_t size = kPageHeaderBytes + rows * kEntryBytes;
   if (load<uint64_t>(page) != page_check(id_, page, size)) return false;
   if (load<uint64_t>(page + 8) != number) return false;
-  const size_t first = out->size();
-  out->resize(first + rows);
-  memcpy(&(*out)[first], page + kPageHeaderBytes, rows * kEntryBytes);
-  return std::all_of(out->begin() + static_cast<std::ptrdiff_t>(first), out->end(),
-                     [&](const Entry& e) { return e.block < blocks_.size() && e.row < blocks_[e.block].header.rows; });
+  memcpy(out, page + kPageHeaderBytes, rows * kEntryBytes);
+  return std::all_of(out, out + rows,
+                     [&](const Entry& e) { return e.block < block_rows_.size() && e.row < block_rows_[e.block]; });
 }
 
 bool IndexFile::read(const std::function<void(const std::vector<Entry>&)>& take) const {
@@ -179,13 +178,13 @@ bool IndexFile::read(const std::function<void(const std::vector<Entry>&)>& take)
   std::vector<uint8_t> bytes;
   std::vector<Entry> entries;
   for (uint64_t at = 0; at < all; at += bytes.size()) {
+    const uint64_t first = at / kPageBytes * kPageRows;
     bytes.resize(std::min(kPagesAtOnce * kPageBytes, all - at));
+    entries.resize(std::min(kPagesAtOnce * kPageRows, footer_.rows - first));
     if (file_->read(bytes.data(), bytes.size(), at) != 0) return false;
-    entries.clear();
-    for (uint64_t page = 0; page < bytes.size(); page += kPageBytes) {
-      const uint64_t number = (at + page) / kPageBytes;
-      const uint64_t rows = std::min(kPageRows, footer_.rows - number * kPageRows);
-      if (!parse_page(&bytes[page], number, rows, &entries)) return false;
+    for (uint64_t row = 0, page = 0; row < entries.size(); row += kPageRows, page += kPageBytes) {
+      const uint64_t rows = std::min(kPageRows, entries.size() - row);
+      if (!parse_page(&bytes[page], (at + page) / kPageBytes, rows, &entries[row])) return false;
     }
     take(entries);
   }
@@ -197,13 +196,10 @@ Error write_index(const std::string& directory, const SegmentId& id) {
   if (const Error error = collect(directory, id, &contents)) return error;
   const std::string temporary = temporary_path(directory, id);
   Error error = 0;
-  {
-    const auto file = File::create(temporary, &error);
-    if (file == nullptr) return error;
-    error = write_contents(*file, id, contents);
-  }
-  const std::string path = index_path(directory, id);
-  if (error == 0 && ::rename(temporary.c_str(), path.c_str()) != 0) error = errno;
+  const auto file = File::create(temporary, &error);  // locked until it has its name: see sweep_temporaries
+  if (file == nullptr) return error;
+  error = write_contents(*file, id, contents);
+  if (error == 0 && system_calls.rename(temporary.c_str(), index_path(directory, id).c_str()) != 0) error = errno;
   if (error != 0) ::unlink(temporary.c_str());
   return error;
 }

@@ -42,13 +42,14 @@ class IndexFile {
  private:
   bool parse_catalog(const std::vector<uint8_t>& bytes);
   bool parse_blocks(const uint8_t* in, const uint8_t* end);
-  bool parse_page(const uint8_t* page, uint64_t number, uint64_t rows, std::vector<Entry>* out) const;
+  bool parse_page(const uint8_t* page, uint64_t number, uint64_t rows, Entry* out) const;
 
   SegmentId id_;
   IndexFooter footer_;
   std::shared_ptr<File> file_;
   std::vector<std::string> layouts_;
   std::vector<CatalogBlock> blocks_;
+  std::vector<uint32_t> block_rows_;  // of each, close together: looked up for every row
 };
 
 // Scans a segment that grows no more and writes its index: under a temporary name, then renamed.

@@ -84,20 +84,19 @@ std::vector<Hole> scan_holes(State& state, uint32_t number, const File& file, co
 uint64_t read_index(State& state, uint32_t number, const SegmentId& id, uint64_t size) {
   IndexFile file;
   if (!file.open(state.options.directory, id, size)) return kHeaderBytes;
-  std::vector<uint32_t> blocks;
+  uint32_t first_block = 0;
   {
     std::lock_guard lock(state.mutex);
     if (state.closed) return kHeaderBytes;
     state.index.reserve(file.rows());
-    for (const auto& block : file.blocks()) {
-      const uint32_t layout = state.index.intern(file.layouts()[block.layout]);
-      blocks.push_back(state.index.add_block(to_block(block.header, number, layout)));
-    }
+    first_block = state.index.blocks();
+    for (const auto& block : file.blocks())
+      state.index.add_block(to_block(block.header, number, state.index.intern(file.layouts()[block.layout])));
   }
   const bool whole = file.read([&](const std::vector<Entry>& entries) {
     std::lock_guard lock(state.mutex);
     if (state.closed) return;
-    for (const Entry& e : entries) state.index.insert({e.low, e.check, blocks[e.block], e.row});
+    state.index.insert(entries.data(), entries.size(), first_block);
   });
   return whole ? std::max(kHeaderBytes, file.covered()) : kHeaderBytes;
 }

@@ -68,6 +68,11 @@ void Queue::pop(const std::vector<Slice>& slices) {
   }
 }
 
-void Queue::clear() { *this = Queue(); }
+void Queue::clear() {
+  batches_.clear();
+  found_.clear();
+  taken_ = 0;
+  rows_ = bytes_ = cost_ = 0;
+}
 
 }  // namespace torchcache::store

@@ -4,10 +4,12 @@
 #include <cstdint>
 #include <deque>
 #include <memory>
+#include <memory_resource>
 #include <unordered_map>
 #include <vector>
 
 #include "hash/digest.h"
+#include "store/buffers.h"
 
 namespace torchcache::store {
 
@@ -17,7 +19,7 @@ struct Batch {
   uint64_t row_bytes = 0;
   uint64_t row_cost = 0;  // bytes of files that a row was estimated to take
   std::vector<Digest> keys;
-  std::unique_ptr<uint8_t[]> rows;
+  RowBuffers::Buffer rows;
 
   const uint8_t* row(size_t i) const { return rows.get() + i * row_bytes; }
 };
@@ -60,7 +62,9 @@ class Queue {
 
   std::deque<std::shared_ptr<const Batch>> batches_;
   size_t taken_ = 0;  // rows of the first batch that are gone
-  std::unordered_map<Digest, std::pair<const std::shared_ptr<const Batch>*, size_t>, KeyHash> found_;
+  // Nodes come and go with every row: the pool makes them cheap.
+  std::pmr::unsynchronized_pool_resource nodes_;
+  std::pmr::unordered_map<Digest, std::pair<const std::shared_ptr<const Batch>*, size_t>, KeyHash> found_{&nodes_};
   uint64_t rows_ = 0;
   uint64_t bytes_ = 0;
   uint64_t cost_ = 0;

@@ -14,8 +14,11 @@
 namespace torchcache::store {
 namespace {
 
-constexpr uint64_t kRunBytes = 1 << 20;   // rows that are read at once
+constexpr uint64_t kRunBytes = 1 << 20;      // neighbours that are read as one
+constexpr uint64_t kGroupBytes = 256 << 10;  // runs that are read before they are verified
+constexpr uint64_t kPopulateBytes = 64 << 10;
 constexpr uint64_t kHugeBytes = 4 << 20;  // outputs from here on are worth huge pages
+constexpr int kPopulateWrite = 23;        // MADV_POPULATE_WRITE, Linux 5.14; older systems refuse it
 
 // A row that is to be read from a segment.
 struct Piece {
@@ -46,8 +49,9 @@ class Reading {
   void locate(Piece* piece);
   Error read_row_ends(const Piece& piece, std::vector<uint32_t>* ends);
   size_t run_end(size_t first) const;
-  void read_run(size_t first, size_t last);
-  Error read_together(size_t first, size_t last);
+  size_t group_end(size_t begin);
+  void read_group(size_t begin, size_t end);
+  void read_run(const File& file, size_t first, size_t last, Transfer transfer);
   bool deliver(const Piece& piece, const uint8_t* stored);
   void scatter(const uint8_t* row, size_t i);
   void settle(const Piece& piece);
@@ -64,6 +68,8 @@ class Reading {
   std::vector<QueuedRow> queued_;
   std::vector<Piece> pieces_;
   std::vector<size_t> again_;  // rows that another copy may still give
+  std::vector<size_t> runs_;   // first pieces of the runs of a group
+  std::vector<Transfer> transfers_;
   std::vector<uint8_t> stored_, row_;
   bool file_gone_ = false;
   bool looked_ = false;  // for files that were gone: once is enough
@@ -79,9 +85,9 @@ void Reading::run(size_t n) {
       scatter(queued.row.batch->row(queued.row.row), queued.i);
       ok_[queued.i] = 1;
     }
-    for (size_t first = 0, last = 0; first < pieces_.size(); first = last) {
-      last = run_end(first);
-      read_run(first, last);
+    for (size_t begin = 0, end = 0; begin < pieces_.size(); begin = end) {
+      end = group_end(begin);
+      read_group(begin, end);
     }
     if (!file_gone_ || looked_) continue;
     look(state_);
@@ -173,31 +179,58 @@ size_t Reading::run_end(size_t first) const {
   return last;
 }
 
-void Reading::read_run(size_t first, size_t last) {
-  const Error error = pieces_[first].error != 0 ? pieces_[first].error : read_together(first, last);
-  if (error != 0 && last - first > 1) {
-    for (; first < last; ++first) read_run(first, first + 1);
-    return;
+// Plans the reads of some runs of one segment: runs_ and transfers_.
+size_t Reading::group_end(size_t begin) {
+  runs_.clear();
+  transfers_.clear();
+  const uint32_t segment = pieces_[begin].block.segment;
+  uint64_t bytes = 0;
+  size_t first = begin;
+  while (first < pieces_.size() && bytes < kGroupBytes && pieces_[first].block.segment == segment) {
+    const size_t last = run_end(first);
+    const Piece& front = pieces_[first];
+    const uint64_t size = pieces_[last - 1].offset + pieces_[last - 1].length - front.offset;
+    runs_.push_back(first);
+    transfers_.push_back({nullptr, front.error == 0 ? size : 0, front.offset});
+    bytes += transfers_.back().size;
+    first = last;
   }
-  pieces_[first].error = error;
-  for (; first < last; ++first)
-    if (!ok_[pieces_[first].i]) settle(pieces_[first]);
+  return first;
 }
 
-// Reads, verifies and hands out pieces [first, last); sets ok for those that are right.
-Error Reading::read_together(size_t first, size_t last) {
-  const Piece& front = pieces_[first];
-  const uint64_t size = pieces_[last - 1].offset + pieces_[last - 1].length - front.offset;
+void Reading::read_group(size_t begin, size_t end) {
+  uint64_t size = 0;
+  for (size_t run = 0; run < runs_.size(); ++run) size += direct(pieces_[runs_[run]]) ? 0 : transfers_[run].size;
+  if (stored_.size() < size) stored_.resize(size);
+  uint8_t* stored = stored_.data();
+  for (size_t run = 0; run < runs_.size(); ++run) {
+    const Piece& front = pieces_[runs_[run]];
+    transfers_[run].out = direct(front) ? out_[0].data + front.i * row_bytes_ : stored;
+    stored += direct(front) ? 0 : transfers_[run].size;
+  }
   Error error = 0;
-  const auto file = segment_file(state_, front.block.segment, &error);
-  if (file == nullptr) return error;
-  if (!direct(front) && stored_.size() < size) stored_.resize(size);
-  uint8_t* const to = direct(front) ? out_[0].data + front.i * row_bytes_ : stored_.data();
-  error = file->read(to, size, front.offset);
-  if (error != 0) return error;
-  for (size_t p = first; p < last; ++p)
-    ok_[pieces_[p].i] = deliver(pieces_[p], to + (pieces_[p].offset - front.offset));
-  return 0;
+  const auto file = segment_file(state_, pieces_[begin].block.segment, &error);
+  if (file != nullptr) file->read(transfers_.data(), transfers_.size());
+  for (size_t run = 0; run < runs_.size(); ++run) {
+    const size_t last = run + 1 < runs_.size() ? runs_[run + 1] : end;
+    if (file != nullptr)
+      read_run(*file, runs_[run], last, transfers_[run]);
+    else
+      for (size_t p = runs_[run]; p < last; ++p) pieces_[p].error = error;
+  }
+  for (size_t p = begin; p < end; ++p)
+    if (!ok_[pieces_[p].i]) settle(pieces_[p]);
+}
+
+// Hands out what was read; rows that could not be read together are read one by one.
+void Reading::read_run(const File& file, size_t first, size_t last, Transfer run) {
+  for (size_t p = first; p < last; ++p) {
+    Piece& piece = pieces_[p];
+    uint8_t* const stored = run.out + (piece.offset - pieces_[first].offset);
+    if (piece.error == 0) piece.error = run.error;
+    if (run.error != 0 && last - first > 1) piece.error = file.read(stored, piece.length, piece.offset);
+    if (piece.error == 0) ok_[piece.i] = deliver(piece, stored);
+  }
 }
 
 // Verifies one row and hands it out.
@@ -242,14 +275,14 @@ void Reading::settle(const Piece& piece) {
   state_.warn_of_damage(segment);
 }
 
-// Huge pages halve the cost of touching large fresh outputs.
-void advise_huge_pages(const Leaf& leaf, size_t n) {
+// Fresh outputs cost more in page faults than in copies: huge pages, or all pages at once, halve it.
+void advise_pages(const Leaf& leaf, size_t n) {
   const uint64_t size = n * leaf.row_bytes;
-  if (size < kHugeBytes) return;
+  if (size < kPopulateBytes) return;
   const uint64_t page = static_cast<uint64_t>(::sysconf(_SC_PAGESIZE));
   const uint64_t begin = padded(reinterpret_cast<uint64_t>(leaf.data), page);
   const uint64_t end = (reinterpret_cast<uint64_t>(leaf.data) + size) / page * page;
-  ::madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
+  ::madvise(reinterpret_cast<void*>(begin), end - begin, size < kHugeBytes ? kPopulateWrite : MADV_HUGEPAGE);
 }
 
 }  // namespace
@@ -257,7 +290,7 @@ void advise_huge_pages(const Leaf& leaf, size_t n) {
 void read_rows(State& state, const Digest* keys, size_t n, const std::string& layout, const std::vector<Leaf>& out,
                uint8_t* ok) {
   memset(ok, 0, n);
-  for (const Leaf& leaf : out) advise_huge_pages(leaf, n);
+  for (const Leaf& leaf : out) advise_pages(leaf, n);
   Reading(state, keys, layout, out, ok).run(n);
 }
 

@@ -54,9 +54,10 @@ struct Segment {
 };
 
 struct State {
-  explicit State(Options o) : options(std::move(o)) {}
+  explicit State(Options o) : options(std::move(o)), buffers(options.queue_bytes / 4) {}
 
   const Options options;  // the directory is absolute
+  RowBuffers buffers;     // has its own mutex, which may be taken under the one below
 
   std::mutex mutex;  // guards all below
   Index index;

@@ -5,6 +5,7 @@
 #include <cerrno>
 #include <cstring>
 #include <filesystem>
+#include <memory_resource>
 #include <new>
 #include <stdexcept>
 #include <unordered_set>
@@ -25,6 +26,8 @@ struct Store::Chunk {
 };
 
 namespace {
+
+constexpr size_t kGroup = 16;  // keys whose table entries are fetched together
 
 std::string outside(const char* name, int64_t low, int64_t high, int64_t value) {
   return std::string(name) + " must be between " + std::to_string(low) + " and " + std::to_string(high) + ", got " +
@@ -100,7 +103,6 @@ size_t Store::find_missing(const Digest* keys, size_t n, uint8_t* present, uint3
     return *layout == found;
   };
   size_t missing = 0;
-  constexpr size_t kGroup = 16;  // keys whose table entries are fetched together
   for (size_t i = 0; i < n; ++i) {
     if (i % kGroup == 0) index.prefetch(keys + i, std::min(kGroup, n - i));
     if (present[i]) continue;
@@ -150,13 +152,15 @@ size_t Store::put_chunk(const Chunk& chunk) {
     return admitted;
   }
   const std::shared_ptr<Writer> writer = writer_;
-  const bool room = writer->wait_for_room(lock, rows.size() * chunk.row_bytes);
-  if (!room) {
-    drop(rows.size());
-    return admitted;
+  const uint64_t bytes = rows.size() * chunk.row_bytes;
+  if (!writer->has_room(bytes)) {
+    if (!writer->wait_for_room(lock, bytes)) {
+      drop(rows.size());
+      return admitted;
+    }
+    if (state_->closing) return chunk.n;
+    admitted = admit(chunk, &rows, &cost);  // others may have put rows meanwhile
   }
-  if (state_->closing) return chunk.n;
-  admitted = admit(chunk, &rows, &cost);  // others may have put rows while this waited
   enqueue(chunk, rows, cost, lock);
   return admitted;
 }
@@ -167,9 +171,12 @@ size_t Store::admit(const Chunk& chunk, std::vector<size_t>* rows, uint64_t* cos
   State& state = *state_;
   rows->clear();
   const uint32_t layout = state.index.intern(chunk.layout);
-  std::unordered_set<uint64_t> seen;
-  for (size_t i = 0; i < chunk.n; ++i)
+  std::pmr::monotonic_buffer_resource memory;
+  std::pmr::unordered_set<uint64_t> seen(chunk.n, &memory);
+  for (size_t i = 0; i < chunk.n; ++i) {
+    if (i % kGroup == 0) state.index.prefetch(chunk.keys + i, std::min(kGroup, chunk.n - i));
     if (!is_kept(state, chunk.keys[i], layout) && seen.insert(chunk.keys[i].low).second) rows->push_back(i);
+  }
   if (rows->empty()) return chunk.n;
   const auto cost_of = [&](size_t n) { return row_cost(state.options, chunk.layout.size(), chunk.row_bytes, n); };
   const uint64_t used = state.own_bytes + state.queue.cost() + state.pending_cost +
@@ -206,11 +213,12 @@ void Store::enqueue(const Chunk& chunk, const std::vector<size_t>& rows, uint64_
   batch->layout = state.index.intern(chunk.layout);
   batch->row_bytes = chunk.row_bytes;
   batch->row_cost = row_cost;
+  batch->keys.reserve(rows.size());
   for (size_t row : rows) batch->keys.push_back(chunk.keys[row]);
   state.pending_bytes += bytes;
   state.pending_cost += rows.size() * row_cost;
   lock.unlock();
-  batch->rows.reset(new (std::nothrow) uint8_t[std::max<uint64_t>(bytes, 1)]);
+  batch->rows = state.buffers.take(bytes);
   if (batch->rows != nullptr) {
     uint8_t* out = batch->rows.get();
     for (size_t row : rows) {
@@ -267,8 +275,14 @@ void Store::close() {
   for (Segment& segment : state_->segments) forget_file(*state_, segment);
 }
 
-// The mutex is held, and no other thread exists.
+void Store::before_fork() {
+  state_->mutex.lock();
+  state_->buffers.lock();
+}
+
+// In a child no other thread exists.
 void Store::after_fork(bool child) {
+  state_->buffers.unlock();
   if (child) become_child();
   state_->mutex.unlock();
 }

@@ -77,13 +77,14 @@ class Store {
   bool has_writer();
   void enqueue(const Chunk& chunk, const std::vector<size_t>& rows, uint64_t row_cost, Lock& lock);
   void drop(uint64_t rows);
+  void before_fork();
   void after_fork(bool child);
   void become_child();
 
   const std::shared_ptr<State> state_;
   std::shared_ptr<Writer> writer_;  // guarded by the mutex; null before the first put
   Clock::time_point next_start_;    // of a writer, after one could not be started
-  AtFork at_fork_{[this] { state_->mutex.lock(); }, [this](bool child) { after_fork(child); }};
+  AtFork at_fork_{[this] { before_fork(); }, [this](bool child) { after_fork(child); }};
 };
 
 }  // namespace torchcache::store

@@ -52,6 +52,7 @@ Writer::Writer(std::shared_ptr<State> state)
 std::shared_ptr<Writer> Writer::start(std::shared_ptr<State> state, Error* error) {
   *error = make_directories(state->options.directory);
   if (*error != 0) return nullptr;
+  sweep_temporaries(state->options.directory);
   auto segment = SegmentWriter::create(state->options.directory, error);
   if (segment == nullptr) return nullptr;
   const std::string path = segment_path(state->options.directory, segment->id());
@@ -91,12 +92,15 @@ bool Writer::wait(Lock& lock) {
   return true;
 }
 
+bool Writer::has_room(uint64_t bytes) const {
+  const uint64_t used = state_->queue.bytes() + state_->pending_bytes;
+  return used == 0 || used + bytes <= state_->options.queue_bytes;
+}
+
 bool Writer::wait_for_room(Lock& lock, uint64_t bytes) {
-  for (;;) {
-    const uint64_t used = state_->queue.bytes() + state_->pending_bytes;
-    if (used == 0 || used + bytes <= state_->options.queue_bytes) return true;
+  while (!has_room(bytes))
     if (!wait(lock)) return false;
-  }
+  return true;
 }
 
 bool Writer::wait_until_empty(Lock& lock) {
@@ -162,6 +166,9 @@ NewBlock Writer::assemble(const Work& work, CompressedRows* compressed) {
   block.row_bytes = work.slices.front().batch->row_bytes;
   block.payload_bytes = work.bytes;
   std::vector<const uint8_t*> rows;
+  rows.reserve(work.rows);
+  block.keys.reserve(work.rows);
+  block.checks.reserve(work.rows);
   for (const Slice& slice : work.slices) {
     const uint8_t* first = slice.batch->row(slice.first);
     block.payload.push_back({const_cast<uint8_t*>(first), slice.count * block.row_bytes});

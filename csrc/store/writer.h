@@ -36,7 +36,9 @@ class Writer : public std::enable_shared_from_this<Writer> {
   // A put gave up the room that it had waited for.
   void wake_waiting() { progress_.notify_all(); }
 
-  // Waits until so many bytes fit into the queue. False if nothing was written for too long.
+  // Whether so many bytes fit into the queue.
+  bool has_room(uint64_t bytes) const;
+  // Waits until they do. False if nothing was written for too long.
   bool wait_for_room(Lock& lock, uint64_t bytes);
   // Waits until the queue is empty. False if nothing was written for too long.
   bool wait_until_empty(Lock& lock);

@@ -1,0 +1,56 @@
+// Small buffers are the allocator's; large ones are mappings, and some of them are kept.
+#include "store/buffers.h"
+
+#include <sys/mman.h>
+
+#include <new>
+
+#include "store/format.h"
+
+namespace torchcache::store {
+namespace {
+
+constexpr size_t kLarge = 64 << 10;
+constexpr size_t kUnit = 16 << 10;  // so that batches of about one size can take each other's place
+
+}  // namespace
+
+RowBuffers::~RowBuffers() {
+  for (const auto& [data, capacity] : kept_) ::munmap(data, capacity);
+}
+
+RowBuffers::Buffer RowBuffers::take(size_t size) {
+  if (size < kLarge) return Buffer(new (std::nothrow) uint8_t[size], {this, size});
+  const size_t capacity = padded(size, kUnit);
+  {
+    std::lock_guard lock(mutex_);
+    for (auto kept = kept_.rbegin(); kept != kept_.rend(); ++kept) {
+      if (kept->second < capacity || kept->second > capacity + capacity / 4) continue;
+      Buffer buffer(kept->first, {this, kept->second});
+      kept_bytes_ -= kept->second;
+      kept_.erase(std::next(kept).base());
+      return buffer;
+    }
+  }
+  // All pages at once, which is cheaper than one fault after another.
+  void* data = ::mmap(nullptr, capacity, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_POPULATE, -1, 0);
+  return Buffer(data == MAP_FAILED ? nullptr : static_cast<uint8_t*>(data), {this, capacity});
+}
+
+void RowBuffers::give_back(uint8_t* data, size_t capacity) {
+  if (capacity < kLarge) {
+    delete[] data;
+    return;
+  }
+  {
+    std::lock_guard lock(mutex_);
+    if (kept_bytes_ + capacity <= most_kept_) {
+      kept_.emplace_back(data, capacity);
+      kept_bytes_ += capacity;
+      return;
+    }
+  }
+  ::munmap(data, capacity);
+}
+
+}  // namespace torchcache::store
