@@ -198,7 +198,10 @@ def test_clones_and_copies_of_a_module_never_share_rows_after_they_part() -> Non
     shallow = copy.copy(module)
     twin.weight.add_(1)
     assert torch.allclose(twin(x), module(x) + x.sum(1, keepdim=True))
-    assert torch.equal(shallow(x), module(x))
+    shallow._parameters = {**shallow._parameters, "weight": module.weight * 2}  # type: ignore[dict-item]
+    for _ in range(2):
+        assert torch.equal(shallow(x), nn.functional.linear(x, module.weight * 2, module.bias))
+    assert shallow.cache_instance is not module.cache_instance
 
 
 def test_two_modules_of_one_class_with_other_attributes_share_no_rows(tmp_path: Path) -> None:

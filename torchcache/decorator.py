@@ -12,6 +12,7 @@ import os
 import sys
 import threading
 import types
+import weakref
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -112,6 +113,16 @@ class _Handle:
         self.options = options  # of the instance; None: those of its class
         self.init = init
         self.caches: dict[Forward, Cache] = {}
+        self._module: weakref.ref[nn.Module] | None = None  # whose it is: the first one that uses it
+
+    def of(self, module: nn.Module) -> _Handle:
+        """This handle for its module and replicas of that; a new one for a module that is a shallow copy."""
+        if self._module is None:
+            self._module = weakref.ref(module)
+        if self._module() is module or "_is_replica" in module.__dict__:
+            return self
+        own = module.__dict__[_HANDLE] = _Handle(self.owner, self.options, self.init)
+        return own.of(module)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> _Handle:
         return _Handle(self.owner, self.options, self.init)
@@ -270,6 +281,7 @@ def _cache_of(module: nn.Module, forward: Any) -> Cache | None:
         if options is None:
             return None
         handle = module.__dict__.setdefault(_HANDLE, _Handle(type(module), None, b""))
+    handle = handle.of(module)
     options = handle.options or options
     if options is None or not _is_enabled(module, options):
         return None
