@@ -76,6 +76,10 @@ CHANGES: dict[str, tuple[Callable[[Net], Any], Callable[[Net], Any]]] = {
         lambda m: setattr(m, "plain", m.plain * 2),
         lambda m: setattr(m, "plain", m.plain / 2),
     ),
+    "all parameters replaced": (
+        lambda m: setattr(m.linear, "_parameters", {k: p * 2 for k, p in m.linear._parameters.items()}),
+        lambda m: setattr(m.linear, "_parameters", {k: p / 2 for k, p in m.linear._parameters.items()}),
+    ),
     "own attribute": (lambda m: setattr(m, "scale", 2.0), lambda m: setattr(m, "scale", 1.0)),
     "own attribute of another type": (
         lambda m: setattr(m, "scale", 1),

@@ -28,6 +28,8 @@ _OWN_PREFIXES = ("_torchcache", "torchcache_")
 
 _ABSENT = object()
 _requires_grad = attrgetter("requires_grad")
+_get_version = attrgetter("_version")
+_CONTAINERS = tuple(map(attrgetter, ("_parameters", "_buffers", "_modules")))
 
 
 class Unwatchable(Exception):
@@ -93,7 +95,7 @@ class State:
             self._scan()
             return self._value
         changed = []
-        versions = list(map(_version, self._frozen_tensors))
+        versions = _versions(self._frozen_tensors)
         if versions != self._versions:
             changed = [w for w, v in zip(self._frozen, versions) if w.version != v]
             self._versions = versions
@@ -142,6 +144,8 @@ class State:
         self._slots_now = list(self._slots())
         _, dicts, keys, values = map(list, zip(*self._slots_now)) if self._slots_now else ([], [], [], [])
         self._columns: Any = dicts, keys, values
+        plain = [m for m in self._order if isinstance(m._parameters, dict)]  # TorchScript makes new ones each time
+        self._containers = [(get, plain, list(map(get, plain))) for get in _CONTAINERS]
         self._absent = [_ABSENT] * len(self._slots_now)
         self._dicts = [d for m in self._order for d in (*_holders(m), m.__dict__)]
         self._counts = self._count()
@@ -153,7 +157,7 @@ class State:
         self._frozen: list[_Watched] = [w for w in watched if not w.tensor.requires_grad]
         self._flags = [w.tensor for w in watched], [w.tensor.requires_grad for w in watched]
         self._frozen_tensors = [w.tensor for w in self._frozen]
-        self._versions = list(map(_version, self._frozen_tensors))
+        self._versions = _versions(self._frozen_tensors)
         _take_digests(watched)
         self._watch = _NativeWatch([w.tensor for w in self._frozen])
         self._probe = self._watch.probe()
@@ -181,7 +185,8 @@ class State:
         dicts, keys, values = self._columns
         tensors, flags = self._flags
         unchanged = (
-            all(map(is_, map(dict.get, dicts, keys, self._absent), values))
+            all(all(map(is_, map(get, owners), held)) for get, owners, held in self._containers)
+            and all(map(is_, map(dict.get, dicts, keys, self._absent), values))
             and list(map(_requires_grad, tensors)) == flags
             and list(map(len, self._dicts)) == self._counts
         )
@@ -289,6 +294,13 @@ def _check(w: _Watched) -> None:
         raise Unwatchable(f"{w.name} is on the meta device")
     if type(t).__torch_dispatch__ is not Tensor.__torch_dispatch__:
         raise Unwatchable(f"{w.name} is a {type(t).__name__}")
+
+
+def _versions(tensors: list[Tensor]) -> list[int]:
+    try:
+        return list(map(_get_version, tensors))
+    except RuntimeError:
+        return list(map(_version, tensors))
 
 
 def _version(t: Tensor) -> int:
