@@ -359,13 +359,12 @@ def _is_users(member: object) -> bool:
 
 def _is_machinery(cls: type, name: str, member: object) -> bool:
     """Whether Python itself put a member into the class, or a decorator of ours did."""
-    if is_added(member) or isinstance(member, _DESCRIPTORS):
+    if is_added(member) or isinstance(member, _DESCRIPTORS) or name in _ANNOTATIONS:
         return True
-    if name in _ANNOTATIONS:
-        return True
-    if isinstance(member, types.FunctionType):
+    function = getattr(member, "__func__", member)  # a class holds its __new__ as a staticmethod
+    if isinstance(function, types.FunctionType):
         record = dataclasses.is_dataclass(cls) or hasattr(cls, "_fields")
-        return record and name in _GENERATED and member.__code__.co_filename == "<string>"
+        return record and name in _GENERATED and function.__code__.co_filename == "<string>"
     dunder = name.startswith("__") and name.endswith("__")
     return (dunder or name == "_abc_impl") and not isinstance(member, CODE)
 
