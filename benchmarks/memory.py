@@ -79,11 +79,13 @@ def half_hits(rounds: int = 15) -> None:
     module = torchcache()(network)
     known = torch.randn(64, 3, 96, 96)
     module(known)
+    # Each round has copies of its own on both sides: what was read before is read faster.
+    copies = iter([known.clone() for _ in range(rounds + 1)])
     fresh = iter(torch.randn(rounds + 1, 32, 3, 96, 96))
     mixed = iter([torch.cat([known[:32], half]) for half in torch.randn(rounds + 1, 32, 3, 96, 96)])
 
     def limit() -> None:
-        module(known)
+        module(next(copies))
         plain(next(fresh))
 
     with torch.no_grad():

@@ -16,6 +16,7 @@
 #include "hash/dtypes.h"
 #include "hash/new_tensor.h"
 #include "hash/watch.h"
+#include "memory/arenas.h"
 #include "memory/table.h"
 #include "store/compaction.h"
 #include "store/store.h"
@@ -31,8 +32,12 @@ Handles<Watch>& watches() {
   static auto* instance = new Handles<Watch>("watch");
   return *instance;
 }
-Handles<KeyTable>& tables() {
-  static auto* instance = new Handles<KeyTable>("key table");
+struct MemoryTable {
+  KeyTable keys;
+  Arenas arenas;
+};
+Handles<MemoryTable>& tables() {
+  static auto* instance = new Handles<MemoryTable>("memory table");
   return *instance;
 }
 Handles<store::Store>& stores() {
@@ -44,12 +49,12 @@ Handles<store::Compaction>& compactions() {
   return *instance;
 }
 
-struct Keys {
+struct KeyArray {
   const Digest* data;
   size_t count;
 };
 
-Keys as_keys(const Tensor& keys) {
+KeyArray as_keys(const Tensor& keys) {
   if (keys.dim() != 2 || keys.size(1) != 2 || keys.scalar_type() != ScalarType::Long || !keys.is_contiguous() ||
       !keys.is_cpu())
     throw std::invalid_argument("keys must be a contiguous int64 tensor [B, 2] on the CPU");
@@ -64,6 +69,14 @@ Tensor int64_tensor(const std::vector<int64_t>& values) {
 
 Tensor bool_tensor(size_t n) { return torch::stable::empty({static_cast<int64_t>(n)}, ScalarType::Bool); }
 
+Tensor keys_tensor(const std::vector<Digest>& keys) {
+  Tensor result = new_int64(keys.size(), 2);
+  if (!keys.empty()) memcpy(result.mutable_data_ptr(), keys.data(), sizeof(Digest) * keys.size());
+  return result;
+}
+
+Tensor keys(std::vector<Tensor> rows, Tensor call) { return keys_tensor(keys_of_rows(rows, call)); }
+
 // ---- state
 
 int64_t watch_open(std::vector<Tensor> tensors) { return watches().add(std::make_shared<Watch>(std::move(tensors))); }
@@ -72,33 +85,57 @@ void watch_close(int64_t watch) { watches().remove(watch); }
 
 // ---- memory tier
 
-int64_t table_open() { return tables().add(std::make_shared<KeyTable>()); }
+int64_t table_open() { return tables().add(std::make_shared<MemoryTable>()); }
 void table_close(int64_t table) { tables().remove(table); }
 
 std::tuple<Tensor, Tensor, int64_t> table_lookup(int64_t table, Tensor keys) {
   const auto [data, count] = as_keys(keys);
   Tensor slots = new_int64(count);
-  const Lookup found = tables().get(table)->lookup(data, count, static_cast<int64_t*>(slots.mutable_data_ptr()));
+  const Lookup found = tables().get(table)->keys.lookup(data, count, static_cast<int64_t*>(slots.mutable_data_ptr()));
   return {slots, int64_tensor(found.missing), found.layout};
 }
 
-std::tuple<Tensor, Tensor, Tensor, int64_t> table_lookup_rows(int64_t table, std::vector<Tensor> rows, Tensor call) {
-  Tensor keys = keys_cpu(std::move(rows), std::move(call));
-  auto [slots, missing, layout] = table_lookup(table, keys);
-  return {keys, slots, missing, layout};
+// The leaves of the rows with these keys if every one is in an arena that is known here, else none.
+std::vector<Tensor> leaves_of(const MemoryTable& memory, const Lookup& found, const std::vector<int64_t>& slots) {
+  if (!found.missing.empty() || found.layout < 0) return {};
+  return memory.arenas.gather(found.layout, slots.data(), slots.size());
+}
+
+// What a hit is made of, in one operation: each more would cost a few microseconds.
+std::tuple<std::vector<Tensor>, std::vector<Tensor>, int64_t> table_take(int64_t table, std::vector<Tensor> rows,
+                                                                         Tensor call) {
+  const std::shared_ptr<MemoryTable> memory = tables().get(table);
+  const std::vector<Digest> keys = keys_of_rows(rows, call);
+  std::vector<int64_t> slots(keys.size());
+  const Lookup found = memory->keys.lookup(keys.data(), keys.size(), slots.data());
+  std::vector<Tensor> leaves = leaves_of(*memory, found, slots);
+  if (!leaves.empty()) return {std::move(leaves), {}, found.layout};
+  return {std::vector<Tensor>(), {keys_tensor(keys), int64_tensor(slots), int64_tensor(found.missing)}, found.layout};
+}
+
+std::tuple<std::vector<Tensor>, int64_t> table_take_keys(int64_t table, Tensor keys) {
+  const std::shared_ptr<MemoryTable> memory = tables().get(table);
+  const auto [data, count] = as_keys(keys);
+  std::vector<int64_t> slots(count);
+  const Lookup found = memory->keys.lookup(data, count, slots.data());
+  return {leaves_of(*memory, found, slots), found.layout};
 }
 
 void table_insert(int64_t table, Tensor keys, int64_t layout, int64_t first) {
   const auto [data, count] = as_keys(keys);
-  tables().get(table)->insert(data, count, layout, first);
+  tables().get(table)->keys.insert(data, count, layout, first);
+}
+
+void table_arenas(int64_t table, int64_t layout, std::vector<Tensor> leaves) {
+  tables().get(table)->arenas.add(layout, std::move(leaves));
 }
 
 std::tuple<int64_t, int64_t> table_find(int64_t table, int64_t low) {
-  const Place place = tables().get(table)->find(static_cast<uint64_t>(low));
+  const Place place = tables().get(table)->keys.find(static_cast<uint64_t>(low));
   return {place.layout, place.slot};
 }
 
-Tensor table_lows(int64_t table) { return int64_tensor(tables().get(table)->lows()); }
+Tensor table_lows(int64_t table) { return int64_tensor(tables().get(table)->keys.lows()); }
 
 // ---- disk tier
 
@@ -212,10 +249,7 @@ std::vector<int64_t> segment_waste(std::string directory, std::vector<std::strin
 }
 
 Tensor segment_keys(std::string directory, std::string name, std::string layout) {
-  const std::vector<Digest> keys = store::keys_of(directory, as_id(name), layout);
-  Tensor result = torch::stable::empty({static_cast<int64_t>(keys.size()), 2}, ScalarType::Long);
-  if (!keys.empty()) memcpy(result.mutable_data_ptr(), keys.data(), sizeof(Digest) * keys.size());
-  return result;
+  return keys_tensor(store::keys_of(directory, as_id(name), layout));
 }
 
 bool segment_remove(std::string path) { return store::remove_idle(path); }
@@ -252,10 +286,14 @@ STABLE_TORCH_LIBRARY(torchcache, m) {
   m.def("watch_probe(int watch) -> int");
   m.def("watch_close(int watch) -> ()");
 
-  // Memory tier. lookup gives slots [B], distinct missing rows [M], layout; find gives layout, slot.
+  // Memory tier. lookup gives slots [B], distinct missing rows [M], layout; find gives layout, slot. take gives the
+  // leaves [B, …] of a batch of which every row is there, else none and keys [B, 2], slots, missing rows; and the
+  // layout.
   m.def("table_open() -> int");
   m.def("table_lookup(int table, Tensor keys) -> (Tensor, Tensor, int)");
-  m.def("table_lookup_rows(int table, Tensor[] rows, Tensor call) -> (Tensor, Tensor, Tensor, int)");  // keys first
+  m.def("table_take(int table, Tensor[] rows, Tensor call) -> (Tensor[], Tensor[], int)");
+  m.def("table_take_keys(int table, Tensor keys) -> (Tensor[], int)");
+  m.def("table_arenas(int table, int layout, Tensor[] leaves) -> ()");
   m.def("table_insert(int table, Tensor keys, int layout, int first) -> ()");
   m.def("table_find(int table, int low) -> (int, int)");
   m.def("table_lows(int table) -> Tensor");
@@ -289,14 +327,16 @@ STABLE_TORCH_LIBRARY(torchcache, m) {
 
 // Implicit: nothing here is differentiable, so autograd's own layer (2 µs a call) is not needed either.
 STABLE_TORCH_LIBRARY_IMPL(torchcache, CompositeImplicitAutograd, m) {
-  m.impl("keys", TORCH_BOX(&torchcache::keys_cpu));
+  m.impl("keys", TORCH_BOX(&torchcache::keys));
   m.impl("digests", TORCH_BOX(&torchcache::digests_cpu));
   m.impl("watch_open", TORCH_BOX(&torchcache::watch_open));
   m.impl("watch_probe", TORCH_BOX(&torchcache::watch_probe));
   m.impl("watch_close", TORCH_BOX(&torchcache::watch_close));
   m.impl("table_open", TORCH_BOX(&torchcache::table_open));
   m.impl("table_lookup", TORCH_BOX(&torchcache::table_lookup));
-  m.impl("table_lookup_rows", TORCH_BOX(&torchcache::table_lookup_rows));
+  m.impl("table_take", TORCH_BOX(&torchcache::table_take));
+  m.impl("table_take_keys", TORCH_BOX(&torchcache::table_take_keys));
+  m.impl("table_arenas", TORCH_BOX(&torchcache::table_arenas));
   m.impl("table_insert", TORCH_BOX(&torchcache::table_insert));
   m.impl("table_find", TORCH_BOX(&torchcache::table_find));
   m.impl("table_lows", TORCH_BOX(&torchcache::table_lows));

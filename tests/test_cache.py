@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import math
+import subprocess
+import sys
+import textwrap
 import threading
 from typing import Any, NamedTuple
 
@@ -14,6 +18,23 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from torchcache import torchcache
+
+DTYPES = [
+    torch.bool,
+    torch.uint8,
+    torch.int16,
+    torch.uint32,
+    torch.int64,
+    torch.half,
+    torch.bfloat16,
+    torch.float32,
+    torch.float64,
+    torch.complex64,
+    torch.complex128,
+    torch.float8_e4m3fn,
+    torch.float8_e5m2,
+    torch.float8_e8m0fnu,
+]
 
 
 class Counting(nn.Module):
@@ -133,6 +154,46 @@ def test_any_pytree_of_batched_tensors_comes_back_as_it_was(persistent: bool) ->
         assert_same(cached(batch), nested(batch))
     info = cached.cache_instance.info()  # type: ignore[attr-defined]
     assert info.misses == 5 and info.memory_hits + info.disk_hits == 3 + 5 + 1
+
+
+@pytest.mark.parametrize("shape", [(), (1,), (7,), (3, 5, 2), (0,)])
+def test_rows_of_every_dtype_come_back_from_memory_bit_by_bit(shape: tuple[int, ...]) -> None:
+    size = math.prod(shape)
+
+    def function(x: Tensor) -> list[Tensor]:
+        rows = [x[:, : dtype.itemsize * size].flatten().clone() for dtype in DTYPES]
+        return [r.view(dtype).view(len(x), *shape) for r, dtype in zip(rows, DTYPES)]
+
+    cached = torchcache()(function)
+    x = torch.randint(0, 2, (6, 1 + 16 * size), dtype=torch.uint8)  # 0 and 1: all that a bool may be
+    x[:, -1] = torch.arange(6)
+    cached(x[:4])
+    for batch in (x[:4].flip(0), x, x[[5, 0, 5]]):  # found, found in part, found again
+        for got, expected in zip(cached(batch), function(batch), strict=True):
+            assert got.dtype == expected.dtype and got.shape == expected.shape
+            assert torch.equal(bits(got), bits(expected))
+    assert cached.cache_instance.info()[:3] == (4 + 4 + 3, 0, 4 + 2)  # type: ignore[attr-defined]
+
+
+def bits(t: Tensor) -> Tensor:
+    return t.reshape(-1).view(torch.uint8)
+
+
+def test_rows_are_right_where_address_space_cannot_be_reserved() -> None:
+    code = """
+        import resource, torch
+        from torchcache import torchcache
+        module = torchcache(max_memory_cache_size=64e9)(torch.nn.Linear(2, 100_000).requires_grad_(False))
+        x = torch.arange(800.0).view(400, 2)
+        in_use = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+        resource.setrlimit(resource.RLIMIT_AS, (in_use + (4 << 30), -1))
+        with torch.no_grad():
+            first = [module(part) for part in x.split(100)]  # 400 kB a row: more than two chunks of 64 MiB
+            again = module(x.flip(0))
+        assert torch.equal(again.flip(0), torch.cat(first))
+        assert module.cache_instance.info()[:3] == (400, 0, 400), module.cache_instance.info()
+    """
+    subprocess.run([sys.executable, "-c", textwrap.dedent(code)], check=True)
 
 
 @pytest.mark.parametrize("dtype", [torch.half, torch.bfloat16, torch.float64, torch.float8_e5m2])
@@ -282,6 +343,29 @@ def test_sizes_may_be_floats() -> None:
 
 
 # ---- threads
+
+
+def test_clearing_while_others_look_up_gives_no_wrong_row() -> None:
+    def function(x: Tensor) -> Tensor:  # layouts differ, so that their numbers can be mixed up
+        return x[:, :1].expand(-1, int(x[0, 1]))
+
+    cached = torchcache()(function)
+    wrong: list[Tensor] = []
+
+    def work(width: int) -> None:
+        x = torch.tensor([[float(i), float(width)] for i in range(4)])
+        for _ in range(300):
+            out = cached(x)
+            if not torch.equal(out, function(x)):
+                wrong.append(out)
+            cached.cache_instance.clear()  # type: ignore[attr-defined]
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(1, 7)]
+    for t in threads:
+        t.start()
+    for t in threads:
+        t.join()
+    assert not wrong
 
 
 def test_eight_threads_on_one_module_compute_right_rows() -> None:

@@ -194,6 +194,21 @@ def test_names_and_places_of_tensors_are_part_of_the_key() -> None:
     assert key(a, None, 1, 5, 6) != key(a, None, 1, 6, 5)
 
 
+@given(st.lists(st.tuples(st.integers(0, 3), st.permutations("abc"), st.tuples(*[st.integers(0, 2)] * 3)), max_size=12))
+def test_keys_do_not_depend_on_how_the_arguments_of_a_call_or_of_earlier_calls_were_passed(
+    calls: list[tuple[int, list[str], tuple[int, ...]]],
+) -> None:
+    tensors = [X, X + 1, X + 2]
+    cache = torchcache()(lambda a, b, c: a).cache_instance  # type: ignore[attr-defined, var-annotated, misc]
+    for positional, names, values in calls:
+        arguments = {name: tensors[v] for name, v in zip("abc", values)}
+        passed = [arguments.pop(name) for name in "abc"[:positional]]
+        keywords = {name: arguments[name] for name in names if name in arguments}
+        fresh = torchcache()(lambda a, b, c: a).cache_instance  # type: ignore[attr-defined, var-annotated, misc]
+        in_order = fresh.keys(*(tensors[v] for v in values))
+        assert torch.equal(cache.keys(*passed, **keywords), in_order)
+
+
 def test_tensors_in_tuples_and_dicts_are_rows_too() -> None:
     assert key((X, X + 1)) != key((X + 1, X))  # type: ignore[comparison-overlap]
     assert key({"a": X, "b": X + 1}) == key({"b": X + 1, "a": X})

@@ -21,13 +21,15 @@ def _native() -> Any:
     return torch.ops.torchcache
 
 
-# torch's stable interface does not pass these: the same bytes as uint8.
-_AS_BYTES = frozenset(getattr(torch, name) for name in ("float8_e8m0fnu", "float4_e2m1fn_x2") if hasattr(torch, name))
+# torch's stable interface does not pass these: see `bits`.
+FOREIGN_DTYPES = frozenset(
+    getattr(torch, name) for name in ("float8_e8m0fnu", "float4_e2m1fn_x2") if hasattr(torch, name)
+)
 
 
 def bits(t: Tensor) -> Tensor:
     """The tensor in a dtype that the native code takes, bits unchanged."""
-    return t.view(torch.uint8) if t.dtype in _AS_BYTES else t
+    return t.view(torch.uint8) if t.dtype in FOREIGN_DTYPES else t
 
 
 def keys(rows: list[Tensor], call: Tensor) -> Tensor:
@@ -67,9 +69,23 @@ def table_lookup(table: int, keys: Tensor) -> tuple[Tensor, Tensor, int]:
     return cast("tuple[Tensor, Tensor, int]", _native().table_lookup.default(table, keys))
 
 
-def table_lookup_rows(table: int, rows: list[Tensor], call: Tensor) -> tuple[Tensor, Tensor, Tensor, int]:
-    """`keys` and `table_lookup` at once: keys, slots, first rows of the distinct missing ones, layout."""
-    return cast("tuple[Tensor, Tensor, Tensor, int]", _native().table_lookup_rows.default(table, rows, call))
+def table_take(table: int, rows: list[Tensor], call: Tensor) -> tuple[list[Tensor], list[Tensor], int]:
+    """The leaves ``[B, …]`` of a batch of which every row is there and in arenas that the table knows; else none.
+
+    Then `keys` and `table_lookup` of the batch: keys, slots, first rows of the distinct missing ones. Last the layout.
+    """
+    taken: tuple[list[Tensor], list[Tensor], int] = _native().table_take.default(table, rows, call)
+    return taken
+
+
+def table_take_keys(table: int, keys: Tensor) -> tuple[list[Tensor], int]:
+    """The leaves ``[B, …]`` of the rows with these keys, as `table_take` gives them; and the layout."""
+    return cast("tuple[list[Tensor], int]", _native().table_take_keys.default(table, keys))
+
+
+def table_arenas(table: int, layout: int, leaves: list[Tensor]) -> None:
+    """Makes known where the rows of a layout lie: contiguous CPU tensors ``[capacity, …]``, one for each leaf."""
+    _native().table_arenas.default(table, layout, leaves)
 
 
 def table_insert(table: int, keys: Tensor, layout: int, first: int) -> None:

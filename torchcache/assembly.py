@@ -14,31 +14,34 @@ from torchcache.rows import Layout
 
 def output(layout: Layout, leaves: list[Tensor], call: Call) -> Any:
     """The output of a call from its leaves as they are kept."""
-    if layout.verbatim and all(t.is_cpu for t in (leaves[0], call.tensors[0])):
+    if layout.verbatim and leaves[0].is_cpu and call.tensors[0].is_cpu:
         return layout.join(leaves)
     return layout.join([leaf.restore(rows, call.device) for leaf, rows in zip(layout.leaves, leaves)])
 
 
-def gather(found: Found, parts: list[list[Tensor]], place: Tensor) -> list[Tensor]:
-    """Leaves ``[B, …]`` of the batch from the missing rows in `parts` and the rows in memory."""
+def gather(found: Found, parts: list[list[Tensor]], place: Tensor | None) -> list[Tensor]:
+    """Leaves ``[B, …]`` of the batch from the rows in memory and the distinct missing ones.
+
+    The j-th of those is row ``place[j]`` of the parts one behind the other, or row j where there is no place.
+    """
     slots = found.slots
-    batch = len(slots)
-    in_memory = slots >= 0
-    if not in_memory.any():
-        order = place.index_select(0, -1 - slots)
-        whole = len(parts) == 1 and len(place) == batch and bool((order == torch.arange(batch, device="cpu")).all())
-        if whole:
-            return parts[0]
-        pools = [_concatenate(p) for p in zip(*parts)]
-    else:
-        hits = in_memory.nonzero().squeeze(1)
-        gathered = found.gather(slots.index_select(0, hits))
-        order = torch.empty(batch, dtype=torch.int64, device="cpu")
-        others = (~in_memory).nonzero().squeeze(1)
-        order[others] = place.index_select(0, -1 - slots.index_select(0, others))
-        order[hits] = torch.arange(len(hits), device="cpu") + len(place)
-        pools = [_concatenate(p) for p in zip(*parts, gathered)]
+    hits = (slots >= 0).nonzero().squeeze(1)
+    order = -1 - slots  # in the pools below; wrong for hits, which are set last
+    if place is not None:
+        order = place.index_select(0, order.clamp(min=0))
+    gathered = [found.gather(slots.index_select(0, hits))] if len(hits) else []
+    order[hits] = torch.arange(len(hits), device="cpu") + len(found.missing)
+    pools = [_concatenate(p) for p in zip(*parts, *gathered)]
     return [pool.index_select(0, order.to(pool.device)) for pool in pools]
+
+
+def others(some: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """Of the numbers 0 … count - 1 those that are not among `some`; and the place of each in `some` and then those."""
+    place = torch.full((count,), -1, dtype=torch.int64, device="cpu")
+    place[some] = torch.arange(len(some), device="cpu")
+    others = (place < 0).nonzero().squeeze(1)
+    place[others] = torch.arange(len(some), count, device="cpu")
+    return others, place
 
 
 def _concatenate(parts: tuple[Tensor, ...]) -> Tensor:

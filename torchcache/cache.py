@@ -9,11 +9,10 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
-import torch
 from torch import Tensor, nn
 
 from torchcache import _ops, bypass, temporary
-from torchcache.assembly import gather, output
+from torchcache.assembly import gather, others, output
 from torchcache.call import Binder, Call
 from torchcache.compute import Computer, Uncacheable
 from torchcache.disk import DiskTier
@@ -172,7 +171,7 @@ class Cache:
         """
         call = self._bound(args, kwargs)
         rows, digest, kind = self._key_parts(call)
-        found = self._memory.lookup(rows, digest)
+        found = self._memory.lookup(_ops.keys(rows, digest))
         absent = found.keys[found.slots < 0]
         on_disk = 0 if self._disk is None or not len(absent) else self._disk.count(absent)
         return self._explanation(call, kind, call.batch - len(absent), on_disk)
@@ -218,13 +217,12 @@ class Cache:
             return forward(*args, **kwargs)
         if self._computer.refuses(kind):
             return forward(*args, **kwargs)
-        found = self._memory.lookup(rows, digest)
-        if not found.missing.numel() and not found.mixed:
-            self._last = self._asked(call, kind)
-            self._count(call.batch, 0, 0)
-            assert found.layout is not None
-            return output(found.layout, found.gather(found.slots), call)
-        return _Assembly(self, forward, call, kind, found).output()
+        found = self._memory.take(rows, digest)
+        if isinstance(found, Found):
+            return _Assembly(self, forward, call, kind, found).output()
+        self._last = self._asked(call, kind)
+        self._hits[0] += call.batch
+        return output(*found, call)
 
     def _bound(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
         call = self._binder.bind(args, kwargs)
@@ -238,7 +236,7 @@ class Cache:
             state = self._state
             digest = b"" if state is None else state.digest()
             mode = self._mode.flags(0 if state is None else state.generation)
-        kind = (call.description, mode, autocast(call.device.type))
+        kind = (call.form.description, mode, autocast(call.device.type))
         if self._mode.reason is not None:
             self._computer.refuse(kind, self._mode.reason)
         return *self._keys.parts(call, kind, digest), kind
@@ -256,7 +254,7 @@ class Cache:
     def _asked(self, call: Call, kind: Kind) -> Asked:
         """What the keys of a call were made of, without its rows."""
         state = {} if self._state is None else self._state.parts
-        return call.names, call.parts, kind, state
+        return call.form, kind, state
 
     def _meta(self) -> dict[str, Any]:
         return meta(self._fingerprint, self.options, {} if self._last is None else key_parts(*self._last))
@@ -367,32 +365,35 @@ class _Assembly:
         missing = found.missing  # [M] distinct rows of the batch
         keys = found.keys.index_select(0, missing)
         layout = found.layout
-        place = torch.full((len(missing),), -1, dtype=torch.int64, device="cpu")  # in the parts below
-        parts: list[list[Tensor]] = []
+        parts: list[list[Tensor]] = []  # leaves of the missing rows
+        place: Tensor | None = None  # [M] of each of those in the parts; None: they are in order
+        absent: Tensor | None = None  # those of them that no tier has; None: all
         on_disk = None if cache._disk is None else cache._disk.fetch(keys, layout)
         if on_disk is not None:
             where, layout, leaves = on_disk
-            place[where] = torch.arange(len(where), device="cpu")
-            parts.append(leaves)
             cache._keep(keys.index_select(0, where), layout, leaves, on_disk=True)
-        absent = (place < 0).nonzero().squeeze(1)
-        if len(absent) == len(missing) and logger.isEnabledFor(logging.DEBUG):
+            parts.append(leaves)
+            absent, place = others(where, len(missing))
+        elif logger.isEnabledFor(logging.DEBUG):
             name = cache._fingerprint.name
             logger.debug("%s: %s", name, cache._explanation(call, self._kind, call.batch - len(missing), 0))
         cache._last = cache._asked(call, self._kind)
-        if len(absent):
-            computed, leaves = cache._computer.rows(
-                self._forward, call, missing.index_select(0, absent), self._kind, cache._state
-            )
+        if absent is not None:
+            missing, keys = missing.index_select(0, absent), keys.index_select(0, absent)
+        if len(missing):
+            computed, leaves = cache._computer.rows(self._forward, call, missing, self._kind, cache._state)
             if layout is not None and computed != layout:
                 raise _OtherLayout
             layout = computed
-            cache._keep(keys.index_select(0, absent), layout, leaves, on_disk=False)
-            place[absent] = torch.arange(len(absent), device="cpu") + (len(missing) - len(absent))
+            cache._keep(keys, layout, leaves, on_disk=False)
             parts.append(leaves)
-        cache._count(call.batch - len(missing), len(missing) - len(absent), len(absent))
+        distinct = len(found.missing)
+        cache._count(call.batch - distinct, distinct - len(missing), len(missing))
         assert layout is not None
-        return output(layout, gather(found, parts, place), call)
+        if len(parts) == 1 and distinct == call.batch:
+            return output(layout, parts[0], call)
+        kept = cache._memory.take_keys(found.keys)
+        return output(*kept, call) if kept else output(layout, gather(found, parts, place), call)
 
 
 class _OtherLayout(Exception):

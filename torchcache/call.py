@@ -16,6 +16,9 @@ from torch import Tensor
 
 from torchcache.encoding import encode, is_plain
 
+# Equal values of these are described alike. Floats are not: 0.0 == -0.0.
+_EXACT = frozenset({int, str, bool, type(None)})
+_MOST_FORMS = 1024  # remembered: a number that counts calls must not pile them up
 _EMPTY = inspect.Parameter.empty
 _VAR_POSITIONAL = inspect.Parameter.VAR_POSITIONAL
 _NO_TENSORS = (
@@ -23,26 +26,30 @@ _NO_TENSORS = (
 )
 
 
-class Call:
-    """The bound arguments of one call."""
+class Form:
+    """What calls have in common that differ in nothing but the elements of their tensors."""
 
-    __slots__ = ("args", "batch", "description", "device", "kwargs", "names", "parts", "tensors")
+    __slots__ = ("batch", "description", "names", "order", "parts")
 
-    def __init__(
-        self,
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-        tensors: list[Tensor],
-        names: list[str],
-        parts: list[bytes],
-    ) -> None:
-        self.args = args
-        self.kwargs = kwargs
-        self.tensors = tensors  # [B, …] each, in signature order
+    def __init__(self, batch: int, names: list[str], parts: list[bytes]) -> None:
+        self.batch = batch
         self.names = names  # of what the parts describe
         self.parts = parts
         self.description = b"".join(parts)  # of everything but the rows; see docs/format.md
-        self.batch = tensors[0].shape[0]
+        self.order: list[int] | None = None  # signature order of the tensors as they are passed; None: the same
+
+
+class Call:
+    """The bound arguments of one call."""
+
+    __slots__ = ("args", "batch", "device", "form", "kwargs", "tensors")
+
+    def __init__(self, args: tuple[Any, ...], kwargs: dict[str, Any], tensors: list[Tensor], form: Form) -> None:
+        self.args = args
+        self.kwargs = kwargs
+        self.tensors = tensors  # [B, …] each, in signature order
+        self.form = form
+        self.batch = form.batch
         self.device = tensors[0].device
 
     def take(self, rows: Tensor) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -73,6 +80,7 @@ class Binder:
         leave_out = takes_self and bool(parameters) and parameters[0].kind is not _VAR_POSITIONAL
         self._parameters = parameters[1:] if leave_out else parameters
         self._plans: dict[tuple[int, tuple[str, ...]], list[tuple[str, Any, Any]] | None] = {}
+        self._forms: dict[tuple[Any, ...], Form] = {}
 
     def bind(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call | None:
         """The call, or None where the arguments do not fit the signature (the function itself says it best).
@@ -80,6 +88,32 @@ class Binder:
         Raises ValueError for calls without tensors, with different batch sizes, or with arguments
         that are neither tensors nor immutable.
         """
+        tensors: list[Tensor] = []
+        passed: list[Any] = [len(args), *kwargs]
+        for value in (*args, *kwargs.values()) if kwargs else args:
+            kind = type(value)
+            if kind is Tensor:
+                tensors.append(value)
+                passed += (value.dtype, value.shape)
+            elif kind in _EXACT:
+                passed += (kind, value)
+            else:  # what takes longer to recognize than to describe
+                return self._bind_anew(args, kwargs)
+        key = tuple(passed)
+        form = self._forms.get(key)
+        if form is None:
+            call = self._bind_anew(args, kwargs)
+            if call is not None:
+                if len(self._forms) >= _MOST_FORMS:
+                    self._forms.clear()
+                call.form.order = self._order(args, kwargs)
+                self._forms[key] = call.form
+            return call
+        if form.order is not None:
+            tensors = [tensors[i] for i in form.order]
+        return Call(args, kwargs, tensors, form)
+
+    def _bind_anew(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call | None:
         pattern = (len(args), tuple(kwargs))
         if pattern not in self._plans:
             self._plans[pattern] = self._plan(*pattern)
@@ -92,11 +126,15 @@ class Binder:
                 found.describe(name, default)
                 continue
             value = args[source] if type(source) is int else kwargs[source]
-            if type(value) is Tensor:
-                found.add_tensor(name, value)
-            else:
-                found.add(name, value)
-        return found.call(args, kwargs)
+            found.add(name, value)
+        return Call(args, kwargs, found.tensors, found.form())
+
+    def _order(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[int] | None:
+        """Where the tensors of the plan stand among those that are passed; None if they are in that order."""
+        sources = [source for _, source, _ in self._plans[len(args), tuple(kwargs)] or ()]
+        passed = [source for source, value in (*enumerate(args), *kwargs.items()) if type(value) is Tensor]
+        order = [passed.index(source) for source in sources if source in passed]
+        return None if order == sorted(order) else order
 
     def _plan(self, count: int, names: tuple[str, ...]) -> list[tuple[str, Any, Any]] | None:
         """(name, position or keyword or nothing, encoded default) for each parameter in signature order."""
@@ -164,7 +202,7 @@ class _Found:
         elif self.wrong is None:
             self.wrong = (name, value)
 
-    def call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
+    def form(self) -> Form:
         if not self.tensors:
             raise ValueError(_NO_TENSORS)
         if self.wrong is not None:
@@ -179,7 +217,7 @@ class _Found:
             raise ValueError(
                 f"All inputs must have the same batch dimension (dimension 0), got tensors of shapes {shapes}"
             )
-        return Call(args, kwargs, self.tensors, self.names, self.parts)
+        return Form(self.tensors[0].shape[0], self.names, self.parts)
 
 
 _TensorKey = tuple[str, torch.dtype, torch.Size]  # name, dtype, shape of a row

@@ -105,6 +105,10 @@ def _wrong_target(what: str) -> TypeError:
     )
 
 
+def _nobody() -> None:
+    return None
+
+
 class _Handle:
     """What torchcache knows of one instance. A copy, or one out of a pickle, starts without rows."""
 
@@ -113,13 +117,13 @@ class _Handle:
         self.options = options  # of the instance; None: those of its class
         self.init = init
         self.caches: dict[Forward, Cache] = {}
-        self._module: weakref.ref[nn.Module] | None = None  # whose it is: the first one that uses it
+        self.module: Callable[[], nn.Module | None] = _nobody  # whose it is: the first one that uses it
 
     def of(self, module: nn.Module) -> _Handle:
         """This handle for its module and replicas of that; a new one for a module that is a shallow copy."""
-        if self._module is None:
-            self._module = weakref.ref(module)
-        if self._module() is module or "_is_replica" in module.__dict__:
+        if self.module is _nobody:
+            self.module = weakref.ref(module)
+        if self.module() is module or "_is_replica" in module.__dict__:
             return self
         own = module.__dict__[_HANDLE] = _Handle(self.owner, self.options, self.init)
         return own.of(module)
@@ -275,31 +279,33 @@ class _InstanceForward:
 
 def _cache_of(module: nn.Module, forward: Any) -> Cache | None:
     """The cache of this forward of the instance; None where it has none or is disabled."""
-    handle: _Handle | None = module.__dict__.get(_HANDLE)
+    attributes = module.__dict__
+    handle: _Handle | None = attributes.get(_HANDLE)
     options = forward._torchcache_options
     if handle is None:
         if options is None:
             return None
-        handle = module.__dict__.setdefault(_HANDLE, _Handle(type(module), None, b""))
-    handle = handle.of(module)
+        handle = attributes.setdefault(_HANDLE, _Handle(type(module), None, b""))
+    if handle.module() is not module:
+        handle = handle.of(module)
     options = handle.options or options
-    if options is None or not _is_enabled(module, options):
+    if options is None:
+        return None
+    enabled = attributes.get(_ENABLED)
+    if enabled is None:
+        enabled = getattr(type(module), _ENABLED, options.enabled)
+    if not enabled:
         return None
     cache = handle.caches.get(forward)
-    if cache is None:
-        with _lock:
-            original = getattr(forward, _ORIGINAL)
-            takes_self = not isinstance(forward, _InstanceForward)
-            current = functools.partial(_options_of, module, options)
-            cache = handle.caches.setdefault(forward, Cache(module, original, takes_self, handle.init, current))
-    return cache
+    return _make_cache(module, forward, handle, options) if cache is None else cache
 
 
-def _is_enabled(module: nn.Module, options: Options) -> bool:
-    flag = module.__dict__.get(_ENABLED)
-    if flag is None:
-        flag = getattr(type(module), _ENABLED, options.enabled)
-    return bool(flag)
+def _make_cache(module: nn.Module, forward: Any, handle: _Handle, options: Options) -> Cache:
+    with _lock:
+        original = getattr(forward, _ORIGINAL)
+        takes_self = not isinstance(forward, _InstanceForward)
+        current = functools.partial(_options_of, module, options)
+        return handle.caches.setdefault(forward, Cache(module, original, takes_self, handle.init, current))
 
 
 def _options_of(module: nn.Module, options: Options) -> Options:

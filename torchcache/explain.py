@@ -10,14 +10,15 @@ from typing import Any, NamedTuple
 
 import torch
 
+from torchcache.call import Form
 from torchcache.disk import META_FILE
 from torchcache.fingerprint import Fingerprint
 from torchcache.keys import KEY_FORMAT, Kind
 from torchcache.options import Options
 
 Parts = dict[str, bytes]
-# Names and parts of the arguments, kind of the call, parts of the state: the arguments of `key_parts`.
-Asked = tuple[list[str], list[bytes], Kind, Parts]
+# Form and kind of the call, parts of the state: the arguments of `key_parts`.
+Asked = tuple[Form, Kind, Parts]
 
 
 class Explanation(NamedTuple):
@@ -51,10 +52,10 @@ def _sentence(changed: list[str] | None) -> str:
     return "changed: " + ", ".join(changed[:8]) + more
 
 
-def key_parts(names: list[str], parts: list[bytes], kind: Kind, state: Parts) -> Parts:
+def key_parts(form: Form, kind: Kind, state: Parts) -> Parts:
     """What the keys of a call were made of, by name."""
     arguments: Parts = {}
-    for name, part in zip(names, parts):
+    for name, part in zip(form.names, form.parts):
         arguments[f"argument {name}"] = arguments.get(f"argument {name}", b"") + part
     _, mode, autocast = kind
     return {**arguments, "mode (train or eval)": mode, "autocast": autocast, **state}

@@ -13,6 +13,8 @@ from torchcache.encoding import encode
 
 KEY_FORMAT = 1
 
+_FOREIGN = _ops.FOREIGN_DTYPES
+
 _MOST_DIGESTS = 4096  # remembered call digests; a state that changes on every call must not pile them up
 
 
@@ -45,12 +47,13 @@ class Keys:
         return digest
 
     def _row_bytes(self, t: Tensor) -> Tensor:
-        if t.is_conj() or t.is_neg():
-            t = t.resolve_conj().resolve_neg()
+        if t.is_cpu and not (t.is_neg() or t.is_conj() or self._subsample_count or t.dtype in _FOREIGN):
+            return t
+        t = t.resolve_conj().resolve_neg()
         if self._subsample_count is not None:
             t = t.flatten(1) if t.dim() > 1 else t.unsqueeze(1)
             t = t[:, :: max(1, t.shape[1] // self._subsample_count)]
-        return _ops.bits(t if t.device.type == "cpu" else t.cpu())
+        return _ops.bits(t.cpu())
 
 
 def autocast(device_type: str) -> bytes:

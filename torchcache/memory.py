@@ -38,54 +38,83 @@ class MemoryTier:
             self.bytes = 0
             self.rows = 0
             self.full = False
-            self._table = _Table()
-            self._arenas: list[_RowArena] = []
-            self._by_layout: dict[Layout, int] = {}
+            self._held = _Held()
 
-    def lookup(self, rows: list[Tensor], call_digest: Tensor) -> Found:
-        """Which rows of a call are here (see `Keys.parts`)."""
-        table, arenas = self._table, self._arenas
-        return Found(arenas, *table.lookup_rows(rows, call_digest))
+    def take(self, rows: list[Tensor], call_digest: Tensor) -> tuple[Layout, list[Tensor]] | Found:
+        """Layout and leaves ``[B, …]`` of a call (see `Keys.parts`) if all its rows are here, else what was found."""
+        held = self._held
+        leaves, lookup, number = held.table.take(rows, call_digest)
+        if leaves:
+            return held.arenas[number].layout, leaves
+        keys, slots, missing = lookup
+        found = Found(held.arenas, keys, slots, missing, number)
+        if number >= 0 and not found.missing.numel():
+            return held.arenas[number].layout, found.gather(found.slots)
+        return found
 
-    def lookup_keys(self, keys: Tensor) -> Found:
+    def take_keys(self, keys: Tensor) -> tuple[Layout, list[Tensor]] | None:
+        """Layout and leaves ``[B, …]`` of the rows with these keys, if that is one step: all here, of one layout."""
+        held = self._held
+        leaves, number = held.table.take_keys(keys)
+        return (held.arenas[number].layout, leaves) if leaves else None
+
+    def lookup(self, keys: Tensor) -> Found:
         """Which of the rows with these keys (int64 ``[B, 2]``) are here."""
-        table, arenas = self._table, self._arenas
-        return Found(arenas, keys, *table.lookup(keys))
+        held = self._held
+        return Found(held.arenas, keys, *held.table.lookup(keys))
 
     def put(self, keys: Tensor, layout: Layout, leaves: list[Tensor]) -> None:
         """Keeps copies of the rows, as far as they fit; of those that do not, none."""
         with self._lock:
-            _, new, _ = self._table.lookup(keys)
+            held = self._held
+            _, new, _ = held.table.lookup(keys)
             fits = (self.limit - self.bytes) // layout.row_bytes if layout.row_bytes else len(new)
             if fits < len(new):
                 self.full = True
                 new = new[:fits]
             if not len(new):
                 return
-            number = self._by_layout.get(layout)
-            if number is None:
-                number = len(self._arenas)
-                self._arenas.append(_RowArena(layout, self.device, self.limit - self.bytes))
-                self._by_layout[layout] = number
+            number = held.number(layout, self.device, self.limit - self.bytes)
             whole = len(new) == len(keys)
-            first = self._arenas[number].append(
+            first = held.arenas[number].append(
                 leaves if whole else [t.index_select(0, new.to(t.device)) for t in leaves], len(new)
             )
-            self._table.insert(keys if whole else keys.index_select(0, new), number, first)
+            held.table.insert(keys if whole else keys.index_select(0, new), number, first)
             self.bytes += len(new) * layout.row_bytes
             self.rows += len(new)
 
     def find(self, low: int) -> tuple[Layout, list[Tensor]] | None:
         """A copy of the row whose key has that low half: its layout and leaves ``[1, …]``."""
-        number, slot = self._table.find(low)
+        held = self._held
+        number, slot = held.table.find(low)
         if number < 0:
             return None
-        arena = self._arenas[number]
+        arena = held.arenas[number]
         return arena.layout, arena.gather(torch.tensor([slot], device="cpu"))
 
     def lows(self) -> list[int]:
         """The low halves of all keys."""
-        return self._table.lows()
+        return self._held.table.lows()
+
+
+class _Held:
+    """The rows between two clears: one object, so that nobody sees the table of one time with the arenas of another."""
+
+    def __init__(self) -> None:
+        self.table = _Table()
+        self.arenas: list[_RowArena] = []  # by the number of their layout
+        self._numbers: dict[Layout, int] = {}
+
+    def number(self, layout: Layout, device: torch.device, limit: int) -> int:
+        """The number of a layout, whose arenas are made when it is new."""
+        number = self._numbers.get(layout)
+        if number is None:
+            arena = _RowArena(layout, device, limit)
+            number = self._numbers[layout] = len(self.arenas)
+            self.arenas.append(arena)
+            if (whole := arena.whole()) is not None:
+                self.table.know(number, whole)
+        return number
 
 
 class Found:
@@ -127,8 +156,14 @@ class _Table:
     def lookup(self, keys: Tensor) -> tuple[Tensor, Tensor, int]:
         return _ops.table_lookup(self._id, keys)
 
-    def lookup_rows(self, rows: list[Tensor], call_digest: Tensor) -> tuple[Tensor, Tensor, Tensor, int]:
-        return _ops.table_lookup_rows(self._id, rows, call_digest)
+    def take(self, rows: list[Tensor], call_digest: Tensor) -> tuple[list[Tensor], list[Tensor], int]:
+        return _ops.table_take(self._id, rows, call_digest)
+
+    def take_keys(self, keys: Tensor) -> tuple[list[Tensor], int]:
+        return _ops.table_take_keys(self._id, keys)
+
+    def know(self, layout: int, arenas: list[Tensor]) -> None:
+        _ops.table_arenas(self._id, layout, arenas)
 
     def insert(self, keys: Tensor, layout: int, first: int) -> None:
         _ops.table_insert(self._id, keys.contiguous(), layout, first)
@@ -160,6 +195,12 @@ class _RowArena:
     def gather(self, slots: Tensor) -> list[Tensor]:
         return [arena.gather(slots) for arena in self._leaves]
 
+    def whole(self) -> list[Tensor] | None:
+        """The arenas as one tensor each, if native code may gather from those for ever."""
+        tensors = [arena.whole for arena in self._leaves if arena.whole is not None]
+        native = all(leaf.stored not in _ops.FOREIGN_DTYPES for leaf in self.layout.leaves)
+        return tensors if native and len(tensors) == len(self._leaves) else None
+
 
 class _Arena:
     """Rows of one leaf on one device: chunks of equally many rows, on the CPU usually one."""
@@ -168,9 +209,9 @@ class _Arena:
         self._leaf = leaf
         self._device = device
         self._chunks: list[Tensor] = []
-        whole = _reserve(leaf, capacity) if device.type == "cpu" else None
-        if whole is not None:
-            self._chunks.append(whole)
+        self.whole = _reserve(leaf, capacity) if device.type == "cpu" else None
+        if self.whole is not None:
+            self._chunks.append(self.whole)
             self._chunk_rows = capacity
         else:
             self._chunk_rows = max(1, min(capacity, _CHUNK_BYTES // max(1, leaf.row_bytes)))

@@ -27,9 +27,10 @@ _MODULE_ATTRIBUTES = frozenset(nn.Module().__dict__)
 _OWN_PREFIXES = ("_torchcache", "torchcache_")
 
 _ABSENT = object()
+_get = dict.get
 _requires_grad = attrgetter("requires_grad")
 _get_version = attrgetter("_version")
-_CONTAINERS = tuple(map(attrgetter, ("_parameters", "_buffers", "_modules")))
+_CONTAINERS = ("_parameters", "_buffers", "_modules")
 
 
 class Unwatchable(Exception):
@@ -94,6 +95,15 @@ class State:
         if self._structure_changed():
             self._scan()
             return self._value
+        changed = self._changed() if self._frozen else []
+        if changed or self._live:
+            _take_digests(changed)
+            _take_digests(self._live)
+            self._combine()
+        return self._value
+
+    def _changed(self) -> list[_Watched]:
+        """The frozen tensors that may have other bytes than at the last look."""
         changed = []
         versions = _versions(self._frozen_tensors)
         if versions != self._versions:
@@ -102,11 +112,7 @@ class State:
         probe = self._watch.probe()
         if probe != self._probe:
             changed, self._probe = self._frozen, probe
-        if changed or self._live:
-            _take_digests(changed)
-            _take_digests(self._live)
-            self._combine()
-        return self._value
+        return changed
 
     @property
     def live_names(self) -> list[str]:
@@ -141,16 +147,16 @@ class State:
         ]
         self._order = [m for _, m in self._named]
         self._attribute_dicts = [m.__dict__ for m in self._order]
-        self._slots_now = list(self._slots())
-        _, dicts, keys, values = map(list, zip(*self._slots_now)) if self._slots_now else ([], [], [], [])
-        self._columns: Any = dicts, keys, values
+        slots = list(self._slots())
         plain = [m for m in self._order if isinstance(m._parameters, dict)]  # TorchScript makes new ones each time
-        self._containers = [(get, plain, list(map(get, plain))) for get in _CONTAINERS]
-        self._absent = [_ABSENT] * len(self._slots_now)
+        held = [(d, key, value) for _, d, key, value in slots]
+        held += [(m.__dict__, name, m.__dict__[name]) for m in plain for name in _CONTAINERS]
+        dicts, keys, self._values = map(list, zip(*held)) if held else ([], [], [])
+        self._columns: Any = dicts, keys, [_ABSENT] * len(held)
         self._dicts = [d for m in self._order for d in (*_holders(m), m.__dict__)]
         self._counts = self._count()
         watched = [_Watched(name, t) for name, t in self._tensors.items()]
-        watched += [_Watched(name, value) for name, _, _, value in self._slots_now if isinstance(value, Tensor)]
+        watched += [_Watched(name, value) for name, _, _, value in slots if isinstance(value, Tensor)]
         for w in watched:
             _check(w)
         self._live: list[_Watched] = [w for w in watched if w.tensor.requires_grad]
@@ -182,21 +188,18 @@ class State:
 
     def _structure_changed(self) -> bool:
         # map() over prepared lists: this runs on every call, and a loop would take three times as long.
-        dicts, keys, values = self._columns
         tensors, flags = self._flags
-        unchanged = (
-            all(all(map(is_, map(get, owners), held)) for get, owners, held in self._containers)
-            and all(map(is_, map(dict.get, dicts, keys, self._absent), values))
-            and list(map(_requires_grad, tensors)) == flags
-            and list(map(len, self._dicts)) == self._counts
-        )
-        if not unchanged:
+        if (
+            not all(map(is_, map(_get, *self._columns), self._values))
+            or list(map(len, self._dicts)) != self._counts
+            or list(map(_requires_grad, tensors)) != flags
+        ):
             return True
-        if self._own is not None:
-            d = self._own.__dict__
+        if self._attributes:
+            assert self._own is not None
+            now = self._own.__dict__
             for name, value in self._attributes.items():
-                now = d.get(name, _ABSENT)
-                if now is not value and not _same(now, value):
+                if (found := now.get(name, _ABSENT)) is not value and not _same(found, value):
                     return True
         return False
 

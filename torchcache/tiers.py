@@ -61,6 +61,11 @@ class Tiers:
             MissingRows: no tier has all of them.
             ValueError: they have several layouts, so they cannot be one batch.
         """
+        layout, leaves = self._memory.take_keys(keys) or self._fetch(keys)
+        device = self._memory.device
+        return layout, [t.to(device=device, dtype=leaf.dtype) for leaf, t in zip(layout.leaves, leaves)]
+
+    def _fetch(self, keys: Tensor) -> tuple[Layout, list[Tensor]]:
         found, parts, place, layouts = self._find(keys)
         if (place < 0).any():
             places = found.missing.index_select(0, (place < 0).nonzero().squeeze(1)).tolist()
@@ -70,13 +75,11 @@ class Tiers:
                 "rows whose outputs differ in shape or type cannot be one batch: take rows of one kind, or batches of 1"
             )
         (layout,) = layouts
-        leaves = gather(found, parts, place) if len(place) else found.gather(found.slots)
-        device = self._memory.device
-        return layout, [t.to(device=device, dtype=leaf.dtype) for leaf, t in zip(layout.leaves, leaves)]
+        return layout, gather(found, parts, place) if len(place) else found.gather(found.slots)
 
     def _find(self, keys: Tensor) -> tuple[Found, list[list[Tensor]], Tensor, set[Layout]]:
         """What memory has; leaves read from disk; the places of the missing rows in those (or -1); all layouts."""
-        found = self._memory.lookup_keys(keys)
+        found = self._memory.lookup(keys)
         place = torch.full((len(found.missing),), -1, dtype=torch.int64, device="cpu")
         layouts = set() if found.layout is None else {found.layout}
         parts: list[list[Tensor]] = []

@@ -2,16 +2,14 @@
 // threads.
 #include "hash/cpu.h"
 
-#include <torch/csrc/stable/ops.h>
-
 #include <algorithm>
 #include <cstring>
 #include <stdexcept>
 
-#include "fork.h"
 #include "hash/digest.h"
 #include "hash/dtypes.h"
 #include "hash/new_tensor.h"
+#include "parallel.h"
 
 namespace torchcache {
 namespace {
@@ -115,16 +113,6 @@ class Rows {
   std::vector<Dim> outer_;
 };
 
-// torch's thread pool does not survive a fork, and waiting for it would hang the child.
-template <class F>
-void parallel(int64_t n, int64_t grain, const F& f) {
-  if (n <= grain || in_forked_child()) {
-    f(0, n);
-  } else {
-    torch::stable::parallel_for(0, n, grain, f);
-  }
-}
-
 // Row digests of all rows.
 std::vector<Digest> row_digests(const Rows& rows) {
   const int64_t leaves = rows.leaves(), total = rows.count() * leaves;
@@ -149,7 +137,7 @@ std::vector<Digest> row_digests(const Rows& rows) {
 
 }  // namespace
 
-Tensor keys_cpu(std::vector<Tensor> rows, Tensor call) {
+std::vector<Digest> keys_of_rows(const std::vector<Tensor>& rows, const Tensor& call) {
   if (rows.empty()) throw std::invalid_argument("keys needs at least one tensor");
   if (call.numel() != 2 || call.scalar_type() != ScalarType::Long)
     throw std::invalid_argument("the call digest must be int64 [2]");
@@ -163,17 +151,16 @@ Tensor keys_cpu(std::vector<Tensor> rows, Tensor call) {
   }
   const auto* halves = static_cast<const int64_t*>(call.const_data_ptr());
   const Digest prefix{static_cast<uint64_t>(halves[0]), static_cast<uint64_t>(halves[1])};
-  Tensor result = new_int64(batch, 2);
-  auto* out = static_cast<Digest*>(result.mutable_data_ptr());
+  std::vector<Digest> keys(batch);
   parallel(batch, kKeysPerThread, [&](int64_t begin, int64_t end) {
     std::vector<uint8_t> bytes(16 * (1 + arguments.size()));
     to_canonical(prefix, bytes.data());
     for (int64_t i = begin; i < end; ++i) {
       for (size_t a = 0; a < arguments.size(); ++a) to_canonical(arguments[a][i], &bytes[16 * (a + 1)]);
-      out[i] = digest(bytes.data(), bytes.size());
+      keys[i] = digest(bytes.data(), bytes.size());
     }
   });
-  return result;
+  return keys;
 }
 
 Tensor digests_cpu(std::vector<Tensor> tensors) {

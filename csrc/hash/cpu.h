@@ -5,12 +5,13 @@
 
 #include <vector>
 
+#include "hash/digest.h"
+
 namespace torchcache {
 
 // Keys of a batch: H(call ‖ row digest of each argument).
 //   rows: tensors [B, …], any dtype, any strides     call: int64 [2], low and high half of the call digest
-//   returns int64 [B, 2]: low and high half of each key
-torch::stable::Tensor keys_cpu(std::vector<torch::stable::Tensor> rows, torch::stable::Tensor call);
+std::vector<Digest> keys_of_rows(const std::vector<torch::stable::Tensor>& rows, const torch::stable::Tensor& call);
 
 // Digest of each tensor as if it were one row. Returns int64 [N, 2].
 torch::stable::Tensor digests_cpu(std::vector<torch::stable::Tensor> tensors);
