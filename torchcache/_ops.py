@@ -21,6 +21,13 @@ def _native() -> Any:
     return torch.ops.torchcache
 
 
+@functools.cache
+def _direct(name: str) -> Any:
+    """An operation without the Python frame that torch puts around it: for those of every hit."""
+    overload = getattr(_native(), name).default
+    return getattr(overload, "_op", overload)
+
+
 # torch's stable interface does not pass these: see `bits`.
 FOREIGN_DTYPES = frozenset(
     getattr(torch, name) for name in ("float8_e8m0fnu", "float4_e2m1fn_x2") if hasattr(torch, name)
@@ -49,7 +56,8 @@ def watch_open(tensors: list[Tensor]) -> int:
 
 def watch_probe(watch: int) -> int:
     """A number that stays the same while addresses, shapes and a few words of the tensors do."""
-    return cast(int, _native().watch_probe.default(watch))
+    value: int = _direct("watch_probe")(watch)
+    return value
 
 
 def watch_close(watch: int) -> None:
@@ -74,7 +82,7 @@ def table_take(table: int, rows: list[Tensor], call: Tensor) -> tuple[list[Tenso
 
     Then `keys` and `table_lookup` of the batch: keys, slots, first rows of the distinct missing ones. Last the layout.
     """
-    taken: tuple[list[Tensor], list[Tensor], int] = _native().table_take.default(table, rows, call)
+    taken: tuple[list[Tensor], list[Tensor], int] = _direct("table_take")(table, rows, call)
     return taken
 
 

@@ -236,9 +236,10 @@ class Cache:
             state = self._state
             digest = b"" if state is None else state.digest()
             mode = self._mode.flags(0 if state is None else state.generation)
+            reason = self._mode.reason
         kind = (call.form.description, mode, autocast(call.device.type))
-        if self._mode.reason is not None:
-            self._computer.refuse(kind, self._mode.reason)
+        if reason is not None:
+            self._computer.refuse(kind, reason)
         return *self._keys.parts(call, kind, digest), kind
 
     def _explanation(self, call: Call, kind: Kind, in_memory: int, on_disk: int) -> Explanation:

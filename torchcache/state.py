@@ -30,6 +30,7 @@ _ABSENT = object()
 _get = dict.get
 _requires_grad = attrgetter("requires_grad")
 _get_version = attrgetter("_version")
+_is_training = attrgetter("training")
 _CONTAINERS = ("_parameters", "_buffers", "_modules")
 
 
@@ -237,7 +238,7 @@ class Mode:
         if generation != self._generation:
             self._modules = [m for m in self._list() if hasattr(m, "training")]  # frozen TorchScript has none
             self._flags, self._generation = b"", generation
-        flags = bytes([m.training for m in self._modules])
+        flags = bytes(map(_is_training, self._modules))
         if flags != self._flags:
             self._flags = flags
             self.reason = of_modules(self._modules)
