@@ -9,7 +9,6 @@
 #include "store/file.h"
 
 namespace torchcache::store {
-
 Block to_block(const BlockHeader& header, uint32_t segment, uint32_t layout) {
   Block block;
   block.segment = segment;
@@ -60,7 +59,22 @@ void Index::rebuild(size_t slot_count) {
     size_t s = slot(entry(number).low);
     while (slots[s] != 0) s = next(s);
     slots[s] = number + 1;
+    last_slot_ = s;
   }
+}
+
+// Adds a row whose key is greater than all others. False if that is not certain: then nothing is done.
+inline bool Index::append(const Entry& added) {
+  if (!ascending_) return false;
+  const size_t own = slot(added.low);
+  const size_t s = entries_ == 0 ? own : std::max(own, last_slot_ + 1);
+  ascending_ = (entries_ == 0 || added.low > entry(entries_ - 1).low) && s < slot_count_ && s - own < kLongestProbe;
+  if (!ascending_) return false;
+  entry(entries_) = added;
+  slots()[s] = ++entries_;
+  last_slot_ = s;
+  ++keys_;
+  return true;
 }
 
 inline void Index::insert_one(const Entry& added) {
@@ -94,7 +108,8 @@ void Index::insert(const Entry* entries, size_t n, uint32_t first_block) {
   reserve(n);
   for (size_t i = 0; i < n; ++i) {
     if (i + kAhead < n) __builtin_prefetch(&slots()[slot(entries[i + kAhead].low)], 1);
-    insert_one({entries[i].low, entries[i].check, entries[i].block + first_block, entries[i].row});
+    const Entry added = {entries[i].low, entries[i].check, entries[i].block + first_block, entries[i].row};
+    if (!append(added)) insert_one(added);
   }
 }
 

@@ -84,6 +84,7 @@ class Index {
   size_t next(size_t slot) const { return slot + 1 == slot_count_ ? 0 : slot + 1; }
   bool same_place(const Entry& a, const Entry& b) const;
   void rebuild(size_t slots);
+  bool append(const Entry& entry);
   void insert_one(const Entry& entry);
 
   Pages slot_pages_;   // slot_count_ times the number of an entry + 1; 0 is free
@@ -92,6 +93,10 @@ class Index {
   uint32_t entries_ = 0;
   uint64_t keys_ = 0;
   uint64_t scramble_ = 1;
+  // While every key so far was greater than the one before, the next greater one belongs behind the last: an index that
+  // is opened first needs no probing.
+  bool ascending_ = true;
+  size_t last_slot_ = 0;
   std::vector<Block> blocks_;
   std::unordered_map<std::string, uint32_t> numbers_;
   std::vector<const std::string*> layouts_;  // point into numbers_

@@ -2,13 +2,25 @@
 #include "store/pages.h"
 
 #include <sys/mman.h>
+#include <unistd.h>
 
+#include <cstdint>
 #include <new>
+
+#include "store/format.h"
 
 namespace torchcache::store {
 namespace {
 
-constexpr size_t kHugeBytes = 4 << 20;  // from here on huge pages are worth their waste
+constexpr int kPopulateWrite = 23;  // MADV_POPULATE_WRITE, Linux 5.14; older systems refuse it
+
+// For the whole pages of a range.
+void advise(void* begin, size_t size, int advice) {
+  const uint64_t page = static_cast<uint64_t>(::sysconf(_SC_PAGESIZE));
+  const uint64_t first = padded(reinterpret_cast<uint64_t>(begin), page);
+  const uint64_t last = (reinterpret_cast<uint64_t>(begin) + size) / page * page;
+  if (first < last) ::madvise(reinterpret_cast<void*>(first), last - first, advice);
+}
 
 }  // namespace
 
@@ -24,7 +36,11 @@ void Pages::grow(size_t size) {
   if (grown == MAP_FAILED) throw std::bad_alloc();
   data_ = grown;
   size_ = size;
-  if (size >= kHugeBytes) ::madvise(data_, size_, MADV_HUGEPAGE);
+  if (size >= kHugeBytes) use_huge_pages(data_, size_);
 }
+
+void touch_pages(void* begin, size_t size) { advise(begin, size, kPopulateWrite); }
+
+void use_huge_pages(void* begin, size_t size) { advise(begin, size, MADV_HUGEPAGE); }
 
 }  // namespace torchcache::store

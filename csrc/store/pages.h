@@ -29,4 +29,11 @@ class Pages {
   size_t size_ = 0;
 };
 
+constexpr size_t kHugeBytes = 4 << 20;  // from here on huge pages are worth their waste
+
+// Has the system put memory behind a range at once, instead of in one fault after another. What is there stays.
+void touch_pages(void* begin, size_t size);
+// Has the system use huge pages for what is touched of a range from now on.
+void use_huge_pages(void* begin, size_t size);
+
 }  // namespace torchcache::store

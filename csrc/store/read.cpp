@@ -1,15 +1,13 @@
 // Plan under the mutex, read without it, verify, and drop what turned out to be damaged.
 #include "store/read.h"
 
-#include <sys/mman.h>
-#include <unistd.h>
-
 #include <algorithm>
 #include <cerrno>
 #include <cstring>
 
 #include "store/compression.h"
 #include "store/look.h"
+#include "store/pages.h"
 
 namespace torchcache::store {
 namespace {
@@ -17,8 +15,6 @@ namespace {
 constexpr uint64_t kRunBytes = 1 << 20;      // neighbours that are read as one
 constexpr uint64_t kGroupBytes = 256 << 10;  // runs that are read before they are verified
 constexpr uint64_t kPopulateBytes = 64 << 10;
-constexpr uint64_t kHugeBytes = 4 << 20;  // outputs from here on are worth huge pages
-constexpr int kPopulateWrite = 23;        // MADV_POPULATE_WRITE, Linux 5.14; older systems refuse it
 
 // A row that is to be read from a segment.
 struct Piece {
@@ -98,6 +94,7 @@ void Reading::run(size_t n) {
 void Reading::plan(const std::vector<size_t>& rows) {
   queued_.clear();
   pieces_.clear();
+  pieces_.reserve(rows.size());
   {
     std::lock_guard lock(state_.mutex);
     const uint32_t layout = state_.index.layout_number(layout_);
@@ -183,6 +180,8 @@ size_t Reading::run_end(size_t first) const {
 size_t Reading::group_end(size_t begin) {
   runs_.clear();
   transfers_.clear();
+  runs_.reserve(pieces_.size());
+  transfers_.reserve(pieces_.size());
   const uint32_t segment = pieces_[begin].block.segment;
   uint64_t bytes = 0;
   size_t first = begin;
@@ -276,13 +275,12 @@ void Reading::settle(const Piece& piece) {
 }
 
 // Fresh outputs cost more in page faults than in copies: huge pages, or all pages at once, halve it.
-void advise_pages(const Leaf& leaf, size_t n) {
+void prepare_pages(const Leaf& leaf, size_t n) {
   const uint64_t size = n * leaf.row_bytes;
-  if (size < kPopulateBytes) return;
-  const uint64_t page = static_cast<uint64_t>(::sysconf(_SC_PAGESIZE));
-  const uint64_t begin = padded(reinterpret_cast<uint64_t>(leaf.data), page);
-  const uint64_t end = (reinterpret_cast<uint64_t>(leaf.data) + size) / page * page;
-  ::madvise(reinterpret_cast<void*>(begin), end - begin, size < kHugeBytes ? kPopulateWrite : MADV_HUGEPAGE);
+  if (size >= kHugeBytes)
+    use_huge_pages(leaf.data, size);
+  else if (size >= kPopulateBytes)
+    touch_pages(leaf.data, size);
 }
 
 }  // namespace
@@ -290,7 +288,7 @@ void advise_pages(const Leaf& leaf, size_t n) {
 void read_rows(State& state, const Digest* keys, size_t n, const std::string& layout, const std::vector<Leaf>& out,
                uint8_t* ok) {
   memset(ok, 0, n);
-  for (const Leaf& leaf : out) advise_pages(leaf, n);
+  for (const Leaf& leaf : out) prepare_pages(leaf, n);
   Reading(state, keys, layout, out, ok).run(n);
 }
 
