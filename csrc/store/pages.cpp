@@ -36,7 +36,8 @@ void Pages::grow(size_t size) {
   if (grown == MAP_FAILED) throw std::bad_alloc();
   data_ = grown;
   size_ = size;
-  if (size >= kHugeBytes) use_huge_pages(data_, size_);
+  // To the end of its last page: a mapping of which a part is different cannot be moved.
+  if (size >= kHugeBytes) ::madvise(data_, size_, MADV_HUGEPAGE);
 }
 
 void touch_pages(void* begin, size_t size) { advise(begin, size, kPopulateWrite); }
