@@ -1,4 +1,4 @@
-"""What the disk tier costs where every row is new: the digits demo's backbone, beside the same backbone without a cache."""
+"""What the disk tier costs where every row is new: the digits demo's backbone, beside the same without a cache."""
 
 from __future__ import annotations
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from torchcache import _ops
-from torchcache.rows import Layout, Leaf
+from torchcache.rows import Layout, Leaf, movable, select
 
 MIXED = -2  # the layout of a lookup that found rows of several
 
@@ -77,7 +77,7 @@ class MemoryTier:
             number = held.number(layout, self.device, self.limit - self.bytes)
             whole = len(new) == len(keys)
             first = held.arenas[number].append(
-                leaves if whole else [t.index_select(0, new.to(t.device)) for t in leaves], len(new)
+                leaves if whole else [select(t, new.to(t.device)) for t in leaves], len(new)
             )
             held.table.insert(keys if whole else keys.index_select(0, new), number, first)
             self.bytes += len(new) * layout.row_bytes
@@ -229,13 +229,13 @@ class _Arena:
         if self._device.type != "cpu":
             slots = slots.to(self._device)
         if len(self._chunks) == 1:
-            return self._chunks[0].index_select(0, slots)
+            return select(self._chunks[0], slots)
         out = torch.empty((len(slots), *self._leaf.shape), dtype=self._leaf.stored, device=self._device)
         number = slots.div(self._chunk_rows, rounding_mode="floor")
         for chunk in torch.unique(number).tolist():
             where = (number == chunk).nonzero().squeeze(1)
-            rows = self._chunks[chunk].index_select(0, slots[where] - chunk * self._chunk_rows)
-            out.index_copy_(0, where, rows)
+            rows = select(self._chunks[chunk], slots[where] - chunk * self._chunk_rows)
+            movable(out).index_copy_(0, where, movable(rows))
         return out
 
     def _spans(self, first: int, count: int) -> Iterator[tuple[int, int, int]]:
