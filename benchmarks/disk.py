@@ -1,4 +1,4 @@
-"""Writing, reading and opening a store, beside pwrite, pread and read of the same bytes, LMDB and zstd; all page-cached."""
+"""Writing, reading and opening a store, beside pwrite, pread and read of the same bytes, LMDB and zstd, page-cached."""
 
 from __future__ import annotations
 
