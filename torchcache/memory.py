@@ -43,7 +43,7 @@ class MemoryTier:
     def take(self, rows: list[Tensor], call_digest: Tensor) -> tuple[Layout, list[Tensor]] | Found:
         """Layout and leaves ``[B, …]`` of a call (see `Keys.parts`) if all its rows are here, else what was found."""
         held = self._held
-        leaves, lookup, number = held.table.take(rows, call_digest)
+        leaves, lookup, number = _ops.table_take(held.table.id, rows, call_digest)
         if leaves:
             return held.arenas[number].layout, leaves
         keys, slots, missing = lookup
@@ -150,29 +150,26 @@ class _Table:
     """A native key table that is closed with its owner."""
 
     def __init__(self) -> None:
-        self._id = _ops.table_open()
-        weakref.finalize(self, _ops.table_close, self._id).atexit = False
+        self.id = _ops.table_open()
+        weakref.finalize(self, _ops.table_close, self.id).atexit = False
 
     def lookup(self, keys: Tensor) -> tuple[Tensor, Tensor, int]:
-        return _ops.table_lookup(self._id, keys)
-
-    def take(self, rows: list[Tensor], call_digest: Tensor) -> tuple[list[Tensor], list[Tensor], int]:
-        return _ops.table_take(self._id, rows, call_digest)
+        return _ops.table_lookup(self.id, keys)
 
     def take_keys(self, keys: Tensor) -> tuple[list[Tensor], int]:
-        return _ops.table_take_keys(self._id, keys)
+        return _ops.table_take_keys(self.id, keys)
 
     def know(self, layout: int, arenas: list[Tensor]) -> None:
-        _ops.table_arenas(self._id, layout, arenas)
+        _ops.table_arenas(self.id, layout, arenas)
 
     def insert(self, keys: Tensor, layout: int, first: int) -> None:
-        _ops.table_insert(self._id, keys.contiguous(), layout, first)
+        _ops.table_insert(self.id, keys.contiguous(), layout, first)
 
     def find(self, low: int) -> tuple[int, int]:
-        return _ops.table_find(self._id, low)
+        return _ops.table_find(self.id, low)
 
     def lows(self) -> list[int]:
-        return _ops.table_lows(self._id).tolist()
+        return _ops.table_lows(self.id).tolist()
 
 
 class _RowArena:
