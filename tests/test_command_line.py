@@ -18,7 +18,8 @@ from torchcache import torchcache
 from torchcache.__main__ import _age, _size, main
 
 sys.path.append(str(Path(__file__).parent))
-from format_reader import ZSTD, Row, low, write_segment
+from format_reader import ZSTD, Row, low
+from format_writer import write_segment
 from store_harness import Store, batch, files
 
 Output = pytest.CaptureFixture[str]

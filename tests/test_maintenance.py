@@ -18,7 +18,8 @@ from hypothesis import strategies as st
 from torchcache import maintenance
 
 sys.path.append(str(Path(__file__).parent))
-from format_reader import ZSTD, Row, block_end, low, payload_start, read_store, write_segment
+from format_reader import ZSTD, Row, block_end, low, payload_start, read_store
+from format_writer import write_segment
 from store_harness import DAMAGED, Store, batch, files, forked, reopened, succeeded, write
 
 ROOT = Path(__file__).resolve().parent.parent
