@@ -18,6 +18,7 @@
 
 #include "faulty_calls.h"
 #include "rows.h"
+#include "segment_tests.h"
 #include "store/index.h"
 
 using namespace torchcache;
@@ -268,17 +269,6 @@ void many_threads_put_and_read_at_once() {
   EXPECT(store->stats().damaged_rows == 0 && store->stats().dropped_rows == 0);
 }
 
-void more_segments_than_may_be_open_are_all_read() {
-  for (uint64_t i = 0; i < 150; ++i) put(*Store::open(options()), Rows(2, i));
-  auto store = Store::open(options());
-  for (int round = 0; round < 2; ++round)
-    for (uint64_t i = 0; i < 150; ++i) EXPECT(right_rows(*store, Rows(2, i)) == 2);
-  size_t open_files = 0;
-  for (const auto& entry : std::filesystem::directory_iterator("/proc/self/fd"))
-    open_files += std::filesystem::read_symlink(entry).string().find(directory) == 0;
-  EXPECT(open_files <= 128);
-}
-
 void the_index_takes_at_most_40_bytes_a_row_and_finds_every_key() {
   constexpr uint32_t kRows = 1000000;
   Index index;
@@ -333,9 +323,14 @@ const Test kTests[] = {
     // The sanitizers' own allocator stays locked in a child that was forked beside threads.
     TEST(after_a_fork_both_sides_write_and_neither_touches_the_other),
     TEST(forks_at_any_moment_leave_a_store_that_works),
+    TEST(rotation_and_reading_go_on_in_a_forked_child_of_a_rotated_store),
 #endif
     TEST(many_threads_put_and_read_at_once),
     TEST(more_segments_than_may_be_open_are_all_read),
+    TEST(rows_of_all_segments_are_found_while_they_rotate_and_afterwards),
+    TEST(every_segment_but_the_last_is_sealed_with_an_index_and_no_larger_than_the_limit),
+    TEST(a_block_larger_than_a_segment_may_be_is_one_by_itself),
+    TEST(the_byte_limit_holds_across_rotations),
     TEST(the_index_takes_at_most_40_bytes_a_row_and_finds_every_key),
     TEST(keys_that_crowd_together_are_found),
     TEST(a_dropped_entry_gives_way_to_the_next_copy),
