@@ -1,4 +1,4 @@
-// Promises about the segments of a directory: that there may be many, and that they rotate.
+// Promises about the segments of a directory: that there may be many, that they rotate, that they come and go.
 #pragma once
 
 #include <sys/wait.h>
@@ -7,7 +7,9 @@
 #include <algorithm>
 #include <filesystem>
 
+#include "faulty_calls.h"
 #include "rows.h"
+#include "store/compaction.h"
 #include "store/writer.h"
 
 namespace torchcache::store {
@@ -125,6 +127,43 @@ void the_byte_limit_holds_across_rotations() {
   store->close();
   store = Store::open(options());
   EXPECT(right_rows(*store, before) == 100 && right_rows(*store, of_child) == 100);
+}
+
+void compact_all() {
+  Compaction compaction(directory);
+  for (const SegmentId& id : segments_here()) EXPECT(compaction.take(id));
+  compaction.finish();
+}
+
+std::atomic<int> torn_listings{0};
+
+// A listing that a whole compaction overtakes: it has passed the place of the new segment before that came, and comes
+// to the places of the old ones when they are gone.
+DIR* opendir_beside_a_compaction(const char* path) {
+  if (path != directory || torn_listings <= 0) return kReal.opendir(path);
+  --torn_listings;
+  system_calls.opendir = kReal.opendir;
+  compact_all();
+  system_calls.opendir = opendir_beside_a_compaction;
+  const std::string nothing = directory + "/nothing";
+  std::filesystem::create_directory(nothing);
+  return kReal.opendir(nothing.c_str());
+}
+
+void a_listing_that_a_compaction_overtakes_costs_no_row() {
+  const Rows first(20, 1), second(20, 2), never(1, 3);
+  for (const Rows* rows : {&first, &second}) put(*Store::open(options()), *rows);
+  auto store = Store::open(options());
+  EXPECT(right_rows(*store, first) == 20);
+  system_calls.opendir = opendir_beside_a_compaction;
+  for (int time = 0; time < 2; ++time) {
+    torn_listings = 1;
+    while (torn_listings > 0) found_rows(*store, never);  // a miss looks, at most every quarter of a second
+  }
+  EXPECT(segments_here().size() == 1);
+  EXPECT(found_rows(*store, first) == 20 && found_rows(*store, second) == 20);
+  EXPECT(right_rows(*store, first) == 20 && right_rows(*store, second) == 20);
+  EXPECT(store->stats().damaged_rows == 0 && store->take_warnings().empty());
 }
 
 }  // namespace
