@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import struct
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import zstandard
@@ -39,8 +40,8 @@ def stored_rows(codec: int, rows: list[Row]) -> list[bytes]:
     return smaller if codec == ZSTD else [row.data for row in rows]
 
 
-def encode_block(name: bytes, at: int, codec: int, rows: list[Row]) -> bytes:
-    layout, stored = rows[0].layout, stored_rows(codec, rows)
+def encode_block(name: bytes, at: int, codec: int, rows: list[Row], stored: list[bytes] | None = None) -> bytes:
+    layout, stored = rows[0].layout, stored_rows(codec, rows) if stored is None else stored
     checks = [row_check(s, row.key) for s, row in zip(stored, rows, strict=True)]
     table = padded(layout, 8) + b"".join(row.key.to_bytes(16, "big") for row in rows)
     table += np.array(checks, "<u8").tobytes()
@@ -52,23 +53,48 @@ def encode_block(name: bytes, at: int, codec: int, rows: list[Row]) -> bytes:
     return header + struct.pack("<Q", low(name + header)) + table + padded(payload, 64)
 
 
-def encode_index(name: bytes, data: bytes, blocks: list[tuple[int, int, list[Row]]]) -> bytes:
-    layouts = sorted({rows[0].layout for _, _, rows in blocks})
-    catalog = b"".join(padded(struct.pack("<I", len(text)) + text, 8) for text in layouts)
-    entries = []
-    for number, (at, codec, rows) in enumerate(blocks):
+class Block(NamedTuple):
+    """As it stands in the catalog of an index."""
+
+    offset: int
+    row_bytes: int
+    payload_bytes: int
+    rows: int
+    layout: int  # number
+    codec: int
+
+
+class Entry(NamedTuple):
+    low: int  # of the key
+    check: int
+    block: int  # number
+    row: int
+
+
+def encode_index(name: bytes, data: bytes, placed: list[tuple[int, int, list[Row]]]) -> bytes:
+    """The index of a segment with these blocks: (offset, codec, rows)."""
+    layouts = sorted({rows[0].layout for _, _, rows in placed})
+    blocks, entries = [], []
+    for number, (at, codec, rows) in enumerate(placed):
         stored = stored_rows(codec, rows)
-        sizes = (len(rows[0].data), sum(map(len, stored)), len(rows))
-        layout = layouts.index(rows[0].layout)
-        catalog += struct.pack("<QQQIIII", at, *sizes, layout, codec, 0)
+        payload = sum(map(len, stored))
+        blocks.append(Block(at, len(rows[0].data), payload, len(rows), layouts.index(rows[0].layout), codec))
         for i, row in enumerate(rows):
-            entries.append((row.key & MASK, row_check(stored[i], row.key), number, i))
-    entries.sort()
+            entries.append(Entry(row.key & MASK, row_check(stored[i], row.key), number, i))
+    return encode_index_of(name, len(data), layouts, blocks, sorted(entries))
+
+
+def encode_index_of(
+    name: bytes, covered: int, layouts: list[bytes], blocks: list[Block], entries: list[Entry]
+) -> bytes:
+    """An index that says this, be it true or not, with right checks."""
     pages = b""
     for first in range(0, len(entries), 170):
         some = b"".join(struct.pack("<QQII", *entry) for entry in entries[first : first + 170])
         page = struct.pack("<Q", first // 170) + some
         pages += struct.pack("<Q", low(name + page)) + page
+    catalog = b"".join(padded(struct.pack("<I", len(text)) + text, 8) for text in layouts)
+    catalog += b"".join(struct.pack("<QQQIIII", *block, 0) for block in blocks)
     footer = INDEX_MAGIC + struct.pack("<II", 1, len(layouts)) + name
-    footer += struct.pack("<QIIQ", len(data), len(blocks), len(entries), low(catalog))
+    footer += struct.pack("<QIIQ", covered, len(blocks), len(entries), low(catalog))
     return pages + catalog + footer + struct.pack("<Q", low(footer))

@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <cerrno>
+#include <new>
 
 #include "store/bytes.h"
 #include "store/index_file.h"
@@ -164,6 +165,11 @@ class Looking {
   Clock::duration first_scans_{0};
 };
 
+void warn_of(State& state, const SegmentId& id, Error error) {
+  std::lock_guard lock(state.mutex);
+  state.warn("cannot read " + at_place(state, id) + ": " + error_text(error));
+}
+
 // Reads what is new in a segment and puts down where it stopped.
 void scan_news(State& state, uint32_t number, const File& file, const FileState& now, Segment known) {
   if (!known.scanned) known.position = read_index(state, number, known.id, now.size);
@@ -194,12 +200,15 @@ void look_at(State& state, const SegmentId& id, Looking* looking) {
   const auto file = error == 0 ? segment_file(state, number, &error) : nullptr;
   if (file != nullptr) error = file->state(&now);
   if (error != 0) {
-    std::lock_guard lock(state.mutex);
-    if (!is_gone(error)) state.warn("cannot read " + at_place(state, id) + ": " + error_text(error));
+    if (!is_gone(error)) warn_of(state, id, error);
     return;
   }
   const Clock::time_point begin = Clock::now();
-  scan_news(state, number, *file, now, known);
+  try {
+    scan_news(state, number, *file, now, known);
+  } catch (const std::bad_alloc&) {  // what was read of it stays, the rest is read when there is memory
+    warn_of(state, id, ENOMEM);
+  }
   if (!known.scanned) looking->leave_out(Clock::now() - begin);
 }
 

@@ -129,6 +129,27 @@ void the_byte_limit_holds_across_rotations() {
   EXPECT(right_rows(*store, before) == 100 && right_rows(*store, of_child) == 100);
 }
 
+std::atomic<int> listings{0};
+
+DIR* counted_opendir(const char* path) {
+  listings += path == directory;
+  return kReal.opendir(path);
+}
+
+// A look comes when rows are missing and the last one is max(0.25 s, 100 times what it cost) ago.
+void what_another_process_flushed_is_found_by_the_next_look() {
+  const Rows never(1, 0);
+  auto store = Store::open(options()), other = Store::open(options());
+  system_calls.opendir = counted_opendir;
+  for (uint64_t seed = 1; seed < 4; ++seed) {
+    const Rows rows(20, seed);
+    put(*other, rows);
+    other->flush();
+    for (const int before = listings; listings == before;) found_rows(*store, never);
+    EXPECT(found_rows(*store, rows) == 20 && right_rows(*store, rows) == 20);
+  }
+}
+
 void compact_all() {
   Compaction compaction(directory);
   for (const SegmentId& id : segments_here()) EXPECT(compaction.take(id));
