@@ -109,17 +109,21 @@ void calls_that_fail_from_any_moment_on_cost_rows_but_are_never_a_wrong_one() {
   for (long n = 0, calls = calls_of_a_life(); n < calls; ++n) life_with_a_failed_call(n, true);
 }
 
-void a_full_disk_is_one_warning_and_writing_resumes() {
+void cannot_write_for_a_while(Error cause) {
+  std::filesystem::remove_all(directory);
   system_calls.pwritev = failing_pwritev;
   auto store = Store::open(options());
   const Rows first(10, 1), second(10, 2);
   put(*store, first);
   store->flush();
-  failing = ENOSPC;
+  failing = cause;
   put(*store, second);
   EXPECT(right_rows(*store, second) == 10);  // from memory
   EXPECT(right_rows(*store, first) == 10);
-  while (store->take_warnings().empty()) std::this_thread::yield();
+  std::vector<std::string> warnings;
+  while (warnings.empty()) warnings = store->take_warnings(), std::this_thread::yield();
+  EXPECT(warnings.size() == 1 && warnings[0].find(error_text(cause)) != std::string::npos);
+  EXPECT(warnings[0].find(directory) != std::string::npos);
   failing = 0;
   store->flush();
   EXPECT(store->take_warnings().empty() && store->stats().dropped_rows == 0);
@@ -127,6 +131,9 @@ void a_full_disk_is_one_warning_and_writing_resumes() {
   store = Store::open(options());
   EXPECT(right_rows(*store, first) == 10 && right_rows(*store, second) == 10);
 }
+
+void a_full_disk_is_one_warning_and_writing_resumes() { cannot_write_for_a_while(ENOSPC); }
+void a_spent_quota_is_one_warning_and_writing_resumes() { cannot_write_for_a_while(EDQUOT); }
 
 void a_nearly_full_disk_gets_smaller_blocks() {
   system_calls.pwritev = small_disk_pwritev;
@@ -314,6 +321,7 @@ const Test kTests[] = {
     TEST(a_call_that_fails_once_loses_no_row_that_was_not_counted),
     TEST(calls_that_fail_from_any_moment_on_cost_rows_but_are_never_a_wrong_one),
     TEST(a_full_disk_is_one_warning_and_writing_resumes),
+    TEST(a_spent_quota_is_one_warning_and_writing_resumes),
     TEST(a_nearly_full_disk_gets_smaller_blocks),
     TEST(rows_are_dropped_and_counted_when_nothing_can_be_written),
     TEST(a_write_that_hangs_stops_nobody),
