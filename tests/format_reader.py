@@ -1,11 +1,10 @@
-"""A second reader and writer of stores, written from docs/format.md alone: plain Python, no speed.
+"""A second reader of stores, written from docs/format.md alone: plain Python, no speed, at most 100 lines.
 
-It shares no code with the library, so what both agree on is what the page says.
+It shares no code with the library, so what both agree on is what the page says. Its counterpart is format_writer.py.
 """
 
 from __future__ import annotations
 
-import os
 import struct
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,8 +17,7 @@ import zstandard
 RAW, ZSTD = 0, 1
 MASK = 2**64 - 1
 BLOCK = struct.Struct("<4sHBBIIQQQQQ")  # all of a block's header but its own check
-BLOCK_MAGIC, SEGMENT_MAGIC = bytes.fromhex("89544342"), bytes.fromhex("8954435345470D0A")
-INDEX_MAGIC = bytes.fromhex("8954434944580D0A")
+BLOCK_MAGIC = bytes.fromhex("89544342")
 
 
 class Row(NamedTuple):
@@ -32,16 +30,9 @@ def low(data: bytes) -> int:
     return xxhash.xxh3_128_intdigest(data.ljust(256, b"\0")) & MASK
 
 
-def padded(data: bytes, unit: int) -> bytes:
-    return data + bytes(-len(data) % unit)
-
-
 def row_check(stored: bytes, key: int) -> int:
     high = key >> 64
     return low(stored) ^ key & MASK ^ (high << 32 | high >> 32) & MASK
-
-
-# ---- reading
 
 
 def read_store(directory: Path) -> Iterator[Row]:
@@ -100,63 +91,3 @@ def read_block(data: bytes, at: int) -> Iterator[Row]:
             is_frame = len(stored) != row_bytes
             row = zstandard.ZstdDecompressor().decompress(stored) if is_frame else stored
             yield Row(key, data[at + 64 : at + 64 + size], row)
-
-
-# ---- writing
-
-
-def write_segment(directory: Path, blocks: list[tuple[int, list[Row]]], index: bool = False) -> Path:
-    """Blocks are (codec, rows of one layout and size)."""
-    name = os.urandom(16)
-    header = SEGMENT_MAGIC + struct.pack("<II", 1, 64) + name + bytes(24)
-    data = header + struct.pack("<Q", low(header))
-    placed = []
-    for codec, rows in blocks:
-        placed.append((len(data), codec, rows))
-        data += encode_block(name, len(data), codec, rows)
-    path = directory / f"{name.hex()}.seg"
-    path.write_bytes(data)
-    if index:
-        path.with_suffix(".idx").write_bytes(encode_index(name, data, placed))
-    return path
-
-
-def stored_rows(codec: int, rows: list[Row]) -> list[bytes]:
-    frames = [zstandard.ZstdCompressor().compress(row.data) for row in rows] if codec else []
-    smaller = [f if len(f) < len(r.data) else r.data for f, r in zip(frames, rows, strict=False)]
-    return smaller if codec == ZSTD else [row.data for row in rows]
-
-
-def encode_block(name: bytes, at: int, codec: int, rows: list[Row]) -> bytes:
-    layout, stored = rows[0].layout, stored_rows(codec, rows)
-    checks = [row_check(s, row.key) for s, row in zip(stored, rows, strict=True)]
-    table = padded(layout, 8) + b"".join(row.key.to_bytes(16, "big") for row in rows)
-    table += np.array(checks, "<u8").tobytes()
-    if codec == ZSTD:
-        table += np.array([len(s) for s in stored], "<u4").tobytes()
-    table, payload = padded(table, 64), b"".join(stored)
-    sizes = (len(rows), len(layout), len(rows[0].data), len(payload))
-    header = BLOCK.pack(BLOCK_MAGIC, 1, codec, 0, *sizes, at, 0, low(table))
-    return header + struct.pack("<Q", low(name + header)) + table + padded(payload, 64)
-
-
-def encode_index(name: bytes, data: bytes, blocks: list[tuple[int, int, list[Row]]]) -> bytes:
-    layouts = sorted({rows[0].layout for _, _, rows in blocks})
-    catalog = b"".join(padded(struct.pack("<I", len(text)) + text, 8) for text in layouts)
-    entries = []
-    for number, (at, codec, rows) in enumerate(blocks):
-        stored = stored_rows(codec, rows)
-        sizes = (len(rows[0].data), sum(map(len, stored)), len(rows))
-        layout = layouts.index(rows[0].layout)
-        catalog += struct.pack("<QQQIIII", at, *sizes, layout, codec, 0)
-        for i, row in enumerate(rows):
-            entries.append((row.key & MASK, row_check(stored[i], row.key), number, i))
-    entries.sort()
-    pages = b""
-    for first in range(0, len(entries), 170):
-        some = b"".join(struct.pack("<QQII", *entry) for entry in entries[first : first + 170])
-        page = struct.pack("<Q", first // 170) + some
-        pages += struct.pack("<Q", low(name + page)) + page
-    footer = INDEX_MAGIC + struct.pack("<II", 1, len(layouts)) + name
-    footer += struct.pack("<QIIQ", len(data), len(blocks), len(entries), low(catalog))
-    return pages + catalog + footer + struct.pack("<Q", low(footer))

@@ -18,7 +18,8 @@ from torchcache import torchcache
 from torchcache.__main__ import _age, _size, main
 
 sys.path.append(str(Path(__file__).parent))
-from format_reader import ZSTD, Row, low, write_segment
+from format_reader import ZSTD, Row, low
+from format_writer import write_segment
 from store_harness import Store, batch, files
 
 Output = pytest.CaptureFixture[str]
@@ -190,37 +191,6 @@ def test_a_wrong_age_or_size_says_how_to_write_it(cache: Path, wrong: list[str],
     assert ended.value.code == 2 and "such as" in capsys.readouterr().err
 
 
-# ---- taking rows elsewhere
-
-
-def test_export_gives_keys_and_rows_that_match(cache: Path, tmp_path: Path) -> None:
-    safetensors = pytest.importorskip("safetensors.torch")
-    assert run("export", cache / "first", tmp_path / "rows.safetensors") == 0
-    tensors = safetensors.load_file(tmp_path / "rows.safetensors")
-    rows = {tuple(row.tolist()): float(total) for row, total in zip(tensors["rows.0"], tensors["rows.1"])}
-    inputs = torch.cat([torch.arange(8.0), torch.arange(100.0, 104.0)]).view(6, 2)
-    assert rows == {(2 * a, 2 * b): a + b for a, b in inputs.tolist()}
-    assert tensors["keys"].shape == (6, 2) and tensors["keys"].dtype == torch.int64
-
-
-def test_export_leaves_damaged_rows_out(cache: Path, tmp_path: Path) -> None:
-    safetensors = pytest.importorskip("safetensors.torch")
-    (segment,) = files(cache / "second", "seg")
-    flip(segment, segment.read_bytes().index(torch.tensor([4.0, 6.0]).numpy().tobytes()))
-    assert run("export", cache / "second", tmp_path / "rows.safetensors") == 0
-    tensors = safetensors.load_file(tmp_path / "rows.safetensors")
-    assert sorted(tensors["rows.1"].tolist()) == [1, 9] and len(tensors["keys"]) == 2
-
-
-def test_export_without_safetensors_says_what_to_install(
-    cache: Path, tmp_path: Path, capsys: Output, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    for name in ("safetensors", "safetensors.torch"):
-        monkeypatch.setitem(sys.modules, name, None)
-    assert run("export", cache / "first", tmp_path / "rows") == 2
-    assert "pip install safetensors" in capsys.readouterr().err and not (tmp_path / "rows").exists()
-
-
 # ---- what is wrong
 
 
@@ -234,7 +204,6 @@ def test_a_directory_that_is_none_is_named_with_what_to_do(command: str, tmp_pat
 
 
 def test_export_of_several_folders_names_them(cache: Path, tmp_path: Path, capsys: Output) -> None:
-    pytest.importorskip("safetensors.torch")
     assert run("export", cache, tmp_path / "rows") == 2
     assert "first, second" in capsys.readouterr().err
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -15,6 +16,7 @@ from typing import NamedTuple
 
 import pytest
 import torch
+from store_harness import forked, succeeded
 from torch import Tensor, nn
 
 from torchcache import torchcache
@@ -143,6 +145,33 @@ def test_clear_keeps_the_rows_on_disk_unless_told_otherwise(tmp_path: Path) -> N
     module(X)
     assert module.calls == 2
     assert torch.equal(other(X), X * 2) and other.calls == 0
+
+
+def test_info_counts_rows_that_are_damaged_dropped_and_waiting(tmp_path: Path) -> None:
+    module = cached(tmp_path)
+    module(X)
+    module.cache_instance.flush()
+    info = module.cache_instance.info()
+    assert (info.disk_rows, info.damaged_rows, info.dropped_rows, info.queued_rows) == (4, 0, 0, 0)
+    assert info.disk_bytes >= sum(path.stat().st_size for path in tmp_path.glob("*/*.seg"))
+    (segment,) = tmp_path.glob("*/*.seg")
+    row = (X[2] * 2).numpy().tobytes()
+    segment.write_bytes(segment.read_bytes().replace(row, bytes(len(row))))
+    again = cached(tmp_path, max_memory_cache_size=0, max_persistent_cache_size=10**9)
+    again(X)
+    assert again.calls == 1 and again.cache_instance.info().damaged_rows == 1
+    nowhere = cached(tmp_path / "file")
+    (tmp_path / "file").write_text("in the way")
+    nowhere(X)
+    assert nowhere.cache_instance.info().dropped_rows == 4
+
+    def on_a_full_disk() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1000, resource.RLIM_INFINITY))
+        full = cached(tmp_path / "full")
+        full(torch.randn(20, 100))
+        assert 18 <= full.cache_instance.info().queued_rows <= 20  # each takes 400 bytes
+
+    assert succeeded(forked(on_a_full_disk))
 
 
 # ---- what can be wrong with a directory

@@ -16,11 +16,14 @@ from pathlib import Path
 
 import pytest
 
+from torchcache import maintenance
+
 sys.path.append(str(Path(__file__).parent))
 from store_harness import DAMAGED, DROPPED, Store, batch, files, forked, reopened, succeeded, write
 
 KILLS = int(os.environ.get("TORCHCACHE_KILLS", "100"))  # 1000 for the slow part
 NOBODY = 65534
+ROOT = Path(__file__).resolve().parent.parent
 
 
 def first_warnings(store: Store) -> list[str]:
@@ -108,6 +111,15 @@ def test_a_full_disk_is_one_warning_and_writing_resumes_when_there_is_space(disk
     assert store.warnings() == [] and store.stats()[DROPPED] == 0
     store.close()
     assert all(reopened(disk / "store", *batch(64, seed, 200)) == 64 for seed in range(10))
+
+
+def test_a_compaction_on_a_full_disk_is_an_error_that_costs_no_row(disk: Path) -> None:
+    for seed in range(2):
+        write(disk / "store", batch(400, seed, 200))
+    with pytest.raises(maintenance.MaintenanceError, match=r"cannot write to .*: No space left on device"):
+        maintenance.compact(disk / "store")
+    assert all(reopened(disk / "store", *batch(400, seed, 200)) == 400 for seed in range(2))
+    assert sorted(path.suffix for path in (disk / "store").iterdir()) == [".idx", ".idx", ".seg", ".seg"]
 
 
 def test_a_file_size_limit_is_one_warning_and_writing_resumes_when_it_is_lifted(tmp_path: Path) -> None:
@@ -211,7 +223,7 @@ def test_a_deleted_directory_is_made_again_with_one_warning(tmp_path: Path) -> N
     assert reopened(directory, *batch(5, 1)) == reopened(directory, *batch(5, 2)) == 5
 
 
-# ---- the process and the clock
+# ---- the process, the clock and the machine
 
 
 @pytest.mark.parametrize("mmap", [False, True], ids=["pread", "mmap"])
@@ -253,3 +265,14 @@ def test_file_times_of_any_clock_change_nothing(tmp_path: Path, moment: int) -> 
         os.sched_yield()
     assert store.right(*batch(9, 1)) == reopened(tmp_path, *batch(9, 1)) == 9
     store.close()
+
+
+def test_a_big_endian_machine_is_refused_when_the_store_is_compiled() -> None:
+    compiler = shutil.which(os.environ.get("CXX", "g++"))
+    if compiler is None or not (ROOT / "csrc").is_dir():
+        pytest.skip("no C++ compiler")
+    swapped = ["-U__BYTE_ORDER__", "-D__BYTE_ORDER__=__ORDER_BIG_ENDIAN__"]
+    source = ROOT / "csrc" / "store" / "format.cpp"
+    command = [compiler, "-std=c++17", "-fsyntax-only", f"-I{ROOT / 'csrc'}", *swapped, str(source)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode != 0 and "torchcache needs a little-endian machine" in done.stderr

@@ -14,19 +14,16 @@ from torch import Tensor
 from torchcache import _ops
 
 sys.path.append(str(Path(__file__).parent))
-from format_reader import RAW, ZSTD, Row, read_segment, read_store, write_segment
+from format_reader import RAW, ZSTD, Row, read_segment, read_store
+from format_writer import write_segment
+from golden_rows import DTYPES, golden_rows
+from golden_rows import keys_tensor as as_tensor
 
 LIMIT = 10**12
 
 
 def open_store(directory: Path, *, zstd: bool = False, mmap: bool = False) -> int:
     return _ops.store_open(str(directory), LIMIT, zstd, 3, 2, mmap, 64 << 20)
-
-
-def as_tensor(keys: list[int]) -> Tensor:
-    """128-bit keys → int64 [B, 2], low halves first."""
-    halves = [key >> shift & (2**64 - 1) for key in keys for shift in (0, 64)]
-    return torch.tensor([h - 2**64 if h >= 2**63 else h for h in halves]).reshape(-1, 2)
 
 
 def as_bytes(rows: list[bytes]) -> Tensor:
@@ -95,9 +92,8 @@ def test_the_store_reads_what_an_independent_writer_wrote(
 
 @pytest.mark.parametrize("zstd", [False, True])
 def test_every_dtype_comes_back_bit_for_bit(tmp_path: Path, zstd: bool) -> None:
-    names = "bool uint8 int8 int16 int32 int64 float16 bfloat16 float32 float64 complex64"
     bits = torch.randint(0, 2, (5, 64), dtype=torch.uint8)
-    for number, name in enumerate(names.split()):
+    for number, name in enumerate(DTYPES):
         store = open_store(tmp_path, zstd=zstd)
         keys = torch.arange(10).reshape(5, 2) + 100 * number
         leaf = bits.view(getattr(torch, name))
@@ -108,6 +104,29 @@ def test_every_dtype_comes_back_bit_for_bit(tmp_path: Path, zstd: bool) -> None:
         assert _ops.store_read(store, keys, name, [out]).all()
         assert torch.equal(out.view(torch.uint8), bits)
         _ops.store_close(store)
+
+
+@pytest.mark.parametrize("zstd", [False, True])
+def test_an_independent_reader_reads_every_layout_and_dtype(tmp_path: Path, zstd: bool) -> None:
+    store = open_store(tmp_path, zstd=zstd)
+    rows = golden_rows("zstd" if zstd else "raw")
+    for row in rows:
+        _ops.store_put(store, as_tensor([row.key]), row.layout, [leaf.unsqueeze(0) for leaf in row.leaves])
+    _ops.store_close(store)
+    read = {row.key: (row.layout.decode(), row.data) for row in read_store(tmp_path)}
+    assert read == {row.key: (row.layout, row.data) for row in rows}
+
+
+@pytest.mark.parametrize("codec", [RAW, ZSTD])
+def test_the_store_reads_every_layout_and_dtype_of_an_independent_writer(tmp_path: Path, codec: int) -> None:
+    rows = golden_rows("zstd" if codec == ZSTD else "raw")
+    write_segment(tmp_path, [(codec, [Row(row.key, row.layout.encode(), row.data)]) for row in rows], index=True)
+    store = open_store(tmp_path)
+    for row in rows:
+        out = [torch.empty_like(leaf).unsqueeze(0) for leaf in row.leaves]
+        assert _ops.store_read(store, as_tensor([row.key]), row.layout, out).all()
+        assert all(torch.equal(got[0], leaf) for got, leaf in zip(out, row.leaves, strict=True))
+    _ops.store_close(store)
 
 
 def test_leaves_of_a_row_stand_one_after_another(tmp_path: Path) -> None:

@@ -32,6 +32,7 @@ from store_harness import (
 )
 
 ROOT = Path(__file__).resolve().parent.parent
+RUNS = int(os.environ.get("TORCHCACHE_RUNS", "1"))  # of eight processes; 100 for the slow part
 
 
 @pytest.fixture(params=[False, True], ids=["raw", "zstd"])
@@ -121,7 +122,8 @@ def test_bad_options_say_what_they_may_be(tmp_path: Path) -> None:
 # ---- processes
 
 
-def test_eight_processes_write_and_read_one_directory(tmp_path: Path) -> None:
+@pytest.mark.parametrize("repetition", range(RUNS))
+def test_eight_processes_write_and_read_one_directory(tmp_path: Path, repetition: int) -> None:
     def work(number: int) -> None:
         store = Store(tmp_path)
         for seed in range(20):
@@ -129,6 +131,12 @@ def test_eight_processes_write_and_read_one_directory(tmp_path: Path) -> None:
                 store.put(keys, rows)
                 assert store.right(keys, rows) == 20
             store.right(*batch(20, (number + 1) % 8 * 1000 + seed))
+        store.flush()
+        for seed in [1000 * other + seed for other in range(1, 9) for seed in range(20)]:
+            keys, rows = batch(20, seed)
+            while store.found(keys) < 20:
+                os.sched_yield()  # others are still writing; the directory is looked at every quarter of a second
+            assert store.right(keys, rows) == 20
         assert store.warnings() == [] and store.stats()[DAMAGED] == 0
         store.close()
 

@@ -78,6 +78,8 @@ std::string error_text(Error error) {
   return strerror_r(error, text, sizeof text);
 }
 
+bool is_gone(Error error) { return error == ENOENT || error == ESTALE; }
+
 std::shared_ptr<File> File::open(const std::string& path, bool map, Error* error) {
   const int fd = system_calls.open(path.c_str(), O_RDONLY | kOpenFlags, 0);
   if (fd < 0) {

@@ -20,6 +20,8 @@ using Error = int;
 constexpr Error kShortFile = -1;
 constexpr Error kNotRegular = -2;
 std::string error_text(Error error);
+// Whether a file that was there is no longer, or never was.
+bool is_gone(Error error);
 
 // What tests may replace, before a store is opened.
 struct SystemCalls {

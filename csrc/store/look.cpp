@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <cerrno>
+#include <new>
 
 #include "store/bytes.h"
 #include "store/index_file.h"
@@ -11,6 +12,7 @@ namespace torchcache::store {
 namespace {
 
 constexpr size_t kMostOpenFiles = 128;
+constexpr int kMostListings = 8;
 constexpr auto kShortestPause = std::chrono::milliseconds(250);
 constexpr auto kSettled = std::chrono::seconds(60);  // later, nobody is still writing these bytes
 
@@ -24,14 +26,44 @@ uint32_t number_of(State& state, const SegmentId& id) {
   return known != state.numbers.end() ? known->second : add_segment(state, id);
 }
 
-void forget_missing(State& state, std::vector<SegmentId> present) {
-  std::sort(present.begin(), present.end());
-  std::lock_guard lock(state.mutex);
+// Numbers of segments that were in the directory and are not in this sorted listing. The caller holds the mutex.
+std::vector<uint32_t> missing_from(const State& state, const std::vector<SegmentId>& listed) {
+  std::vector<uint32_t> missing;
   for (uint32_t n = 0; n < state.segments.size(); ++n) {
     const Segment& segment = state.segments[n];
     if (segment.own || segment.gone) continue;
-    if (!std::binary_search(present.begin(), present.end(), segment.id)) remove_segment(state, n);
+    if (!std::binary_search(listed.begin(), listed.end(), segment.id)) missing.push_back(n);
   }
+  return missing;
+}
+
+bool lacks_a_segment(State& state, const std::vector<SegmentId>& listed) {
+  std::lock_guard lock(state.mutex);
+  return !missing_from(state, listed).empty();
+}
+
+void forget_missing(State& state, const std::vector<SegmentId>& listed) {
+  std::lock_guard lock(state.mutex);
+  for (const uint32_t number : missing_from(state, listed)) remove_segment(state, number);
+}
+
+Error list_sorted(const State& state, std::vector<SegmentId>* ids) {
+  ids->clear();
+  const Error error = list_segments(state.options.directory, ids);
+  std::sort(ids->begin(), ids->end());
+  return error;
+}
+
+// A listing beside a compaction may pass over the new segment, which came after it had begun, and over the old ones,
+// which went before it ended. So one that lacks a segment is made again, until two in a row agree.
+Error list_all(State& state, std::vector<SegmentId>* ids) {
+  Error error = list_sorted(state, ids);
+  for (int n = 1; n < kMostListings && error == 0 && lacks_a_segment(state, *ids); ++n) {
+    const std::vector<SegmentId> before = *ids;
+    error = list_sorted(state, ids);
+    if (*ids == before) break;
+  }
+  return error;
 }
 
 // ---- one segment
@@ -133,6 +165,11 @@ class Looking {
   Clock::duration first_scans_{0};
 };
 
+void warn_of(State& state, const SegmentId& id, Error error) {
+  std::lock_guard lock(state.mutex);
+  state.warn("cannot read " + at_place(state, id) + ": " + error_text(error));
+}
+
 // Reads what is new in a segment and puts down where it stopped.
 void scan_news(State& state, uint32_t number, const File& file, const FileState& now, Segment known) {
   if (!known.scanned) known.position = read_index(state, number, known.id, now.size);
@@ -163,21 +200,24 @@ void look_at(State& state, const SegmentId& id, Looking* looking) {
   const auto file = error == 0 ? segment_file(state, number, &error) : nullptr;
   if (file != nullptr) error = file->state(&now);
   if (error != 0) {
-    std::lock_guard lock(state.mutex);
-    if (error != ENOENT) state.warn("cannot read " + at_place(state, id) + ": " + error_text(error));
+    if (!is_gone(error)) warn_of(state, id, error);
     return;
   }
   const Clock::time_point begin = Clock::now();
-  scan_news(state, number, *file, now, known);
+  try {
+    scan_news(state, number, *file, now, known);
+  } catch (const std::bad_alloc&) {  // what was read of it stays, the rest is read when there is memory
+    warn_of(state, id, ENOMEM);
+  }
   if (!known.scanned) looking->leave_out(Clock::now() - begin);
 }
 
 void look_at_all(State& state, Looking* looking) {
   std::vector<SegmentId> ids;
-  const Error error = list_segments(state.options.directory, &ids);
+  const Error error = list_all(state, &ids);
   if (error == 0 || error == ENOENT || error == ENOTDIR) {  // not there: only writing would say so
     for (const SegmentId& id : ids) look_at(state, id, looking);
-    forget_missing(state, std::move(ids));
+    forget_missing(state, ids);
     return;
   }
   std::lock_guard lock(state.mutex);
@@ -195,14 +235,15 @@ void close_oldest(State& state) {
 
 bool look_is_due(const State& state) { return !state.looking && !state.closed && Clock::now() >= state.next_look; }
 
-void look(State& state) {
+bool look(State& state) {
   {
     std::lock_guard lock(state.mutex);
-    if (state.looking || state.closed) return;
+    if (state.looking || state.closed) return false;
     state.looking = true;
   }
   Looking looking(state);
   look_at_all(state, &looking);
+  return true;
 }
 
 uint32_t add_segment(State& state, const SegmentId& id) {

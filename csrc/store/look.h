@@ -9,8 +9,8 @@ namespace torchcache::store {
 // the mutex.
 bool look_is_due(const State& state);
 
-// Lists the directory, forgets segments that are gone, reads what is new in the others. Returns at
-// once if another thread is looking. Takes the mutex; the caller must not hold it.
-void look(State& state);
+// Lists the directory, forgets segments that are gone, reads what is new in the others. Returns false
+// at once if another thread is looking. Takes the mutex; the caller must not hold it.
+bool look(State& state);
 
 }  // namespace torchcache::store

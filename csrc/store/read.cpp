@@ -86,7 +86,7 @@ void Reading::run(size_t n) {
       read_group(begin, end);
     }
     if (!file_gone_ || looked_) continue;
-    look(state_);
+    if (!look(state_)) return;  // another thread is at it: misses, for this time
     looked_ = true;
   }
 }
@@ -262,7 +262,7 @@ void Reading::settle(const Piece& piece) {
   if (state_.closed) return;
   again_.push_back(piece.i);
   Segment& segment = state_.segments[piece.block.segment];
-  const bool gone = error == ENOENT || error == ESTALE;
+  const bool gone = is_gone(error);
   if (gone && !looked_) {
     forget_file(state_, segment);
     file_gone_ = true;

@@ -29,10 +29,11 @@ struct Options {
   bool zstd = false;
   int zstd_level = 3;
   int zstd_threads = 1;
-  bool mmap = false;                // copy rows from mappings of the segments
-  uint64_t queue_bytes = 64 << 20;  // rows that may wait to be written
-  double retry_seconds = 5;         // between attempts to write to a disk that is full
-  double patience_seconds = 10;     // without progress, before rows are dropped
+  bool mmap = false;                     // copy rows from mappings of the segments
+  uint64_t queue_bytes = 64 << 20;       // rows that may wait to be written
+  uint64_t rotate_bytes = kRotateBytes;  // a block that would pass this begins a new segment
+  double retry_seconds = 5;              // between attempts to write to a disk that is full
+  double patience_seconds = 10;          // without progress, before rows are dropped
 };
 
 inline Clock::duration seconds(double value) {

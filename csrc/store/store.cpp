@@ -41,6 +41,8 @@ Options validated(Options options) {
     throw std::invalid_argument(outside("zstd_threads", 1, kMostThreads, options.zstd_threads));
   if (options.zstd_level < min_zstd_level() || options.zstd_level > max_zstd_level())
     throw std::invalid_argument(outside("zstd_level", min_zstd_level(), max_zstd_level(), options.zstd_level));
+  if (options.rotate_bytes < 1 || options.rotate_bytes > kRotateBytes)
+    throw std::invalid_argument(outside("rotate_bytes", 1, kRotateBytes, static_cast<int64_t>(options.rotate_bytes)));
   std::error_code error;  // then the path stays relative
   const auto absolute = std::filesystem::absolute(options.directory, error);
   if (!error) options.directory = absolute.lexically_normal().string();

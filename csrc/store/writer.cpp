@@ -36,8 +36,8 @@ class SignalsBlocked {
 uint64_t row_cost(const Options& options, uint64_t layout_bytes, uint64_t row_bytes, uint64_t rows) {
   const uint64_t block_rows = std::max<uint64_t>(1, kBlockBytes / std::max<uint64_t>(1, row_bytes));
   const uint64_t blocks = (rows + block_rows - 1) / block_rows + 1;  // the last block's rest
-  const uint64_t block =
-      kHeaderBytes + padded(layout_bytes, 8) + 2 * kAlignment + kCatalogBlockBytes + catalog_layout_bytes(layout_bytes);
+  const uint64_t block = kHeaderBytes + padded(layout_bytes, 8) + 2 * kAlignment + kCatalogBlockBytes +
+                         catalog_layout_bytes(layout_bytes) + segment_cost();  // it may begin a segment
   const uint64_t table = options.zstd ? 28 : 24;
   return row_bytes + table + kEntryBytes + 1 + (blocks * block + rows - 1) / rows;
 }
@@ -235,7 +235,7 @@ Error Writer::prepare_segment(uint64_t block_bytes) {
     std::lock_guard lock(state_->mutex);
     state_->warn("the cache directory " + state_->options.directory + " was deleted; it is made again for new rows");
     leave_segment(true);
-  } else if (segment_ != nullptr && blocks_ > 0 && segment_->end() + block_bytes > kRotateBytes) {
+  } else if (segment_ != nullptr && blocks_ > 0 && segment_->end() + block_bytes > state_->options.rotate_bytes) {
     seal();
   }
   return segment_ != nullptr ? 0 : new_segment();

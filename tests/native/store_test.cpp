@@ -19,6 +19,7 @@
 
 #include "faulty_calls.h"
 #include "rows.h"
+#include "segment_tests.h"
 #include "store/index.h"
 
 using namespace torchcache;
@@ -109,17 +110,21 @@ void calls_that_fail_from_any_moment_on_cost_rows_but_are_never_a_wrong_one() {
   for (long n = 0, calls = calls_of_a_life(); n < calls; ++n) life_with_a_failed_call(n, true);
 }
 
-void a_full_disk_is_one_warning_and_writing_resumes() {
+void cannot_write_for_a_while(Error cause) {
+  std::filesystem::remove_all(directory);
   system_calls.pwritev = failing_pwritev;
   auto store = Store::open(options());
   const Rows first(10, 1), second(10, 2);
   put(*store, first);
   store->flush();
-  failing = ENOSPC;
+  failing = cause;
   put(*store, second);
   EXPECT(right_rows(*store, second) == 10);  // from memory
   EXPECT(right_rows(*store, first) == 10);
-  while (store->take_warnings().empty()) std::this_thread::yield();
+  std::vector<std::string> warnings;
+  while (warnings.empty()) warnings = store->take_warnings(), std::this_thread::yield();
+  EXPECT(warnings.size() == 1 && warnings[0].find(error_text(cause)) != std::string::npos);
+  EXPECT(warnings[0].find(directory) != std::string::npos);
   failing = 0;
   store->flush();
   EXPECT(store->take_warnings().empty() && store->stats().dropped_rows == 0);
@@ -127,6 +132,9 @@ void a_full_disk_is_one_warning_and_writing_resumes() {
   store = Store::open(options());
   EXPECT(right_rows(*store, first) == 10 && right_rows(*store, second) == 10);
 }
+
+void a_full_disk_is_one_warning_and_writing_resumes() { cannot_write_for_a_while(ENOSPC); }
+void a_spent_quota_is_one_warning_and_writing_resumes() { cannot_write_for_a_while(EDQUOT); }
 
 void a_nearly_full_disk_gets_smaller_blocks() {
   system_calls.pwritev = small_disk_pwritev;
@@ -269,17 +277,6 @@ void many_threads_put_and_read_at_once() {
   EXPECT(store->stats().damaged_rows == 0 && store->stats().dropped_rows == 0);
 }
 
-void more_segments_than_may_be_open_are_all_read() {
-  for (uint64_t i = 0; i < 150; ++i) put(*Store::open(options()), Rows(2, i));
-  auto store = Store::open(options());
-  for (int round = 0; round < 2; ++round)
-    for (uint64_t i = 0; i < 150; ++i) EXPECT(right_rows(*store, Rows(2, i)) == 2);
-  size_t open_files = 0;
-  for (const auto& entry : std::filesystem::directory_iterator("/proc/self/fd"))
-    open_files += std::filesystem::read_symlink(entry).string().find(directory) == 0;
-  EXPECT(open_files <= 128);
-}
-
 void the_index_takes_at_most_40_bytes_a_row_and_finds_every_key() {
   constexpr uint32_t kRows = 1000000;
   Index index;
@@ -344,6 +341,7 @@ const Test kTests[] = {
     TEST(a_call_that_fails_once_loses_no_row_that_was_not_counted),
     TEST(calls_that_fail_from_any_moment_on_cost_rows_but_are_never_a_wrong_one),
     TEST(a_full_disk_is_one_warning_and_writing_resumes),
+    TEST(a_spent_quota_is_one_warning_and_writing_resumes),
     TEST(a_nearly_full_disk_gets_smaller_blocks),
     TEST(rows_are_dropped_and_counted_when_nothing_can_be_written),
     TEST(a_write_that_hangs_stops_nobody),
@@ -353,9 +351,16 @@ const Test kTests[] = {
     // The sanitizers' own allocator stays locked in a child that was forked beside threads.
     TEST(after_a_fork_both_sides_write_and_neither_touches_the_other),
     TEST(forks_at_any_moment_leave_a_store_that_works),
+    TEST(rotation_and_reading_go_on_in_a_forked_child_of_a_rotated_store),
 #endif
     TEST(many_threads_put_and_read_at_once),
     TEST(more_segments_than_may_be_open_are_all_read),
+    TEST(rows_of_all_segments_are_found_while_they_rotate_and_afterwards),
+    TEST(every_segment_but_the_last_is_sealed_with_an_index_and_no_larger_than_the_limit),
+    TEST(a_block_larger_than_a_segment_may_be_is_one_by_itself),
+    TEST(the_byte_limit_holds_across_rotations),
+    TEST(what_another_process_flushed_is_found_by_the_next_look),
+    TEST(a_listing_that_a_compaction_overtakes_costs_no_row),
     TEST(the_index_takes_at_most_40_bytes_a_row_and_finds_every_key),
     TEST(keys_that_crowd_together_are_found),
     TEST(rows_in_the_order_of_their_keys_are_found_like_any_others),
