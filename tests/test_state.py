@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -282,3 +283,81 @@ print(info.misses, info.disk_hits)
     assert run("2") == [5, 0]
     assert run("1") == [0, 5]
     assert run("2") == [0, 5]
+
+
+# ---- what leaves no other trace
+
+
+def test_submodules_in_another_order_are_another_state() -> None:
+    module = torchcache()(nn.Sequential(OrderedDict(a=nn.Linear(2, 2), b=nn.Tanh())).requires_grad_(False))
+    x = torch.randn(3, 2)
+    module(x)
+    module._modules["a"] = module._modules.pop("a")  # now behind b
+    assert torch.equal(module(x), module[1](module[0](x)))
+
+
+def test_hooks_added_to_submodules_and_removed_again_count() -> None:
+    module = torchcache()(nn.Sequential(nn.Identity()))
+    x = torch.ones(2, 2)
+    first = module(x)
+    handles = [module[0].register_forward_hook(lambda m, args, out: out * 3)]
+    assert torch.equal(module(x), 3 * x)
+    handles += [module[0].register_forward_pre_hook(lambda m, args: (args[0] + 1,))]
+    assert torch.equal(module(x), 3 * (x + 1))
+    for handle in handles:
+        handle.remove()
+    assert torch.equal(module(x), first)
+    assert module.cache_instance.info().misses == 3  # of one distinct row each
+
+
+def test_edits_of_weights_made_in_inference_mode_are_seen() -> None:
+    with torch.inference_mode():
+        module = torchcache()(nn.Linear(64, 64).requires_grad_(False))
+        x = torch.randn(2, 64)
+        module(x)
+        module.weight[7:12] = 1000.0
+        assert torch.equal(module(x), nn.functional.linear(x, module.weight, module.bias))
+
+
+def test_edits_of_what_a_replaced_submodule_reaches_are_seen() -> None:
+    scale = torch.tensor([2.0])
+
+    class Scaled(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x * scale
+
+    module = torchcache()(nn.Sequential(nn.Identity()))
+    x = torch.ones(2, 2)
+    module(x)
+    module[0] = Scaled()
+    assert torch.equal(module(x), 2 * x)
+    scale.fill_(5)
+    assert torch.equal(module(x), 5 * x)
+
+
+def test_weights_and_inputs_whose_storage_was_freed_are_computed_not_read() -> None:
+    class Gathered(nn.Module):
+        """As sharded modules do: the weight is there only while the forward runs."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.randn(400, 400), requires_grad=False)
+            self.whole = self.weight.detach().clone().tolist()
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.weight.untyped_storage().resize_(4 * 400 * 400)
+            self.weight.data.copy_(torch.tensor(self.whole))
+            out = x @ self.weight
+            self.weight.untyped_storage().resize_(0)
+            return out
+
+    plain = Gathered()
+    plain.weight.untyped_storage().resize_(0)
+    x = torch.randn(3, 400)
+    expected = plain(x)
+    module = torchcache()(plain)
+    assert torch.equal(module(x), expected) and torch.equal(module(x), expected)
+    freed = torch.randn(60, 400)
+    freed.untyped_storage().resize_(100)
+    for rows in (freed, torch._efficientzerotensor((6, 4))):
+        assert torchcache()(lambda t: torch.ones(len(t)))(rows).sum() == len(rows)

@@ -217,9 +217,14 @@ class Cache:
             return forward(*args, **kwargs)
         if self._computer.refuses(kind):
             return forward(*args, **kwargs)
-        found = self._memory.take(rows, digest)
+        try:
+            found = self._memory.take(rows, digest)
+        except (RuntimeError, ValueError) as error:  # a dtype without bytes, a tensor without a storage
+            self._once.warn("unreadable", "calls are computed whose rows cannot be looked up: %s", error)
+            return forward(*args, **kwargs)
         if isinstance(found, Found):
             return _Assembly(self, forward, call, kind, found).output()
+        self._warn_of_parameters()
         self._last = self._asked(call, kind)
         self._hits[0] += call.batch
         return output(*found, call)
@@ -272,8 +277,7 @@ class Cache:
                 self._once.warn("disk full", _FULL, "disk", "max_persistent_cache_size")
 
     def _warn_of_parameters(self) -> None:
-        names = [] if self._state is None else self._state.live_names
-        if names:
+        if self._state is not None and (names := self._state.live_names):
             self._once.warn(
                 "grad",
                 "%s require grad: outputs come back detached, so these will not be trained, and every call hashes "
@@ -380,7 +384,7 @@ class _Assembly:
             absent, place = others(where, len(missing))
         elif logger.isEnabledFor(logging.DEBUG):
             name = cache._fingerprint.name
-            logger.debug("%s: %s", name, cache._explanation(call, self._kind, call.batch - len(missing), 0))
+            logger.debug("%s: %s", name, cache._explanation(call, self._kind, int((found.slots >= 0).sum()), 0))
         cache._last = cache._asked(call, self._kind)
         if absent is not None:
             missing, keys = missing.index_select(0, absent), keys.index_select(0, absent)

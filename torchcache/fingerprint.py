@@ -64,8 +64,7 @@ class Fingerprint:
         if self.fixed:
             return None
         own = self._target if isinstance(self._target, nn.Module) else None
-        modules = {"": own, **self._modules} if own is not None else self._modules
-        return State(modules, self._tensors, self._describe, own)
+        return State(self._roots, self._tensors, self._describe, own)
 
     def classes(self) -> dict[str, bytes]:
         """Name of each class that takes part → its code, to tell which one changed."""
@@ -76,11 +75,14 @@ class Fingerprint:
         """Every module whose training flag may matter."""
         return [m for _, m in self._named_modules()]
 
+    def _roots(self) -> dict[str, nn.Module]:
+        own = {"": self._target} if isinstance(self._target, nn.Module) else {}
+        return {**own, **self._modules}
+
     def _named_modules(self) -> list[tuple[str, nn.Module]]:
-        roots = {"": self._target} if isinstance(self._target, nn.Module) else {}
         return [
             (".".join(filter(None, (root, name))), m)
-            for root, module in {**roots, **self._modules}.items()
+            for root, module in self._roots().items()
             for name, m in module.named_modules()
         ]
 

@@ -32,10 +32,11 @@ _requires_grad = attrgetter("requires_grad")
 _get_version = attrgetter("_version")
 _is_training = attrgetter("training")
 _CONTAINERS = ("_parameters", "_buffers", "_modules")
+_HOOKS = ("_forward_pre_hooks", "_forward_hooks")  # of submodules: those of the module itself run outside the cache
 
 
 class Unwatchable(Exception):
-    """A tensor of the state has no bytes to look at: it is on the meta device, or of a tensor subclass."""
+    """A tensor of the state has no bytes to look at: on the meta device, of a tensor subclass, without a storage."""
 
 
 class Uninitialized(Unwatchable):
@@ -53,6 +54,11 @@ class _Watched:
         self.version = 0
         self.digest = b""
 
+    @property
+    def is_live(self) -> bool:
+        """Whether edits may leave no trace: of what is trained, and of inference tensors, which count no versions."""
+        return self.tensor.requires_grad or self.tensor.is_inference()
+
     def encoded(self) -> bytes:
         t = self.tensor
         return encode((self.name, t.dtype, tuple(t.shape), str(t.layout))) + self.digest
@@ -62,7 +68,7 @@ class State:
     """Watches the modules and tensors that one cached forward uses.
 
     Args:
-        modules: name → root module; all submodules are included.
+        modules: gives name → root module; all submodules are included.
         tensors: name → tensor that is reached otherwise (a global, a closure).
         describe: what → canonical bytes of the code and configuration of the modules; called anew when
             a submodule is replaced.
@@ -71,12 +77,12 @@ class State:
 
     def __init__(
         self,
-        modules: dict[str, nn.Module],
+        modules: Callable[[], dict[str, nn.Module]],
         tensors: dict[str, Tensor],
         describe: Callable[[], dict[str, bytes]],
         own: nn.Module | None,
     ) -> None:
-        self._modules = modules
+        self._roots = modules
         self._tensors = tensors
         self._describe = describe
         self._own = own
@@ -98,6 +104,7 @@ class State:
         if (
             not all(map(is_, map(_get, *self._columns), self._values))
             or list(map(len, self._dicts)) != self._counts
+            or list(map(list, self._ordered)) != self._orders
             or list(map(_requires_grad, tensors)) != flags
             or (self._attributes and self._attributes_changed())
         ):
@@ -125,7 +132,7 @@ class State:
     @property
     def live_names(self) -> list[str]:
         """Names of the tensors that require grad."""
-        return [w.name for w in self._live]
+        return [w.name for w in self._live if w.tensor.requires_grad]
 
     # ---- what a forward does to its own module
 
@@ -148,9 +155,10 @@ class State:
 
     def _scan(self) -> None:
         self.generation += 1
+        self._description = self._describe()  # first: it may reach tensors and modules that are then watched
         self._named = [
             (".".join(filter(None, (root, name))), m)
-            for root, module in self._modules.items()
+            for root, module in self._roots().items()
             for name, m in module.named_modules()
         ]
         self._order = [m for _, m in self._named]
@@ -161,14 +169,17 @@ class State:
         held += [(m.__dict__, name, m.__dict__[name]) for m in plain for name in _CONTAINERS]
         dicts, keys, self._values = map(list, zip(*held)) if held else ([], [], [])
         self._columns: Any = dicts, keys, [_ABSENT] * len(held)
-        self._dicts = [d for m in self._order for d in (*_holders(m), m.__dict__)]
+        hooks = [m.__dict__.get(name, {}) for m in self._order if m is not self._own for name in _HOOKS]
+        self._dicts = [d for m in self._order for d in (*_holders(m), m.__dict__)] + hooks
+        self._ordered = [m._modules for m in plain if len(m._modules) > 1] + [d for d in hooks if d]
+        self._orders = list(map(list, self._ordered))
         self._counts = self._count()
         watched = [_Watched(name, t) for name, t in self._tensors.items()]
         watched += [_Watched(name, value) for name, _, _, value in slots if isinstance(value, Tensor)]
         for w in watched:
             _check(w)
-        self._live: list[_Watched] = [w for w in watched if w.tensor.requires_grad]
-        self._frozen: list[_Watched] = [w for w in watched if not w.tensor.requires_grad]
+        self._live: list[_Watched] = [w for w in watched if w.is_live]
+        self._frozen: list[_Watched] = [w for w in watched if not w.is_live]
         self._flags = [w.tensor for w in watched], [w.tensor.requires_grad for w in watched]
         self._frozen_tensors = [w.tensor for w in self._frozen]
         self._versions = _versions(self._frozen_tensors)
@@ -176,7 +187,6 @@ class State:
         self._watch = _NativeWatch([w.tensor for w in self._frozen])
         self._probe = self._watch.probe()
         self._attributes: dict[str, Any] = self._own_attributes()
-        self._description = self._describe()
         self._combine()
 
     def _slots(self) -> Iterator[tuple[str, dict[str, Any], str, Any]]:
@@ -248,7 +258,10 @@ class _NativeWatch:
     """A native watch that is closed with its owner."""
 
     def __init__(self, tensors: list[Tensor]) -> None:
-        self._id = _ops.watch_open([_plain_view(t) for t in tensors])
+        try:
+            self._id = _ops.watch_open([_plain_view(t) for t in tensors])
+        except RuntimeError as error:
+            raise Unwatchable(str(error)) from error
         weakref.finalize(self, _ops.watch_close, self._id).atexit = False
 
     def probe(self) -> int:
@@ -264,7 +277,10 @@ def _take_digests(watched: list[_Watched]) -> None:
 
 def digests(tensors: list[Tensor]) -> list[bytes]:
     """16 bytes for each tensor: the digest of its bytes."""
-    pairs = _ops.digests([_host(t) for t in tensors]).tolist() if tensors else []
+    try:
+        pairs = _ops.digests([_host(t) for t in tensors]).tolist() if tensors else []
+    except (RuntimeError, ValueError) as error:  # of a dtype that has no bytes, or without a storage
+        raise Unwatchable(str(error)) from error
     return [struct.pack(">qq", high, low) for low, high in pairs]
 
 

@@ -27,6 +27,7 @@ class Rows {
   // With `whole` the tensor is one row, otherwise dimension 0 counts the rows.
   Rows(const Tensor& t, bool whole)
       : owner_(t), base_(static_cast<const uint8_t*>(t.const_data_ptr())), run_(item_size(t)) {
+    if (!has_bytes(t)) throw std::invalid_argument("there is no memory behind a tensor (was its storage resized?)");
     const auto sizes = t.sizes();
     const auto strides = t.strides();
     const size_t first = whole ? 0 : 1;

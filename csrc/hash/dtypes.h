@@ -43,4 +43,15 @@ inline int64_t item_size(const torch::stable::Tensor& t) {
   }
 }
 
+// Whether there is memory behind every element: a storage may have been freed or made smaller under a tensor.
+inline bool has_bytes(const torch::stable::Tensor& t) {
+  if (t.numel() == 0) return true;
+  int64_t storage = 0, last = 0;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_storage_offset(t.get(), &last));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_storage_size(t.get(), &storage));
+  const auto sizes = t.sizes(), strides = t.strides();
+  for (size_t d = 0; d < sizes.size(); ++d) last += (sizes[d] - 1) * strides[d];
+  return t.const_data_ptr() != nullptr && (last + 1) * item_size(t) <= storage;
+}
+
 }  // namespace torchcache

@@ -45,7 +45,7 @@ int64_t Watch::probe() const {
     mix(static_cast<uint64_t>(t.scalar_type()));
     for (const int64_t size : t.sizes()) mix(size);
     for (const int64_t stride : t.strides()) mix(stride);
-    if (!t.is_cpu() || n == 0 || data == nullptr) continue;
+    if (!t.is_cpu() || n == 0 || !has_bytes(t)) continue;
     for (const int64_t position : {int64_t{0}, n / 3, n / 2 + n / 7, n - 1})
       mix(word_at(data + offset_of(position, t, item), item));
   }
