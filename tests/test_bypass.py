@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import random
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import numpy
 import pytest
@@ -78,6 +79,29 @@ def test_inputs_without_plain_bytes_are_bypassed(module: Double) -> None:
     with FakeTensorMode() as mode:
         assert module(mode.from_tensor(X)).shape == X.shape
     assert rows(module) == 0
+
+
+def test_symbolic_tracing_sees_through_the_cache() -> None:
+    traced = torch.fx.symbolic_trace(nn.Sequential(torchcache()(nn.Linear(2, 3).requires_grad_(False)), nn.ReLU()))
+    assert traced(torch.ones(4, 2)).shape == (4, 3)
+    assert torch.fx.symbolic_trace(torchcache()(Double()))(X).equal(X * 2)
+
+
+def test_function_modes_of_the_caller_are_bypassed_and_a_default_device_is_not(module: Double) -> None:
+    from torch.overrides import TorchFunctionMode
+
+    class Tripled(TorchFunctionMode):
+        def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            out = func(*args, **(kwargs or {}))
+            return out * 1.5 if func is torch.Tensor.mul else out
+
+    module(X)
+    with Tripled():
+        tripled = module(X)
+    assert torch.equal(tripled, X * 3)
+    with torch.device("cpu"):
+        assert torch.equal(module(X), X * 2)
+    assert module.cache_instance.info().memory_hits > 0  # type: ignore[attr-defined]
 
 
 @pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")

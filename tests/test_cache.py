@@ -9,6 +9,7 @@ import subprocess
 import sys
 import textwrap
 import threading
+import types
 from typing import Any, NamedTuple
 
 import pytest
@@ -226,6 +227,56 @@ def test_cache_dtype_stores_floats_narrower_and_gives_back_the_original_dtype(
     assert function.cache_instance.memory_cache_size == 4 * 50 * (dtype.itemsize + 8)  # type: ignore[attr-defined]
 
 
+def test_what_torch_functions_return_comes_back_as_it_was() -> None:
+    x = torch.randn(6, 5)
+    for function in (lambda x: x.topk(2, 1), lambda x: x.max(1), lambda x: x.sort(1)):
+        cached = torchcache(persistent=True, max_memory_cache_size=0)(function)
+        for got in (cached(x), cached(x.flip(0)), cached(x)):
+            assert type(got) is type(function(x)) and got.values.shape == got.indices.shape
+        assert_same(tuple(cached(x)), tuple(function(x)))
+
+
+def test_rows_from_several_places_keep_their_dtype_under_autocast() -> None:
+    cached = torchcache(max_memory_cache_size=24)(lambda x: x.half())
+    x = torch.arange(18.0).view(6, 3)
+    with torch.autocast("cpu", torch.bfloat16):
+        cached(x[:3])
+        assert torch.equal(cached(x), x.half())
+
+
+class Attributes(collections.UserDict):  # type: ignore[type-arg]
+    """Whose copies share what they hold."""
+
+    def __copy__(self) -> Attributes:
+        other = Attributes()
+        other.data = self.data
+        return other
+
+
+@pytest.mark.parametrize(
+    "make", [dict, collections.OrderedDict, types.MappingProxyType, Attributes, collections.UserDict]
+)
+def test_mappings_of_tensors_are_never_edited_and_give_right_rows(make: Any) -> None:
+    cached = torchcache()(lambda batch: batch["a"] + batch["b"])
+    a, b = torch.arange(6.0), torch.arange(6.0) * 10
+    cached(make({"a": a[:3], "b": b[:3]}))
+    batch = make({"a": a, "b": b})
+    assert torch.equal(cached(batch), a + b)  # half of it was found
+    assert batch["a"] is a and batch["b"] is b
+
+
+def test_a_forward_that_edits_its_input_never_edits_it_twice() -> None:
+    def wide(x: Tensor) -> Tensor:
+        x.mul_(2)
+        return x[:, : int(x.max() > 100) + 1].clone()
+
+    cached = torchcache()(wide)
+    small, large = torch.tensor([[1.0, 1.0]]), torch.tensor([[60.0, 60.0]])
+    cached(small.clone())
+    both = torch.cat([small, large])
+    assert torch.equal(cached(both.clone()), wide(both.clone()))  # of two layouts: computed as a whole
+
+
 def test_an_output_that_is_not_batched_is_an_error_that_names_the_shapes() -> None:
     x = torch.arange(6.0).view(3, 2)
     for wrong in (
@@ -357,6 +408,29 @@ def test_sizes_may_be_floats() -> None:
 
 
 # ---- threads
+
+
+def test_rows_may_be_removed_from_disk_while_other_threads_call(caplog: pytest.LogCaptureFixture) -> None:
+    cached = torchcache(persistent=True, max_memory_cache_size=0)(lambda x: x * 2)
+    wrong: list[object] = []
+
+    def work(seed: int) -> None:
+        try:
+            for i in range(60):
+                x = torch.tensor([[float(seed * 1000 + i % 7)]])
+                if not torch.equal(cached(x), x * 2):
+                    wrong.append(x)
+                if seed == 0 and i % 10 == 0:
+                    cached.cache_instance.clear(persistent=True)  # type: ignore[attr-defined]
+        except Exception as error:
+            wrong.append(error)
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(4)]
+    for t in threads:
+        t.start()
+    for t in threads:
+        t.join()
+    assert not wrong
 
 
 def test_clearing_while_others_look_up_gives_no_wrong_row() -> None:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import random
 import struct
 import subprocess
 import sys
 import textwrap
+from collections import OrderedDict
+from typing import Any
 
 import pytest
 import torch
@@ -190,7 +193,7 @@ def test_names_and_places_of_tensors_are_part_of_the_key() -> None:
     assert key(a, b) == key(y=b, x=a)
     assert key(a, None, 1, b) != key(a, b)
     assert key(a, p=1) != key(a, q=1)
-    assert key(a, p=1, q=2) == key(a, q=2, p=1)
+    assert key(a, p=1, q=2) != key(a, q=2, p=1)  # a function sees the order of its **kwargs
     assert key(a, None, 1, 5, 6) != key(a, None, 1, 6, 5)
 
 
@@ -211,7 +214,8 @@ def test_keys_do_not_depend_on_how_the_arguments_of_a_call_or_of_earlier_calls_w
 
 def test_tensors_in_tuples_and_dicts_are_rows_too() -> None:
     assert key((X, X + 1)) != key((X + 1, X))  # type: ignore[comparison-overlap]
-    assert key({"a": X, "b": X + 1}) == key({"b": X + 1, "a": X})
+    assert key({"a": X, "b": X + 1}) != key({"b": X + 1, "a": X})  # and that of a dict
+    assert key({"a": X, "b": X + 1}) != key(OrderedDict(a=X, b=X + 1))
     assert key({"a": X, "b": X + 1}) != key({"a": X + 1, "b": X})
     assert key({"a": X, "n": 1}) != key({"a": X, "n": 2})
 
@@ -226,6 +230,43 @@ def test_lazy_conjugates_are_hashed_as_what_they_stand_for() -> None:
     x = torch.randn(3, 4, dtype=torch.complex64)
     assert key(x.conj()) == key(x.conj().resolve_conj()) != key(x)
     assert key(x.conj().imag) == key(-x.imag)
+
+
+def test_the_default_dtype_is_part_of_the_key() -> None:
+    module: Any = torchcache()(lambda x: torch.zeros(len(x)))
+    assert module(X).dtype == torch.float32
+    torch.set_default_dtype(torch.float64)
+    try:
+        assert module(X).dtype == torch.float64
+    finally:
+        torch.set_default_dtype(torch.float32)
+    module(X)
+    assert module.cache_instance.info().misses == 2 * len(X.unique(dim=0))
+
+
+def test_what_a_wrapper_does_without_an_argument_is_its_own_affair() -> None:
+    def doubled_by_default(function: Any) -> Any:
+        @functools.wraps(function)
+        def wrapper(x: Tensor, scale: float | None = None) -> Any:
+            return function(x, 2.0 if scale is None else scale)
+
+        return wrapper
+
+    @torchcache()
+    @doubled_by_default
+    def scaled(x: Tensor, scale: float = 1.0) -> Tensor:
+        return x * scale
+
+    assert torch.equal(scaled(X), 2 * X) and torch.equal(scaled(X, 1.0), X)
+    assert torch.equal(scaled(X), 2 * X) and torch.equal(scaled(X, scale=1.0), X)
+
+
+def test_long_texts_are_told_apart_and_not_remembered() -> None:
+    module: Any = torchcache()(lambda x, text: x + len(text))
+    texts = ["a" * 100_000 + str(i) for i in range(8)]
+    keys = [tuple(module.cache_instance.keys(X, text)[0].tolist()) for text in [*texts, *texts]]
+    assert keys[:8] == keys[8:] and len(set(keys)) == 8
+    assert not module.cache_instance._binder._forms and not module.cache_instance._keys._digests
 
 
 def test_autocast_is_part_of_the_key() -> None:

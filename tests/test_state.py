@@ -361,3 +361,13 @@ def test_weights_and_inputs_whose_storage_was_freed_are_computed_not_read() -> N
     freed.untyped_storage().resize_(100)
     for rows in (freed, torch._efficientzerotensor((6, 4))):
         assert torchcache()(lambda t: torch.ones(len(t)))(rows).sum() == len(rows)
+
+
+def test_parameters_that_are_unfrozen_later_are_named_in_a_warning(caplog: pytest.LogCaptureFixture) -> None:
+    module = torchcache()(nn.Linear(2, 2).requires_grad_(False))
+    x = torch.ones(1, 2)
+    module(x)
+    assert not caplog.records
+    module.requires_grad_(True)
+    assert not module(x).requires_grad
+    assert "weight, bias require grad" in caplog.text

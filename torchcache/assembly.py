@@ -45,5 +45,8 @@ def others(some: Tensor, count: int) -> tuple[Tensor, Tensor]:
 
 
 def _concatenate(parts: tuple[Tensor, ...]) -> Tensor:
+    if len(parts) == 1:
+        return parts[0]
     device = parts[-1].device
-    return parts[0] if len(parts) == 1 else torch.cat([p.to(device) for p in parts])
+    with torch.autocast(device.type, enabled=False):  # which would have cat change dtypes
+        return torch.cat([p.to(device) for p in parts])

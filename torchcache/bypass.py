@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._device import DeviceContext
 
 from torchcache.call import Call
 
@@ -20,6 +21,8 @@ _tracing_state = torch._C._get_tracing_state
 _is_compiling = torch.compiler.is_compiling
 _functorch_level = torch._C._functorch.peek_interpreter_stack
 _dispatch_modes = torch._C._len_torch_dispatch_stack
+_function_modes = torch._C._len_torch_function_stack
+_function_mode_stack: Any = torch.overrides._get_current_function_mode_stack
 
 
 def of_call(call: Call) -> str | None:
@@ -43,6 +46,8 @@ def of_surroundings() -> str | None:
         return "the call runs under a functorch transform"
     if _dispatch_modes() > 0:
         return "a torch dispatch mode is active"
+    if _function_modes() > 0 and not all(isinstance(mode, DeviceContext) for mode in _function_mode_stack()):
+        return "a torch function mode is active"
     return None
 
 
@@ -80,7 +85,7 @@ class Noise:
         return (
             any(not torch.equal(a, b) for a, b in zip(self._torch, now))
             or random.getstate() != self._python
-            or _comparable(_numpy_state()) != _comparable(self._numpy)
+            or (self._numpy is not None and _comparable(_numpy_state()) != _comparable(self._numpy))
         )
 
     def rewind(self) -> None:
@@ -105,7 +110,5 @@ def _numpy_state() -> Any:
 
 
 def _comparable(numpy_state: Any) -> Any:
-    if numpy_state is None:
-        return None
     name, words, *rest = numpy_state
     return name, words.tobytes(), rest

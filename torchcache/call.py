@@ -21,6 +21,7 @@ from torchcache.rows import select
 # Equal values of these are described alike. Floats are not: 0.0 == -0.0.
 _EXACT = frozenset({int, str, bool, type(None)})
 _MOST_FORMS = 1024  # remembered: a number that counts calls must not pile them up
+_LONGEST_TEXT = 256  # characters of an argument that is remembered
 _EMPTY = inspect.Parameter.empty
 _VAR_POSITIONAL = inspect.Parameter.VAR_POSITIONAL
 _NO_TENSORS = (
@@ -54,21 +55,37 @@ class Call:
         self.batch = form.batch
         self.device = tensors[0].device
 
-    def take(self, rows: Tensor) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """The same arguments with only these rows (int64, ascending, on the CPU) of every tensor."""
+    def take(self, rows: Tensor, copy: bool) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """The same arguments with only these rows (int64, ascending, on the CPU) of every tensor.
+
+        Args:
+            copy: the function may edit its inputs: they must not be those of the caller.
+
+        Raises:
+            Indivisible: an argument holds tensors and cannot be made anew with others.
+        """
         on_device: dict[torch.device, Tensor] = {}
         first, last = int(rows[0]), int(rows[-1])
         together = last - first + 1 == len(rows)  # then no copy is needed
 
         def pick(t: Tensor) -> Tensor:
             if together:
-                return t.narrow(0, first, len(rows))
+                part = t.narrow(0, first, len(rows))
+                return part.clone() if copy else part
             if t.device not in on_device:
                 on_device[t.device] = rows.to(t.device)
             return select(t, on_device[t.device])
 
         args = tuple(map_tensors(a, pick) for a in self.args)
         return args, {name: map_tensors(a, pick) for name, a in self.kwargs.items()}
+
+    def versions(self) -> list[int] | None:
+        """What changes when the tensors are edited; None where that is not counted."""
+        return None if any(t.is_inference() for t in self.tensors) else [t._version for t in self.tensors]
+
+
+class Indivisible(Exception):
+    """An argument of which no copy with fewer rows can be made."""
 
 
 class Binder:
@@ -81,6 +98,8 @@ class Binder:
             parameters = list(inspect.signature(lambda *args, **kwargs: None).parameters.values())
         leave_out = takes_self and bool(parameters) and parameters[0].kind is not _VAR_POSITIONAL
         self._parameters = parameters[1:] if leave_out else parameters
+        # A wrapper shows the signature of what it wraps, but what it does without an argument is its own affair.
+        self._wrapped = hasattr(function, "__wrapped__")
         self._plans: dict[tuple[int, tuple[str, ...]], list[tuple[str, Any, Any]] | None] = {}
         self._forms: dict[tuple[Any, ...], Form] = {}
 
@@ -100,7 +119,7 @@ class Binder:
             if kind is Tensor and not value.is_nested:
                 tensors.append(value)
                 passed += (value.dtype, value.shape)
-            elif kind in _EXACT:
+            elif kind in _EXACT and (kind is not str or len(value) <= _LONGEST_TEXT):
                 passed += (kind, value)
             else:  # what takes longer to recognize than to describe
                 return self._bind_anew(args, kwargs)
@@ -150,7 +169,7 @@ class Binder:
             if p.kind is _VAR_POSITIONAL:
                 plan += [(f"*{p.name}[{k}]", i, None) for k, i in enumerate(positions)]
             elif p.kind is p.VAR_KEYWORD:
-                plan += [(f"**{name}", name, None) for name in sorted(left)]
+                plan += [(f"**{name}", name, None) for name in names if name in left]
                 left.clear()
             elif p.kind is not p.KEYWORD_ONLY and (i := next(positions, None)) is not None:
                 plan.append((p.name, i, None))
@@ -158,7 +177,8 @@ class Binder:
                 left.remove(p.name)
                 plan.append((p.name, p.name, None))
             elif p.default is not _EMPTY:
-                plan.append((p.name, _EMPTY, _default(p.name, p.default)))
+                omitted = encode((p.name, "omitted")) if self._wrapped else _default(p.name, p.default)
+                plan.append((p.name, _EMPTY, omitted))
             else:
                 return None
         return None if left or next(positions, None) is not None else plan
@@ -179,7 +199,7 @@ class _Found:
         self.names: list[str] = []
         self.parts: list[bytes] = []
         self.wrong: tuple[str, Any] | None = None
-        self.foreign = False  # a tensor is not one whose bytes say what it is
+        self.foreign = False  # a tensor is not one whose bytes say what it is, or only stands for one that is traced
 
     def add_tensor(self, name: str, value: Tensor) -> None:
         if type(value) not in (Tensor, Parameter) or value.is_nested:
@@ -200,14 +220,16 @@ class _Found:
         elif is_plain(value):
             self.describe(name, encode(name) + encode(value))
         elif isinstance(value, Mapping) and _holds_tensor(value):
-            self.describe(name, encode((name, "mapping", len(value))))
-            for key in sorted(value, key=str):
+            self.describe(name, encode((name, "mapping", type(value).__name__, len(value))))
+            for key in value:
                 self.describe(name, encode(key) if is_plain(key) else encode(str(key)))
                 self.add(f"{name}[{key!r}]", value[key])
         elif isinstance(value, (tuple, list)) and _holds_tensor(value):
             self.describe(name, encode((name, "sequence", type(value).__name__, len(value))))
             for i, item in enumerate(value):
                 self.add(f"{name}[{i}]", item)
+        elif type(value).__module__ == "torch.fx.proxy":
+            self.foreign = True
         elif self.wrong is None:
             self.wrong = (name, value)
 
@@ -249,12 +271,26 @@ def map_tensors(value: Any, function: Callable[[Tensor], Tensor]) -> Any:
     """The argument with every tensor in it replaced, containers copied, their types kept."""
     if isinstance(value, Tensor):
         return function(value)
-    if isinstance(value, MutableMapping):
-        result = copy(value)
-        for key in list(value):
-            result[key] = map_tensors(value[key], function)
-        return result
+    if isinstance(value, Mapping) and _holds_tensor(value):
+        return _map_mapping(value, function)
     if isinstance(value, (tuple, list)) and _holds_tensor(value):
         items = [map_tensors(v, function) for v in value]
         return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
     return value
+
+
+def _map_mapping(value: Mapping[Any, Any], function: Callable[[Tensor], Tensor]) -> Any:
+    mapped = {key: map_tensors(item, function) for key, item in value.items()}
+    if type(value) is dict:
+        return mapped
+    if not isinstance(value, MutableMapping):
+        raise Indivisible
+    result = copy(value)
+    before = dict(value)
+    for key, item in mapped.items():
+        result[key] = item
+    if any(value[key] is not item for key, item in before.items()):  # a copy that shares what it holds
+        for key, item in before.items():
+            result[key] = item
+        raise Indivisible
+    return result

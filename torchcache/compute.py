@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from torchcache.bypass import Noise
-from torchcache.call import Call
+from torchcache.call import Call, Indivisible
 from torchcache.keys import Kind
 from torchcache.logs import Once
-from torchcache.rows import Layout, UnsupportedOutput, split
+from torchcache.rows import Layout, UnsupportedOutput, select, split
 from torchcache.state import State
 
 _NOISE = "the forward draws random numbers (dropout, drop path, sampling?): is a submodule in train mode?"
@@ -37,6 +37,7 @@ class Computer:
         self._lock = lock
         self._cache_dtype = cache_dtype
         self._refused: set[Kind] = set()
+        self._leave_inputs: set[Kind] = set()  # kinds of calls that have been seen not to edit their inputs
         self._changed: set[Kind] = set()  # kinds of calls that have changed the state once
 
     def refuses(self, kind: Kind) -> bool:
@@ -54,8 +55,16 @@ class Computer:
         noise = Noise()
         before = None if state is None else state.before_forward()
         everything = len(rows) == call.batch
-        args, kwargs = (call.args, call.kwargs) if everything else call.take(rows)
+        args, kwargs = call.args, call.kwargs
+        if not everything:
+            try:
+                args, kwargs = call.take(rows, copy=kind not in self._leave_inputs)
+            except Indivisible:
+                everything = True
+        versions = call.versions() if everything else None
         output = forward(*args, **kwargs)
+        if versions is not None and versions == call.versions():
+            self._leave_inputs.add(kind)
         changed = False
         if state is not None and before is not None:
             with self._lock:
@@ -68,7 +77,8 @@ class Computer:
             self._changed.add(kind)  # it may have set something up that stays: the next time will tell
         else:
             try:
-                return split(output, len(rows), call.tensors, self._cache_dtype)
+                layout, leaves = split(output, call.batch if everything else len(rows), call.tensors, self._cache_dtype)
+                return layout, leaves if len(rows) == len(leaves[0]) else [select(t, rows) for t in leaves]
             except UnsupportedOutput as error:
                 self._once.warn("output", "outputs are not cached: %s", error)
         raise Uncacheable(output if everything else None, noise)

@@ -15,7 +15,7 @@ import weakref
 from collections.abc import Callable
 from multiprocessing import util
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -24,6 +24,8 @@ from torchcache import _ops
 from torchcache.logs import Once
 from torchcache.options import Options
 from torchcache.rows import Layout, select
+
+T = TypeVar("T")
 
 META_FILE = "meta.json"
 QUEUE_BYTES = 64 << 20  # of rows that wait to be written
@@ -59,14 +61,14 @@ class DiskTier:
             self._report()
 
     def _fetch(self, keys: Tensor, wanted: Layout | None) -> tuple[Tensor, Layout, list[Tensor]] | None:
-        present, text = _ops.store_find(self._store.id, keys)
+        present, text = self._store.call(_ops.store_find, keys)
         layout = self._layout(text) if text else None
         if layout is None or (wanted is not None and layout != wanted):
             return None
         where = present.nonzero().squeeze(1)
         wanted_keys = keys if len(where) == len(keys) else keys.index_select(0, where)
         leaves = [torch.empty((len(where), *leaf.shape), dtype=leaf.stored, device="cpu") for leaf in layout.leaves]
-        verified = _ops.store_read(self._store.id, wanted_keys, text, [_ops.bits(t) for t in leaves])
+        verified = self._store.call(_ops.store_read, wanted_keys, text, [_ops.bits(t) for t in leaves])
         if not verified.all():
             good = verified.nonzero().squeeze(1)
             where, leaves = where.index_select(0, good), [select(t, good) for t in leaves]
@@ -81,7 +83,7 @@ class DiskTier:
             text = layout.json
             self._layouts.setdefault(text, layout)
             on_host = [_ops.bits(t.cpu().contiguous()) for t in leaves]
-            if _ops.store_put(self._store.id, keys.contiguous(), text, on_host):
+            if self._store.call(_ops.store_put, keys.contiguous(), text, on_host):
                 self._write_meta()
         except (RuntimeError, OSError, MemoryError, ValueError) as error:
             self._said.warn("write", "writing failed, training goes on without: %s", error)
@@ -90,10 +92,10 @@ class DiskTier:
 
     def count(self, keys: Tensor) -> int:
         """How many of these rows are here."""
-        return int(_ops.store_find(self._store.id, keys)[0].sum())
+        return int(self._store.call(_ops.store_find, keys)[0].sum())
 
     def stats(self) -> StoreStats:
-        return StoreStats(*_ops.store_stats(self._store.id))
+        return StoreStats(*self._store.call(_ops.store_stats))
 
     def remove_rows(self) -> None:
         """Removes every row of the directory. Raises OSError where that is not allowed."""
@@ -101,7 +103,7 @@ class DiskTier:
 
     def flush(self) -> None:
         """Returns when every row that was put is in a file (or was given up, with a warning)."""
-        _ops.store_flush(self._store.id)
+        self._store.call(_ops.store_flush)
         self._report()
 
     def _layout(self, text: str) -> Layout | None:
@@ -131,7 +133,7 @@ class DiskTier:
             temporary.replace(path)
 
     def _report(self) -> None:
-        for message in _ops.store_warnings(self._store.id):
+        for message in self._store.call(_ops.store_warnings):
             self._said.warn(message, "%s", message)
 
 
@@ -163,6 +165,7 @@ class _Store:
     def __init__(self, directory: Path, options: Options) -> None:
         self._directory = directory
         self._options = options
+        self._lock = threading.Lock()  # held while rows are removed
         self._ids = [self._open()]  # the last one is in use
         close = functools.partial(_close_all, self._ids)
         weakref.finalize(self, _close_early, close).atexit = False
@@ -172,17 +175,26 @@ class _Store:
         _close_at_child_exit(close)
         util.register_after_fork(close, _close_at_child_exit)
 
-    @property
-    def id(self) -> int:
-        return self._ids[-1]
+    def call(self, operation: Callable[..., T], *args: Any) -> T:
+        """An operation on the store; again if that was closed meanwhile, by `remove_rows` in another thread."""
+        used = self._ids[-1]
+        try:
+            return operation(used, *args)
+        except ValueError:
+            with self._lock:
+                now = self._ids[-1]
+            if now == used:
+                raise
+            return operation(now, *args)
 
     def remove_rows(self) -> None:
         """Removes every row of the directory, also those of other processes; they will find them missing."""
-        _ops.store_close(self.id)
-        for suffix in (".seg", ".idx"):
-            for path in self._directory.glob("?" * 32 + suffix):
-                path.unlink(missing_ok=True)
-        self._ids.append(self._open())
+        with self._lock:
+            _ops.store_close(self._ids[-1])
+            for suffix in (".seg", ".idx"):
+                for path in self._directory.glob("?" * 32 + suffix):
+                    path.unlink(missing_ok=True)
+            self._ids.append(self._open())
 
     def _open(self) -> int:
         options = self._options

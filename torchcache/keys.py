@@ -15,6 +15,7 @@ KEY_FORMAT = 1
 
 _FOREIGN = _ops.FOREIGN_DTYPES
 
+_LONGEST_REMEMBERED = 64 << 10  # bytes of a description whose digest is remembered
 _MOST_DIGESTS = 4096  # remembered call digests; a state that changes on every call must not pile them up
 
 
@@ -40,10 +41,11 @@ class Keys:
         if digest is None:
             encoded = encode((KEY_FORMAT, *parts))
             digest = _ops.digests([torch.frombuffer(bytearray(encoded), dtype=torch.uint8)])[0]
-            with self._lock:
-                if len(self._digests) >= _MOST_DIGESTS:
-                    self._digests.clear()
-                self._digests[parts] = digest
+            if len(encoded) <= _LONGEST_REMEMBERED:
+                with self._lock:
+                    if len(self._digests) >= _MOST_DIGESTS:
+                        self._digests.clear()
+                    self._digests[parts] = digest
         return digest
 
     def _row_bytes(self, t: Tensor) -> Tensor:
@@ -57,7 +59,13 @@ class Keys:
 
 
 def autocast(device_type: str) -> bytes:
-    """Autocast of the inputs' device: off, or its dtype. On every device the same dtype gives the same bytes."""
-    if not torch.is_autocast_enabled(device_type):
+    """Autocast of the inputs' device: off, or its dtype; and the default dtype, unless that is float32.
+
+    On every device the same dtypes give the same bytes.
+    """
+    default = torch.get_default_dtype()
+    enabled = torch.is_autocast_enabled(device_type)
+    if not enabled and default is torch.float32:
         return b""
-    return encode(torch.get_autocast_dtype(device_type))
+    dtype = torch.get_autocast_dtype(device_type) if enabled else None
+    return encode(dtype) if default is torch.float32 else encode((dtype, default))

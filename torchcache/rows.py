@@ -192,11 +192,13 @@ def _flatten(value: Any, tensors: list[Tensor]) -> Tree:
 
 
 def _fields(value: Any) -> list[tuple[str, Any]] | None:
-    """Names and values of a named tuple, dataclass, Hugging Face ModelOutput or OrderedDict."""
+    """Names and values of a named tuple (also torch's own, as of topk), dataclass, ModelOutput or OrderedDict."""
     if not _is_node(type(value)):
         return None
     if hasattr(value, "_fields"):
         return list(zip(value._fields, value))
+    if isinstance(value, tuple):
+        return [(str(i), item) for i, item in enumerate(value)]
     if dataclasses.is_dataclass(value):
         return [(f.name, getattr(value, f.name)) for f in dataclasses.fields(value) if f.init]
     return list(value.items())
@@ -206,8 +208,13 @@ def _is_node(kind: Any) -> bool:
     """Whether outputs may be of this class: nothing else is ever instantiated for a stored layout."""
     if not isinstance(kind, type):
         return False
-    named_tuple = issubclass(kind, tuple) and hasattr(kind, "_fields")
+    named_tuple = issubclass(kind, tuple) and (hasattr(kind, "_fields") or _is_return_type(kind))
     return named_tuple or dataclasses.is_dataclass(kind) or kind.__mro__[:2] == _ORDERED_DICT
+
+
+def _is_return_type(kind: type) -> bool:
+    """What torch's own functions return: a tuple whose items have names, made from one sequence."""
+    return kind.__module__ == "torch.return_types"
 
 
 _ORDERED_DICT = OrderedDict.__mro__[:2]
@@ -227,6 +234,8 @@ def _build(tree: Tree, tensors: Iterator[Tensor]) -> Any:
         return {key: _build(t, tensors) for key, t in rest}
     constructor, *fields = rest
     values = {name: _build(t, tensors) for name, t in fields}
+    if _is_return_type(constructor):
+        return constructor(values.values())
     return (
         constructor(values)
         if issubclass(constructor, dict) and not dataclasses.is_dataclass(constructor)
