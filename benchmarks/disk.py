@@ -1,20 +1,26 @@
-"""Writing, reading and opening, beside plain pwrite, pread and read of the same bytes (page cache warm)."""
+"""Writing, reading and opening a store, beside pwrite, pread and read of the same bytes, LMDB and zstd, page-cached."""
 
 from __future__ import annotations
 
+import ctypes
+import ctypes.util
 import os
+import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import lmdb
 import torch
-from interleaved import table
+import zstandard
+from interleaved import Rival, table
 from torch import Tensor
 
 from torchcache import _ops
 
 ROWS, BATCH = 8192, 64
-OPENED_ROWS = 2_000_000
+OPENED_ROWS = 10_000_000
 LAYOUT = '{"leaves":[],"tree":"*"}'
 QUEUE_BYTES = 64 << 20
 
@@ -23,44 +29,69 @@ def batches(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
     return zip(*(t.split(BATCH) for t in tensors), strict=True)
 
 
-def open_store(folder: Path, mmap: bool = False) -> int:
-    return _ops.store_open(str(folder), 1 << 40, False, 3, 1, mmap, QUEUE_BYTES)
+def open_store(folder: Path, mmap: bool = False, zstd: bool = False) -> int:
+    return _ops.store_open(str(folder), 1 << 40, zstd, 3, 2, mmap, QUEUE_BYTES)
 
 
-def run(root: Path, width: int, rows: int, rounds: int) -> None:
-    data = torch.randn(rows, width)
-    keys = torch.randint(-(2**63), 2**63 - 1, (rows, 2))
-    order = torch.randperm(rows)
-    shuffled = keys.index_select(0, order).contiguous()
-    raw = data.numpy()
-    row_bytes = 4 * width
-    number = iter(range(10**6))
-
-    def pwrite() -> None:
-        file = os.open(root / f"plain{next(number)}", os.O_RDWR | os.O_CREAT)
-        for i in range(0, rows, BATCH):
-            os.pwrite(file, memoryview(raw[i : i + BATCH]).cast("B"), i * row_bytes)
-        os.close(file)
-
-    def put() -> None:
-        store = open_store(root / f"store{next(number)}")
-        for k, d in batches(keys, data):
-            _ops.store_put(store, k, LAYOUT, [d])
-        _ops.store_flush(store)
-        _ops.store_close(store)
-
-    title = f"{row_bytes} byte rows, batches of {BATCH}"
-    rivals = [("limit: pwrite of the same bytes", pwrite), ("put and flush", put)]
-    table(f"write {title}", rivals, rounds, rows / 1e3, "k rows/s")
-
-    plain = os.open(root / "plain", os.O_RDWR | os.O_CREAT)
-    os.pwrite(plain, memoryview(raw).cast("B"), 0)
-    store = open_store(root / "read")
+def filled(folder: Path, keys: Tensor, data: Tensor, zstd: bool = False) -> int:
+    store = open_store(folder, zstd=zstd)
     for k, d in batches(keys, data):
         _ops.store_put(store, k, LAYOUT, [d])
     _ops.store_flush(store)
+    return store
+
+
+def filled_lmdb(folder: Path, keys: Tensor, data: Tensor) -> lmdb.Environment:
+    environment = lmdb.open(str(folder), map_size=1 << 33, sync=False, metasync=False)
+    names, rows = [k.tobytes() for k in keys.numpy()], data.numpy()
+    for i in range(0, len(names), BATCH):
+        with environment.begin(write=True) as transaction:
+            for j in range(i, min(i + BATCH, len(names))):
+                transaction.put(names[j], memoryview(rows[j]).cast("B"))
+    return environment
+
+
+def new_folders(root: Path) -> Callable[[], Path]:
+    """Gives one folder after another; what was in the last one is gone, so that dirty pages do not pile up."""
+    folder = root / "new"
+
+    def new() -> Path:
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir()
+        return folder
+
+    return new
+
+
+def writing(root: Path, keys: Tensor, data: Tensor, rounds: int) -> None:
+    raw, row_bytes = data.numpy(), data[0].nbytes
+    new = new_folders(root)
+
+    def pwrite() -> None:
+        file = os.open(new() / "plain", os.O_RDWR | os.O_CREAT)
+        for i in range(0, len(raw), BATCH):
+            os.pwrite(file, memoryview(raw[i : i + BATCH]).cast("B"), i * row_bytes)
+        os.close(file)
+
+    rivals: list[Rival] = [
+        ("limit: pwrite of the same bytes", pwrite),
+        ("put and flush", lambda: _ops.store_close(filled(new(), keys, data))),
+    ]
+    if row_bytes <= 1 << 16:
+        rivals.append(("LMDB without sync", lambda: filled_lmdb(new(), keys, data).close()))
+    title = f"write {row_bytes} byte rows, batches of {BATCH}"
+    table(title, rivals, rounds, len(raw) / 1e3, "k rows/s")
+
+
+def reading(root: Path, keys: Tensor, data: Tensor, rounds: int) -> None:
+    rows, width = data.shape
+    row_bytes = data[0].nbytes
+    order = torch.randperm(rows)
+    places, shuffled = order.tolist(), keys.index_select(0, order).contiguous()
+    plain = os.open(root / "plain", os.O_RDWR | os.O_CREAT)
+    os.pwrite(plain, memoryview(data.numpy()).cast("B"), 0)
+    store = filled(root / "read", keys, data)
     mapped = open_store(root / "read", mmap=True)
-    places = order.tolist()
 
     def pread() -> None:
         for i in range(0, rows, BATCH):
@@ -73,14 +104,73 @@ def run(root: Path, width: int, rows: int, rounds: int) -> None:
             _ops.store_find(store, k)
             assert _ops.store_read(store, k, LAYOUT, [torch.empty(len(k), width)]).all()
 
-    rivals = [
+    rivals: list[Rival] = [
         ("limit: pread per row into a fresh tensor", pread),
         ("find and read, verified", lambda: read(store)),
         ("the same with use_mmap_on_load", lambda: read(mapped)),
     ]
-    table(f"read {title}, warm, shuffled", rivals, rounds, rows / 1e3, "k rows/s")
+    if row_bytes <= 1 << 16:
+        environment = filled_lmdb(root / "lmdb", keys, data)
+        names = [k.tobytes() for k in shuffled.numpy()]
+
+        def get() -> None:
+            for i in range(0, rows, BATCH):
+                out = torch.empty(min(BATCH, rows - i), width).numpy()
+                with environment.begin(buffers=True) as transaction:
+                    for j, name in enumerate(names[i : i + BATCH]):
+                        memoryview(out[j]).cast("B")[:] = transaction.get(name)
+
+        rivals.append(("LMDB", get))
+    table(f"read {row_bytes} byte rows, batches of {BATCH}, warm, shuffled", rivals, rounds, rows / 1e3, "k rows/s")
     _ops.store_close(store)
     _ops.store_close(mapped)
+
+
+def system_zstd() -> Callable[[int, int, int], None]:
+    """compress(address, rows, bytes of a row) by the libzstd that the store uses, in the calling thread."""
+    library = ctypes.CDLL(ctypes.util.find_library("zstd"))
+    library.ZSTD_createCCtx.restype = ctypes.c_void_p
+    compress_row = library.ZSTD_compressCCtx
+    compress_row.argtypes = [ctypes.c_void_p] * 2 + [ctypes.c_size_t, ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+    compress_row.restype = ctypes.c_size_t
+
+    def compress(address: int, rows: int, row_bytes: int) -> None:
+        context, out = library.ZSTD_createCCtx(), ctypes.create_string_buffer(2 * row_bytes + 512)
+        for row in range(rows):
+            compress_row(context, out, len(out), address + row * row_bytes, row_bytes, 3)
+
+    return compress
+
+
+def compressing(root: Path, keys: Tensor, data: Tensor, rounds: int) -> None:
+    """zstd at level 3 with 2 threads, on rows of which half is zero, as behind a ReLU, in half precision."""
+    rows = data.relu().half()
+    row_bytes, half = rows[0].nbytes, len(rows) // 2
+    new, compress, pool = new_folders(root), system_zstd(), ThreadPoolExecutor(2)
+    parts = [memoryview(row).cast("B") for row in rows.numpy()]
+
+    def limit() -> None:
+        list(pool.map(lambda i: compress(rows.data_ptr() + i * half * row_bytes, half, row_bytes), range(2)))
+
+    def bundled() -> None:
+        zstandard.ZstdCompressor(level=3).multi_compress_to_buffer(parts, threads=2)
+
+    rivals: list[Rival] = [
+        ("limit: the same libzstd, 2 threads", limit),
+        ("put and flush with zstd", lambda: _ops.store_close(filled(new(), keys, rows, zstd=True))),
+        (f"zstandard with its zstd {'.'.join(map(str, zstandard.ZSTD_VERSION))}", bundled),
+    ]
+    table(f"compress {row_bytes} byte rows, level 3, 2 threads", rivals, rounds, rows.nbytes / 1e6, "MB/s")
+
+
+def sizes(root: Path) -> None:
+    """Bytes of all files, closed stores, for each byte of rows."""
+    print("\nbytes on disk for each byte of rows, indexes included")
+    for width, count in ((768, 20_000), (10, 200_000)):
+        store = filled(root / str(width), torch.randint(-(2**63), 2**63 - 1, (count, 2)), torch.randn(count, width))
+        _ops.store_close(store)
+        files = sum(path.stat().st_size for path in (root / str(width)).iterdir())
+        print(f"  {4 * width:5} byte rows {files / (4 * width * count):39.3f}")
 
 
 def opening(root: Path) -> None:
@@ -106,11 +196,14 @@ def opening(root: Path) -> None:
 
 def main() -> None:
     torch.set_num_threads(1)
-    with tempfile.TemporaryDirectory(prefix="torchcache-bench-") as folder:
-        opening(Path(folder))
-    for width, rows, rounds in ((768, ROWS, 9), (151_296, 512, 5)):
-        with tempfile.TemporaryDirectory(prefix="torchcache-bench-") as root:
-            run(Path(root), width, rows, rounds)
+    for measured in (sizes, opening):
+        with tempfile.TemporaryDirectory(prefix="torchcache-bench-") as folder:
+            measured(Path(folder))
+    for width, rows, rounds in ((768, ROWS, 15), (151_296, 512, 5)):
+        keys, data = torch.randint(-(2**63), 2**63 - 1, (rows, 2)), torch.randn(rows, width)
+        for compare in (writing, reading, compressing) if width == 768 else (writing, reading):
+            with tempfile.TemporaryDirectory(prefix="torchcache-bench-") as folder:
+                compare(Path(folder), keys, data, rounds)
 
 
 if __name__ == "__main__":

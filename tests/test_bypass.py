@@ -71,11 +71,23 @@ def test_inputs_without_plain_bytes_are_bypassed(module: Double) -> None:
         pass
 
     assert type(module(X.as_subclass(Marked))) is Marked
+    quantized = torch.quantize_per_tensor(X, 0.1, 0, torch.quint8)
+    assert torch.equal(torchcache()(lambda x: x.dequantize())(quantized), quantized.dequantize())
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     with FakeTensorMode() as mode:
         assert module(mode.from_tensor(X)).shape == X.shape
     assert rows(module) == 0
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+@pytest.mark.parametrize("layout", [torch.strided, torch.jagged])
+def test_nested_inputs_are_bypassed(layout: torch.layout) -> None:
+    module = torchcache()(nn.Linear(2, 3).requires_grad_(False))
+    parts = [torch.randn(4, 2), torch.randn(5, 2)]
+    out = module(torch.nested.nested_tensor(parts, layout=layout))
+    assert all(torch.equal(a, module(b)) for a, b in zip(out.unbind(), parts, strict=True))
+    assert module.cache_instance.info().misses == 9
 
 
 def test_tracing_and_export_are_bypassed(module: Double) -> None:

@@ -23,7 +23,9 @@ DTYPES = [
     torch.bool,
     torch.uint8,
     torch.int16,
+    torch.uint16,
     torch.uint32,
+    torch.uint64,
     torch.int64,
     torch.half,
     torch.bfloat16,
@@ -156,23 +158,35 @@ def test_any_pytree_of_batched_tensors_comes_back_as_it_was(persistent: bool) ->
     assert info.misses == 5 and info.memory_hits + info.disk_hits == 3 + 5 + 1
 
 
-@pytest.mark.parametrize("shape", [(), (1,), (7,), (3, 5, 2), (0,)])
-def test_rows_of_every_dtype_come_back_from_memory_bit_by_bit(shape: tuple[int, ...]) -> None:
+@pytest.mark.parametrize("persistent", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES)
+@given(shape=st.sampled_from([(), (1,), (7,), (3, 5, 2), (0,)]))
+def test_rows_of_every_dtype_come_back_bit_by_bit(dtype: torch.dtype, persistent: bool, shape: tuple[int, ...]) -> None:
     size = math.prod(shape)
 
-    def function(x: Tensor) -> list[Tensor]:
-        rows = [x[:, : dtype.itemsize * size].flatten().clone() for dtype in DTYPES]
-        return [r.view(dtype).view(len(x), *shape) for r, dtype in zip(rows, DTYPES)]
+    def function(x: Tensor) -> Tensor:
+        return x[:, : dtype.itemsize * size].flatten().clone().view(dtype).view(len(x), *shape)
 
-    cached = torchcache()(function)
+    cached: Any = torchcache(persistent=persistent)(function)
     x = torch.randint(0, 2, (6, 1 + 16 * size), dtype=torch.uint8)  # 0 and 1: all that a bool may be
     x[:, -1] = torch.arange(6)
-    cached(x[:4])
-    for batch in (x[:4].flip(0), x, x[[5, 0, 5]]):  # found, found in part, found again
-        for got, expected in zip(cached(batch), function(batch), strict=True):
-            assert got.dtype == expected.dtype and got.shape == expected.shape
-            assert torch.equal(bits(got), bits(expected))
-    assert cached.cache_instance.info()[:3] == (4 + 4 + 3, 0, 4 + 2)  # type: ignore[attr-defined]
+    for batch in (x[:4], x[:4].flip(0), x, x[[5, 0, 5]]):  # computed, found, found in part, found again
+        got, expected = cached(batch), function(batch)
+        assert got.dtype == expected.dtype and got.shape == expected.shape
+        assert torch.equal(bits(got), bits(expected))
+    assert cached.cache_instance.info()[:3] == (4 + 4 + 3, 0, 4 + 2)
+    if persistent:
+        cached.cache_instance.clear()
+        assert torch.equal(bits(cached(x)), bits(function(x))) and cached.cache_instance.info().disk_hits == 6
+
+
+@given(dtype=st.sampled_from(DTYPES), row=st.integers(0, 3))
+def test_inputs_of_every_dtype_are_told_apart_and_taken_apart(dtype: torch.dtype, row: int) -> None:
+    x = torch.eye(4, dtype=torch.uint8).repeat_interleave(dtype.itemsize).view(dtype).view(4, 4)
+    for rows in (x[:, 0].clone(), x):  # of one dimension and of two
+        cached: Any = torchcache()(lambda x: bits(x).view(len(x), -1).long())
+        cached(rows[row : row + 1])
+        assert torch.equal(cached(rows), bits(rows).view(len(rows), -1).long())
 
 
 def bits(t: Tensor) -> Tensor:

@@ -308,8 +308,10 @@ def test_data_loader_workers_share_rows_through_the_directory(tmp_path: Path) ->
     done = run(
         tmp_path,
         """
+        import warnings
         from torch.utils.data import DataLoader, Dataset
 
+        warnings.filterwarnings("ignore", "This DataLoader will create")  # more workers than a small machine has cores
         m = cached(sys.argv[1])
 
         class Rows(Dataset):

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from torchcache.call import Call
 from torchcache.memory import Found
-from torchcache.rows import Layout
+from torchcache.rows import Layout, select
 
 
 def output(layout: Layout, leaves: list[Tensor], call: Call) -> Any:
@@ -32,7 +32,7 @@ def gather(found: Found, parts: list[list[Tensor]], place: Tensor | None) -> lis
     gathered = [found.gather(slots.index_select(0, hits))] if len(hits) else []
     order[hits] = torch.arange(len(hits), device="cpu") + len(found.missing)
     pools = [_concatenate(p) for p in zip(*parts, *gathered)]
-    return [pool.index_select(0, order.to(pool.device)) for pool in pools]
+    return [select(pool, order.to(pool.device)) for pool in pools]
 
 
 def others(some: Tensor, count: int) -> tuple[Tensor, Tensor]:

@@ -16,8 +16,6 @@ from torch import Tensor, nn
 
 from torchcache.call import Call
 
-_PLAIN_TYPES = (Tensor, nn.Parameter)
-
 _tracing_state = torch._C._get_tracing_state
 _is_compiling = torch.compiler.is_compiling
 _functorch_level = torch._C._functorch.peek_interpreter_stack
@@ -30,8 +28,6 @@ def of_call(call: Call) -> str | None:
     for t in call.tensors:
         if grad and t.requires_grad:
             return "an input requires grad"
-        if type(t) not in _PLAIN_TYPES:
-            return f"an input is a {type(t).__name__}"
         if t.layout is not torch.strided or t.is_quantized or t.is_meta:
             return f"an input has no plain bytes ({t.layout}, {t.device})"
     if torch.autograd.forward_ad._current_level >= 0 and any(map(_is_dual, call.tensors)):

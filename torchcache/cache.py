@@ -227,7 +227,10 @@ class Cache:
     def _bound(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
         call = self._binder.bind(args, kwargs)
         if call is None:
-            raise TypeError(f"these arguments do not fit the signature of {self._fingerprint.name}")
+            raise TypeError(
+                f"this call has no keys: its arguments do not fit the signature of {self._fingerprint.name}, or one of "
+                "them is a tensor subclass or nested"
+            )
         return call
 
     def _key_parts(self, call: Call) -> tuple[list[Tensor], Tensor, Kind]:

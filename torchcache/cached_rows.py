@@ -16,7 +16,7 @@ from torch.utils.data import Dataset, default_collate
 from torchcache.disk import DiskTier
 from torchcache.memory import MemoryTier
 from torchcache.options import Options
-from torchcache.rows import Layout
+from torchcache.rows import Layout, select
 from torchcache.tiers import MissingRows, Tiers
 
 _FORMAT = "torchcache.CachedRows 1"
@@ -206,7 +206,7 @@ def _map(rest: Any, function: Any) -> Any:
 
 
 def _take(column: Tensor | list[Any], where: Tensor) -> Tensor | list[Any]:
-    return column.index_select(0, where) if isinstance(column, Tensor) else [column[i] for i in where.tolist()]
+    return select(column, where) if isinstance(column, Tensor) else [column[i] for i in where.tolist()]
 
 
 def _hex(key: Tensor) -> str:

@@ -13,8 +13,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
 from torchcache.encoding import encode, is_plain
+from torchcache.rows import select
 
 # Equal values of these are described alike. Floats are not: 0.0 == -0.0.
 _EXACT = frozenset({int, str, bool, type(None)})
@@ -63,7 +65,7 @@ class Call:
                 return t.narrow(0, first, len(rows))
             if t.device not in on_device:
                 on_device[t.device] = rows.to(t.device)
-            return t.index_select(0, on_device[t.device])
+            return select(t, on_device[t.device])
 
         args = tuple(map_tensors(a, pick) for a in self.args)
         return args, {name: map_tensors(a, pick) for name, a in self.kwargs.items()}
@@ -83,7 +85,10 @@ class Binder:
         self._forms: dict[tuple[Any, ...], Form] = {}
 
     def bind(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call | None:
-        """The call, or None where the arguments do not fit the signature (the function itself says it best).
+        """The call, or None where it has no keys.
+
+        That is where the arguments do not fit the signature (the function itself says it best), and where one is of a
+        tensor subclass or a nested tensor: those have no rows of plain bytes.
 
         Raises ValueError for calls without tensors, with different batch sizes, or with arguments
         that are neither tensors nor immutable.
@@ -92,7 +97,7 @@ class Binder:
         passed: list[Any] = [len(args), *kwargs]
         for value in (*args, *kwargs.values()) if kwargs else args:
             kind = type(value)
-            if kind is Tensor:
+            if kind is Tensor and not value.is_nested:
                 tensors.append(value)
                 passed += (value.dtype, value.shape)
             elif kind in _EXACT:
@@ -127,7 +132,7 @@ class Binder:
                 continue
             value = args[source] if type(source) is int else kwargs[source]
             found.add(name, value)
-        return Call(args, kwargs, found.tensors, found.form())
+        return None if found.foreign else Call(args, kwargs, found.tensors, found.form())
 
     def _order(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[int] | None:
         """Where the tensors of the plan stand among those that are passed; None if they are in that order."""
@@ -174,8 +179,12 @@ class _Found:
         self.names: list[str] = []
         self.parts: list[bytes] = []
         self.wrong: tuple[str, Any] | None = None
+        self.foreign = False  # a tensor is not one whose bytes say what it is
 
     def add_tensor(self, name: str, value: Tensor) -> None:
+        if type(value) not in (Tensor, Parameter) or value.is_nested:
+            self.foreign = True
+            return
         self.tensors.append(value)
         self.names.append(name)
         key = (name, value.dtype, value.shape[1:])

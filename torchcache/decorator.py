@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import os
-import sys
 import threading
 import types
 import weakref
@@ -147,33 +146,16 @@ def _restore(owner: type[nn.Module], options: Options | None, init: bytes) -> _H
 
 
 def _untraced(function: T) -> T:
-    """Marks a function whose frame torch.compile leaves alone.
+    """Marks a function that torch.compile leaves alone, with all that it calls.
 
-    torch.compiler.disable would do, but for its import. Where torch has these names no longer, compiling
-    goes on into the cache and breaks the graph more often.
+    torch.compiler.disable would do, but for its import, and for the microseconds of its wrapper. Where torch has these
+    names no longer, compiling goes on into the cache and breaks the graph more often.
     """
     with contextlib.suppress(AttributeError):
-        skip = eval_frame._FrameExecStrategy(eval_frame._FrameAction.SKIP, eval_frame._FrameAction.DEFAULT)
+        skip = eval_frame._FrameExecStrategy(eval_frame._FrameAction.SKIP, eval_frame._FrameAction.SKIP)
         eval_frame.set_code_exec_strategy(function.__code__, skip)  # type: ignore[attr-defined]
     function._torchdynamo_disable = True  # type: ignore[attr-defined]
     return function
-
-
-@_untraced
-def _run(function: Forward, *args: Any) -> Any:
-    if "torch._dynamo" in sys.modules:
-        return _hidden()(function, *args)
-    return function(*args)
-
-
-def _apply(function: Forward, *args: Any) -> Any:
-    return function(*args)
-
-
-@functools.cache
-@_untraced
-def _hidden() -> Forward:
-    return torch.compiler.disable(_apply)  # type: ignore[no-any-return, no-untyped-call]
 
 
 # ---- classes and instances
@@ -236,11 +218,11 @@ def _add_cache_instance(cls: type[nn.Module]) -> None:
 
 
 def _dispatching(original: Forward) -> Any:
-    run, call, handle = _run, _call, _HANDLE
+    call, handle = _call, _HANDLE
 
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         if handle in self.__dict__ or forward._torchcache_options is not None:  # type: ignore[attr-defined]
-            return run(call, self, forward, original, args, kwargs)
+            return call(self, forward, original, args, kwargs)
         return original(self, *args, **kwargs)
 
     # TorchScript compiles the source of the original with the globals of what stands in its place.
@@ -252,6 +234,7 @@ def _dispatching(original: Forward) -> Any:
     return forward
 
 
+@_untraced
 def _call(module: nn.Module, forward: Forward, original: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """One call of a patched class's forward."""
     cache = _cache_of(module, forward)
@@ -270,8 +253,9 @@ class _InstanceForward:
         setattr(self, _ORIGINAL, original)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return _run(self._call, args, kwargs)
+        return self._call(args, kwargs)
 
+    @_untraced
     def _call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         cache = _cache_of(self.module, self)
         return self.original(*args, **kwargs) if cache is None else cache.run(self.original, args, kwargs)
@@ -333,7 +317,7 @@ def _wrap_function(function: types.FunctionType, options: Options) -> Forward:
     def cached(*args: Any, **kwargs: Any) -> Any:
         if not getattr(cached, _ENABLED, options.enabled):
             return function(*args, **kwargs)
-        return _run(cache.run, function, args, kwargs)
+        return cache.run(function, args, kwargs)
 
     cache = Cache(function, function, False, b"", lambda: options.with_attributes(cached.__dict__))
     setattr(cached, _ORIGINAL, function)

@@ -23,7 +23,7 @@ from torch import Tensor
 from torchcache import _ops
 from torchcache.logs import Once
 from torchcache.options import Options
-from torchcache.rows import Layout
+from torchcache.rows import Layout, select
 
 META_FILE = "meta.json"
 QUEUE_BYTES = 64 << 20  # of rows that wait to be written
@@ -69,7 +69,7 @@ class DiskTier:
         verified = _ops.store_read(self._store.id, wanted_keys, text, [_ops.bits(t) for t in leaves])
         if not verified.all():
             good = verified.nonzero().squeeze(1)
-            where, leaves = where.index_select(0, good), [t.index_select(0, good) for t in leaves]
+            where, leaves = where.index_select(0, good), [select(t, good) for t in leaves]
         return (where, layout, leaves) if len(where) else None
 
     def put(self, keys: Tensor, layout: Layout, leaves: list[Tensor]) -> None:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from torchcache import _ops
-from torchcache.rows import Layout, Leaf
+from torchcache.rows import Layout, Leaf, movable, select
 
 MIXED = -2  # the layout of a lookup that found rows of several
 
@@ -43,7 +43,7 @@ class MemoryTier:
     def take(self, rows: list[Tensor], call_digest: Tensor) -> tuple[Layout, list[Tensor]] | Found:
         """Layout and leaves ``[B, …]`` of a call (see `Keys.parts`) if all its rows are here, else what was found."""
         held = self._held
-        leaves, lookup, number = held.table.take(rows, call_digest)
+        leaves, lookup, number = _ops.table_take(held.table.id, rows, call_digest)
         if leaves:
             return held.arenas[number].layout, leaves
         keys, slots, missing = lookup
@@ -77,7 +77,7 @@ class MemoryTier:
             number = held.number(layout, self.device, self.limit - self.bytes)
             whole = len(new) == len(keys)
             first = held.arenas[number].append(
-                leaves if whole else [t.index_select(0, new.to(t.device)) for t in leaves], len(new)
+                leaves if whole else [select(t, new.to(t.device)) for t in leaves], len(new)
             )
             held.table.insert(keys if whole else keys.index_select(0, new), number, first)
             self.bytes += len(new) * layout.row_bytes
@@ -150,29 +150,26 @@ class _Table:
     """A native key table that is closed with its owner."""
 
     def __init__(self) -> None:
-        self._id = _ops.table_open()
-        weakref.finalize(self, _ops.table_close, self._id).atexit = False
+        self.id = _ops.table_open()
+        weakref.finalize(self, _ops.table_close, self.id).atexit = False
 
     def lookup(self, keys: Tensor) -> tuple[Tensor, Tensor, int]:
-        return _ops.table_lookup(self._id, keys)
-
-    def take(self, rows: list[Tensor], call_digest: Tensor) -> tuple[list[Tensor], list[Tensor], int]:
-        return _ops.table_take(self._id, rows, call_digest)
+        return _ops.table_lookup(self.id, keys)
 
     def take_keys(self, keys: Tensor) -> tuple[list[Tensor], int]:
-        return _ops.table_take_keys(self._id, keys)
+        return _ops.table_take_keys(self.id, keys)
 
     def know(self, layout: int, arenas: list[Tensor]) -> None:
-        _ops.table_arenas(self._id, layout, arenas)
+        _ops.table_arenas(self.id, layout, arenas)
 
     def insert(self, keys: Tensor, layout: int, first: int) -> None:
-        _ops.table_insert(self._id, keys.contiguous(), layout, first)
+        _ops.table_insert(self.id, keys.contiguous(), layout, first)
 
     def find(self, low: int) -> tuple[int, int]:
-        return _ops.table_find(self._id, low)
+        return _ops.table_find(self.id, low)
 
     def lows(self) -> list[int]:
-        return _ops.table_lows(self._id).tolist()
+        return _ops.table_lows(self.id).tolist()
 
 
 class _RowArena:
@@ -229,13 +226,13 @@ class _Arena:
         if self._device.type != "cpu":
             slots = slots.to(self._device)
         if len(self._chunks) == 1:
-            return self._chunks[0].index_select(0, slots)
+            return select(self._chunks[0], slots)
         out = torch.empty((len(slots), *self._leaf.shape), dtype=self._leaf.stored, device=self._device)
         number = slots.div(self._chunk_rows, rounding_mode="floor")
         for chunk in torch.unique(number).tolist():
             where = (number == chunk).nonzero().squeeze(1)
-            rows = self._chunks[chunk].index_select(0, slots[where] - chunk * self._chunk_rows)
-            out.index_copy_(0, where, rows)
+            rows = select(self._chunks[chunk], slots[where] - chunk * self._chunk_rows)
+            movable(out).index_copy_(0, where, movable(rows))
         return out
 
     def _spans(self, first: int, count: int) -> Iterator[tuple[int, int, int]]:

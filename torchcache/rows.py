@@ -111,6 +111,24 @@ class Layout:
         return _build(self.tree, iter(tensors))
 
 
+# torch has no kernels for moving rows of these: the same bits as what has.
+_MOVED_AS = {
+    **{getattr(torch, f"uint{n}"): getattr(torch, f"int{n}") for n in (16, 32, 64)},
+    **{getattr(torch, name): torch.uint8 for name in dir(torch) if name.startswith(("float8_", "float4_"))},
+}
+
+
+def movable(t: Tensor) -> Tensor:
+    """The tensor in a dtype whose rows torch can move, bits unchanged."""
+    dtype = _MOVED_AS.get(t.dtype)
+    return t if dtype is None else t.view(dtype)
+
+
+def select(t: Tensor, rows: Tensor) -> Tensor:
+    """``t.index_select(0, rows)`` for every dtype."""
+    return movable(t).index_select(0, rows).view(t.dtype) if t.dtype in _MOVED_AS else t.index_select(0, rows)
+
+
 def split(
     output: Any, batch: int, inputs: list[Tensor], cache_dtype: torch.dtype | None
 ) -> tuple[Layout, list[Tensor]]:

@@ -93,7 +93,14 @@ class State:
 
     def digest(self) -> bytes:
         """16 bytes that change with the state. Cheap when nothing changed."""
-        if self._structure_changed():
+        # map() over prepared lists: this runs on every call, and a loop would take three times as long.
+        tensors, flags = self._flags
+        if (
+            not all(map(is_, map(_get, *self._columns), self._values))
+            or list(map(len, self._dicts)) != self._counts
+            or list(map(_requires_grad, tensors)) != flags
+            or (self._attributes and self._attributes_changed())
+        ):
             self._scan()
             return self._value
         changed = self._changed() if self._frozen else []
@@ -187,21 +194,12 @@ class State:
     def _count(self) -> list[int]:
         return list(map(len, self._dicts))
 
-    def _structure_changed(self) -> bool:
-        # map() over prepared lists: this runs on every call, and a loop would take three times as long.
-        tensors, flags = self._flags
-        if (
-            not all(map(is_, map(_get, *self._columns), self._values))
-            or list(map(len, self._dicts)) != self._counts
-            or list(map(_requires_grad, tensors)) != flags
-        ):
-            return True
-        if self._attributes:
-            assert self._own is not None
-            now = self._own.__dict__
-            for name, value in self._attributes.items():
-                if (found := now.get(name, _ABSENT)) is not value and not _same(found, value):
-                    return True
+    def _attributes_changed(self) -> bool:
+        assert self._own is not None
+        now = self._own.__dict__
+        for name, value in self._attributes.items():
+            if (found := now.get(name, _ABSENT)) is not value and not _same(found, value):
+                return True
         return False
 
     def _own_attributes(self) -> dict[str, Any]:

@@ -5,6 +5,7 @@
 #include <zstd.h>
 
 #include <algorithm>
+#include <atomic>
 #include <cstring>
 #include <system_error>
 #include <thread>
@@ -36,10 +37,11 @@ CompressedRows Compressor::compress(const std::vector<const uint8_t*>& rows, uin
   out.lengths.resize(rows.size());
   uint8_t* const bytes = out.bytes.get();
   const size_t threads = std::min(contexts_.size(), rows.size());
-  const auto share = [&](size_t first) {
-    for (size_t row = first; row < rows.size(); row += threads) {
+  std::atomic<size_t> next{0};  // a thread that gets less of the processor takes fewer rows
+  const auto share = [&](size_t thread) {
+    for (size_t row = 0; (row = next.fetch_add(1, std::memory_order_relaxed)) < rows.size();) {
       uint8_t* to = bytes + row * row_bytes;
-      const size_t size = ZSTD_compressCCtx(contexts_[first], to, row_bytes, rows[row], row_bytes, level_);
+      const size_t size = ZSTD_compressCCtx(contexts_[thread], to, row_bytes, rows[row], row_bytes, level_);
       const bool smaller = !ZSTD_isError(size) && size < row_bytes;
       if (!smaller) memcpy(to, rows[row], row_bytes);
       out.lengths[row] = static_cast<uint32_t>(smaller ? size : row_bytes);
@@ -49,8 +51,7 @@ CompressedRows Compressor::compress(const std::vector<const uint8_t*>& rows, uin
   for (size_t i = 1; i < threads; ++i) {
     try {
       others.emplace_back(share, i);
-    } catch (const std::system_error&) {
-      share(i);
+    } catch (const std::system_error&) {  // no more threads: it only takes longer
     }
   }
   share(0);

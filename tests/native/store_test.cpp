@@ -7,6 +7,7 @@
 #include <sys/wait.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <atomic>
 #include <cstdio>
 #include <cstdlib>
@@ -297,6 +298,25 @@ void keys_that_crowd_together_are_found() {
   for (uint32_t row = 0; row < kRows; ++row) EXPECT(index.find(row, [&](const Entry& e) { return e.row == row; }));
 }
 
+void rows_in_the_order_of_their_keys_are_found_like_any_others() {
+  std::vector<Entry> rows;
+  for (uint32_t i = 0; i < 30000; ++i) rows.push_back({digest(&i, 4).low, i, 0, i});
+  for (uint32_t i = 0; i < 300; ++i) rows.push_back({rows[i].low, i + 1, 0, i + 30000});  // second copies
+  const auto by_key = [](const Entry& a, const Entry& b) { return a.low < b.low; };
+  for (const size_t ordered : {size_t{0}, size_t{1}, size_t{9000}, rows.size()}) {
+    std::vector<Entry> some = rows;
+    std::sort(some.begin(), some.begin() + ordered, by_key);  // then an index that comes second, then single rows
+    std::sort(some.begin() + ordered, some.begin() + std::max<size_t>(ordered, 20000), by_key);
+    Index index;
+    index.add_block({});
+    for (size_t first = 0; first < some.size(); first += 1000)
+      index.insert(&some[first], std::min<size_t>(1000, some.size() - first), 0);
+    EXPECT(index.keys() == 30000);
+    for (const Entry& row : rows)
+      EXPECT(index.find(row.low, [&](const Entry& e) { return e.row == row.row && e.check == row.check; }));
+  }
+}
+
 void a_dropped_entry_gives_way_to_the_next_copy() {
   Index index;
   index.add_block({});
@@ -343,6 +363,7 @@ const Test kTests[] = {
     TEST(a_listing_that_a_compaction_overtakes_costs_no_row),
     TEST(the_index_takes_at_most_40_bytes_a_row_and_finds_every_key),
     TEST(keys_that_crowd_together_are_found),
+    TEST(rows_in_the_order_of_their_keys_are_found_like_any_others),
     TEST(a_dropped_entry_gives_way_to_the_next_copy),
 };
 
