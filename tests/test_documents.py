@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -143,3 +144,12 @@ def test_rows_are_invalid_after_a_change_and_valid_again_after_its_undoing(tmp_p
     assert hash_of(True, zstd_compression=True) != first
     assert hash_of(True, persistent_module_hash="fixed") == hash_of(False, persistent_module_hash="fixed") == "fixed"
     assert hash_of(True) == first
+
+
+def test_every_test_that_a_page_names_exists() -> None:
+    root = Path(__file__).parent
+    sources = "".join(path.read_text() for path in [*root.glob("*.py"), *root.glob("native/*")])
+    named = re.findall(r"`(native: \w+|test_\w+)`", (root.parent / "docs" / "faults.md").read_text())
+    functions = {name.removeprefix("native: ") for name in named}
+    assert len(functions) > 60
+    assert [name for name in functions if not re.search(rf"(?:def|void) {name}\(", sources)] == []

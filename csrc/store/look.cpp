@@ -13,6 +13,7 @@ namespace {
 
 constexpr size_t kMostOpenFiles = 128;
 constexpr int kMostListings = 8;
+constexpr uint32_t kSealedEvery = 32;  // looks: anyone may write an index, also of a segment that grows
 constexpr auto kShortestPause = std::chrono::milliseconds(250);
 constexpr auto kSettled = std::chrono::seconds(60);  // later, nobody is still writing these bytes
 
@@ -172,7 +173,10 @@ void warn_of(State& state, const SegmentId& id, Error error) {
 
 // Reads what is new in a segment and puts down where it stopped.
 void scan_news(State& state, uint32_t number, const File& file, const FileState& now, Segment known) {
-  if (!known.scanned) known.position = read_index(state, number, known.id, now.size);
+  if (!known.scanned) {
+    known.position = read_index(state, number, known.id, now.size);
+    known.sealed = known.position > kHeaderBytes;
+  }
   std::vector<Hole> holes = scan_holes(state, number, file, known.id, known.holes, now.size);
   known.position = scan(state, number, file, known.id, known.position, now.size, &holes);
   const bool sealed = !holes.empty() && has_index(state, known.id);
@@ -180,30 +184,43 @@ void scan_news(State& state, uint32_t number, const File& file, const FileState&
   Segment& segment = state.segments[number];
   if (!known.scanned || !(segment.seen == now)) segment.changed = Clock::now();
   segment.scanned = true;
+  segment.sealed = known.sealed;
   segment.seen = now;
   segment.position = known.position;
   segment.holes = std::move(holes);
   if (sealed || Clock::now() - segment.changed > kSettled) count_damage(state, segment);
 }
 
+// Whether nothing new is to be expected of a segment this time. The caller holds the mutex.
+bool rests(const State& state, uint32_t number) {
+  const Segment& segment = state.segments[number];
+  const bool sealed = segment.sealed && segment.holes.empty();
+  return segment.own || (sealed && (number + state.looks) % kSealedEvery != 0);
+}
+
 void look_at(State& state, const SegmentId& id, Looking* looking) {
+  const Clock::time_point begin = Clock::now();
   const uint32_t number = number_of(state, id);
   Segment known;
   {
     std::lock_guard lock(state.mutex);
+    if (rests(state, number)) return;
     known = state.segments[number];
   }
-  if (known.own) return;
   FileState now;
   Error error = path_state(at_place(state, id), &now);
-  if (error == 0 && known.scanned && now == known.seen && known.holes.empty()) return;
+  if (error == 0 && known.scanned && now == known.seen && known.holes.empty()) {
+    const bool sealed = known.sealed || has_index(state, id);
+    std::lock_guard lock(state.mutex);
+    state.segments[number].sealed = sealed;
+    return;
+  }
   const auto file = error == 0 ? segment_file(state, number, &error) : nullptr;
   if (file != nullptr) error = file->state(&now);
   if (error != 0) {
     if (!is_gone(error)) warn_of(state, id, error);
     return;
   }
-  const Clock::time_point begin = Clock::now();
   try {
     scan_news(state, number, *file, now, known);
   } catch (const std::bad_alloc&) {  // what was read of it stays, the rest is read when there is memory
@@ -240,6 +257,7 @@ bool look(State& state) {
     std::lock_guard lock(state.mutex);
     if (state.looking || state.closed) return false;
     state.looking = true;
+    ++state.looks;
   }
   Looking looking(state);
   look_at_all(state, &looking);

@@ -46,6 +46,7 @@ struct Segment {
   bool own = false;                  // written by this process now: its rows come from the writer, not from a scan
   bool gone = false;                 // no longer in the directory
   bool scanned = false;              // looked at, at least once
+  bool sealed = false;               // has an index: it is not expected to grow
   uint64_t position = kHeaderBytes;  // where the next scan begins
   std::vector<Hole> holes;           // damage, or bytes that cannot be seen yet
   FileState seen;                    // when it was scanned
@@ -69,6 +70,7 @@ struct State {
   bool closed = false;   // nothing is found any more
 
   bool looking = false;  // some thread is in look()
+  uint32_t looks = 0;
   Clock::time_point next_look;
   uint64_t uses = 0;
   // Where the stored rows of a zstd block end, counted from its payload; read when first needed.

@@ -10,6 +10,7 @@
 #include "faulty_calls.h"
 #include "rows.h"
 #include "store/compaction.h"
+#include "store/index_file.h"
 #include "store/writer.h"
 
 namespace torchcache::store {
@@ -136,18 +137,56 @@ DIR* counted_opendir(const char* path) {
   return kReal.opendir(path);
 }
 
+void look_once(Store& store) {
+  const Rows never(1, uint64_t{1} << 40);
+  for (const int before = listings; listings == before;) found_rows(store, never);
+}
+
 // A look comes when rows are missing and the last one is max(0.25 s, 100 times what it cost) ago.
 void what_another_process_flushed_is_found_by_the_next_look() {
-  const Rows never(1, 0);
   auto store = Store::open(options()), other = Store::open(options());
   system_calls.opendir = counted_opendir;
   for (uint64_t seed = 1; seed < 4; ++seed) {
     const Rows rows(20, seed);
     put(*other, rows);
     other->flush();
-    for (const int before = listings; listings == before;) found_rows(*store, never);
+    look_once(*store);
     EXPECT(found_rows(*store, rows) == 20 && right_rows(*store, rows) == 20);
   }
+}
+
+std::atomic<int> states{0};
+
+int counted_lstat(const char* path, struct stat* out) {
+  ++states;
+  return kReal.lstat(path, out);
+}
+
+void a_look_at_many_sealed_segments_costs_a_listing_and_little_more() {
+  for (uint64_t i = 0; i < 64; ++i) put(*Store::open(options()), Rows(2, i));
+  auto store = Store::open(options());
+  system_calls.opendir = counted_opendir;
+  system_calls.lstat = counted_lstat;
+  look_once(*store);
+  EXPECT(states <= 2 * 64 / 32);
+}
+
+void segments_that_grow_behind_an_index_are_looked_at_in_turn() {
+  constexpr uint64_t kStores = 32;
+  std::vector<std::shared_ptr<Store>> growing;
+  for (uint64_t i = 0; i < kStores; ++i) {
+    growing.push_back(Store::open(options()));
+    put(*growing[i], Rows(2, i));
+    growing[i]->flush();
+  }
+  for (const SegmentId& id : segments_here()) EXPECT(write_index(directory, id) == 0);
+  auto store = Store::open(options());
+  for (uint64_t i = 0; i < kStores; ++i) put(*growing[i], Rows(2, kStores + i)), growing[i]->flush();
+  system_calls.opendir = counted_opendir;
+  for (int n = 0; n < 3; ++n) look_once(*store);
+  size_t found = 0;
+  for (uint64_t i = 0; i < kStores; ++i) found += found_rows(*store, Rows(2, kStores + i));
+  EXPECT(found >= 3 * 2);
 }
 
 void compact_all() {

@@ -359,6 +359,8 @@ const Test kTests[] = {
     TEST(every_segment_but_the_last_is_sealed_with_an_index_and_no_larger_than_the_limit),
     TEST(a_block_larger_than_a_segment_may_be_is_one_by_itself),
     TEST(the_byte_limit_holds_across_rotations),
+    TEST(a_look_at_many_sealed_segments_costs_a_listing_and_little_more),
+    TEST(segments_that_grow_behind_an_index_are_looked_at_in_turn),
     TEST(what_another_process_flushed_is_found_by_the_next_look),
     TEST(a_listing_that_a_compaction_overtakes_costs_no_row),
     TEST(the_index_takes_at_most_40_bytes_a_row_and_finds_every_key),
