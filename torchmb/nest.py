@@ -1,0 +1,83 @@
+"""Tensors in tuples, lists, dicts, dataclasses and whatever else is a pytree: take them out, put others in."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+from dataclasses import fields, is_dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_map
+
+
+class Place(NamedTuple):
+    """Where a tensor was."""
+
+    index: int
+
+
+def map_leaves(function: Callable[[Any], Any], value: Any) -> Any:
+    """`value` with each leaf replaced. Leaves are what pytrees and dataclasses are made of in the end."""
+
+    def leaf(x: Any) -> Any:
+        if not is_dataclass(x) or isinstance(x, type):
+            return function(x)
+        new = copy.copy(x)
+        for field in fields(x):
+            if hasattr(x, field.name):
+                object.__setattr__(new, field.name, map_leaves(function, getattr(x, field.name)))
+        return new
+
+    if isinstance(value, Tensor):  # by far the most frequent value
+        return function(value)
+    return tree_map(leaf, value, is_leaf=lambda x: isinstance(x, Place))
+
+
+def map_tensors(function: Callable[[Tensor], Any], value: Any) -> Any:
+    return map_leaves(lambda x: function(x) if isinstance(x, Tensor) else x, value)
+
+
+def take(value: Any) -> tuple[list[Tensor], Any]:
+    """The tensors of `value`, and what remains, for `put`."""
+    tensors: list[Tensor] = []
+
+    def out(x: Tensor) -> Place:
+        tensors.append(x)
+        return Place(len(tensors) - 1)
+
+    return tensors, map_tensors(out, value)
+
+
+def put(rest: Any, tensors: Sequence[Any]) -> Any:
+    """The inverse of `take`, with other tensors."""
+    return map_leaves(lambda x: tensors[x.index] if isinstance(x, Place) else x, rest)
+
+
+def stack(values: Sequence[Any]) -> tuple[Any, bool]:
+    """One value for each model → one whose tensors have a leading dimension of models, and True.
+
+    If tensors of different shapes, or other leaves that differ, forbid that: the list of all values, and False.
+    """
+    taken = [take(v) for v in values]
+    first, rest = taken[0]
+    for tensors, other in taken[1:]:
+        if (
+            len(tensors) != len(first)
+            or not _same(other, rest)
+            or any(_kind(a) != _kind(b) for a, b in zip(tensors, first))
+        ):
+            return list(values), False
+    return put(rest, [torch.stack(column) for column in zip(*(tensors for tensors, _ in taken))]), True
+
+
+def _kind(tensor: Tensor) -> tuple[Any, ...]:
+    return tensor.shape, tensor.dtype, tensor.device
+
+
+def _same(a: Any, b: Any) -> bool:
+    try:
+        return a is b or bool(a == b)
+    except Exception:  # whatever a foreign __eq__ raises
+        return False

@@ -1,0 +1,94 @@
+"""Convolutions: the models become groups of one convolution, side by side in the channels."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..lift import Batched, Dim, batch_size, is_batched, lift, models_first
+
+Convolution = Callable[..., Tensor]
+
+CONVOLUTIONS: dict[int, Convolution] = {1: torch.conv1d, 2: torch.conv2d, 3: torch.conv3d}
+TRANSPOSED: dict[int, Convolution] = {1: torch.conv_transpose1d, 2: torch.conv_transpose2d, 3: torch.conv_transpose3d}
+
+
+def convolve(
+    function: Convolution, x: Tensor, weight: Tensor, bias: Tensor | None, groups: int = 1, **options: Any
+) -> Tensor:
+    """x (B, M, C, …), weight (M, …) as one model has it, bias (M, O) or None → (B, M, O, …)."""
+    batch = len(weight)
+    out = function(
+        x.flatten(1, 2),
+        weight.flatten(0, 1),
+        None if bias is None else bias.flatten(),
+        groups=groups * batch,
+        **options,
+    )
+    return out.unflatten(1, (batch, -1))
+
+
+def convolve_shared(function: Convolution, x: Tensor, weight: Tensor, bias: Tensor | None, **options: Any) -> Tensor:
+    """The same for x (B, C, …) that all models see and one group: a dense convolution."""
+    channels = 1 if function in TRANSPOSED.values() else 0
+    stacked = weight.movedim(0, channels).flatten(channels, channels + 1)
+    out = function(x, stacked, None if bias is None else bias.flatten(), **options)
+    return out.unflatten(1, (len(weight), -1))
+
+
+def kernel(
+    function: Convolution,
+    options: dict[str, Any],
+    x: tuple[Tensor, Dim],
+    weight: tuple[Tensor, Dim],
+    bias: tuple[Tensor | None, Dim],
+) -> Batched:
+    batch = batch_size(weight)
+    w = models_first(*weight, batch)
+    b = None if bias[0] is None else models_first(bias[0], bias[1], batch)
+    if x[1] is None and options["groups"] == 1:
+        return convolve_shared(function, x[0], w, b, **options), 1
+    return convolve(function, models_first(*x, batch).transpose(0, 1), w, b, **options), 1
+
+
+def _run(function: Convolution, options: dict[str, Any], input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    if not is_batched(weight) or input.dim() != weight.dim():
+        return NotImplemented
+    return lift(partial(kernel, function, options), input, weight, bias)
+
+
+def _convolution(
+    function: Convolution,
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: Any = 1,
+    padding: Any = 0,
+    dilation: Any = 1,
+    groups: int = 1,
+) -> Tensor:
+    options = {"stride": stride, "padding": padding, "dilation": dilation, "groups": groups}
+    return _run(function, options, input, weight, bias)
+
+
+def _transposed(
+    function: Convolution,
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: Any = 1,
+    padding: Any = 0,
+    output_padding: Any = 0,
+    groups: int = 1,
+    dilation: Any = 1,
+) -> Tensor:
+    options = {"stride": stride, "padding": padding, "dilation": dilation, "groups": groups}
+    return _run(function, options | {"output_padding": output_padding}, input, weight, bias)
+
+
+RULES = {f: partial(_convolution, f) for f in CONVOLUTIONS.values()}
+RULES |= {f: partial(_transposed, f) for f in TRANSPOSED.values()}
