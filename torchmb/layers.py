@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from .base import AbstractBatchModule, inner_batch_size
-from .native import run_layer
+from .exact import run_layer
 from .state import plain_attributes, stack_tensors
 
 Sizes = int | tuple[int, ...]

@@ -76,6 +76,11 @@ def models_first(x: Tensor, dim: Dim, batch: int) -> Tensor:
     return x.expand(batch, *x.shape) if dim is None else x.movedim(dim, 0)
 
 
+def in_order(x: Tensor) -> Tensor:
+    """x in the order of its dimensions, as a model's output lies in memory; not where one row stands for many."""
+    return x if 0 in x.stride() else x.contiguous()
+
+
 def batch_size(*given: tuple[Any, Dim]) -> int:
     """M, of operands at least one of which is batched."""
     return next(x.shape[dim] for x, dim in given if dim is not None)

@@ -8,8 +8,8 @@ from dataclasses import fields, is_dataclass
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
-from torch.utils._pytree import tree_map
+from torch import Tensor, nn
+from torch.utils._pytree import SUPPORTED_NODES, is_namedtuple_instance, tree_flatten, tree_unflatten
 
 
 class Place(NamedTuple):
@@ -20,19 +20,32 @@ class Place(NamedTuple):
 
 def map_leaves(function: Callable[[Any], Any], value: Any) -> Any:
     """`value` with each leaf replaced. Leaves are what pytrees and dataclasses are made of in the end."""
-
-    def leaf(x: Any) -> Any:
-        if not is_dataclass(x) or isinstance(x, type):
-            return function(x)
-        new = copy.copy(x)
-        for field in fields(x):
-            if hasattr(x, field.name):
-                object.__setattr__(new, field.name, map_leaves(function, getattr(x, field.name)))
-        return new
-
-    if isinstance(value, Tensor):  # by far the most frequent value
+    kind = type(value)
+    if kind in _PLAIN:  # by far the most frequent, and ten times faster than as a pytree
         return function(value)
-    return tree_map(leaf, value, is_leaf=lambda x: isinstance(x, Place))
+    if kind is tuple:
+        return tuple([map_leaves(function, x) for x in value])
+    if kind is list:
+        return [map_leaves(function, x) for x in value]
+    if kind is dict:
+        return {key: map_leaves(function, x) for key, x in value.items()}
+    if is_dataclass(value) and not isinstance(value, type):
+        return _map_fields(function, value)
+    if kind in SUPPORTED_NODES or is_namedtuple_instance(value):
+        children, spec = tree_flatten(value, is_leaf=lambda x: x is not value)
+        return tree_unflatten([map_leaves(function, x) for x in children], spec)
+    return function(value)
+
+
+_PLAIN = {Tensor, nn.Parameter, Place, int, float, bool, str, type(None)}
+
+
+def _map_fields(function: Callable[[Any], Any], value: Any) -> Any:
+    new = copy.copy(value)
+    for field in fields(value):
+        if hasattr(value, field.name):
+            object.__setattr__(new, field.name, map_leaves(function, getattr(value, field.name)))
+    return new
 
 
 def map_tensors(function: Callable[[Tensor], Any], value: Any) -> Any:

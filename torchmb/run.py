@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from .base import AbstractBatchModule, merge_batch, split_batch
 from .hooks import outside_vmap
-from .lift import current_level, is_batched, quiet
+from .lift import current_level, in_order, is_batched, quiet
 from .nest import Place, map_tensors, put, stack, take
 from .rules import Rules
 from .state import Attributes, Slot, is_batch_module, plain_attributes, plain_modules, slots, swapped, walk
@@ -137,11 +137,12 @@ def vectorised(models: Models, inputs: Inputs) -> Any:
             _attributes(models.modules, put(kept_rest, attributes)),
             outside_vmap(models.modules, models.batch_modules, models.batch),
             quiet(),
-            Rules(level),
+            Rules(level) as rules,
         ):
             args, kwargs = inputs.filled(tensors)
             output = models.root(*args, **kwargs)
             after = [s.tensor for s in models.buffers]
+            rules.finish()
         left = {k: v for k, v in _held_attributes(models.modules) if _holds_batched(v, level)}
         replaced = {i: now for i, (now, own) in enumerate(zip(after, own_buffers)) if now is not own}
         found, rest = take((output, left, replaced))
@@ -154,7 +155,7 @@ def vectorised(models: Models, inputs: Inputs) -> Any:
     after = [replaced.get(i, copy) for i, copy in enumerate(buffers.spread(copies))]
     _commit(models.buffers, buffers, copies, after)
     _leave(models, left, set())
-    return output
+    return map_tensors(in_order, output)
 
 
 def _divided(tensors: list[Tensor], counts: Sequence[int]) -> list[list[Tensor]]:

@@ -9,10 +9,12 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from ..lift import current_level
 from . import attention, convolution, linear, lookup, normalisation, pooling, recurrent, scalar
+from .views import Views
 
 RULES: dict[Callable[..., Any], Callable[..., Any]] = {}
 for family in (attention, convolution, linear, lookup, normalisation, pooling, recurrent, scalar):
@@ -25,6 +27,7 @@ class Rules(TorchFunctionMode):
     def __init__(self, level: int) -> None:
         super().__init__()
         self._level = level
+        self._views = Views()
 
     def __torch_function__(
         self,
@@ -37,9 +40,13 @@ class Rules(TorchFunctionMode):
         if func in attention.OPENED:
             with self:
                 return attention.OPENED[func](*args, **kwargs)
-        rule = RULES.get(func)
+        rule = self._views.view if func is Tensor.view else RULES.get(func)
         if rule is not None and current_level() == self._level:
             output = rule(*args, **kwargs)
             if output is not NotImplemented:
                 return output
         return func(*args, **kwargs)
+
+    def finish(self) -> None:
+        """RuntimeError if a copy in the place of a view made a difference."""
+        self._views.check()

@@ -22,8 +22,12 @@ def convolve(
 ) -> Tensor:
     """x (B, M, C, …), weight (M, …) as one model has it, bias (M, O) or None → (B, M, O, …)."""
     batch = len(weight)
+    channels = x.flatten(1, 2)
+    if channels.dim() == 4 and channels.device.type == "cpu":
+        # oneDNN's grouped convolutions of few channels are 1.1 to 5 times faster so, and what follows keeps the order.
+        channels = channels.contiguous(memory_format=torch.channels_last)
     out = function(
-        x.flatten(1, 2),
+        channels,
         weight.flatten(0, 1),
         None if bias is None else bias.flatten(),
         groups=groups * batch,

@@ -9,35 +9,36 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..lift import Batched, Dim, batch_size, is_batched, lift, models_first
+from ..lift import Batched, Dim, batch_size, current_level, is_batched, lift, models_first
+
+
+def _product(x: Tensor, weight: Tensor, bias: Tensor | None, columns: bool) -> Tensor:
+    if columns:
+        return (torch.bmm(weight, x.mT) if bias is None else torch.baddbmm(bias.unsqueeze(2), weight, x.mT)).mT
+    return torch.bmm(x, weight.mT) if bias is None else torch.baddbmm(bias.unsqueeze(1), x, weight.mT)
 
 
 class _Linear(torch.autograd.Function):
-    """x (M, N, I), weight (M, O, I), bias (M, O) or None → (M, N, O).
+    """x (M, N, I), weight (M, O, I), bias (M, O) or None → (M, N, O), stored as (M, O, N) if `columns`.
 
-    Autograd's own backward of the same product gives the gradient of the weight as a transposed view, which is then
-    copied before it can be accumulated.
+    Autograd's own backward of this product gives the gradient of the weight as a transposed view, which is copied
+    before it is accumulated, and the gradient of x in another order than that of x, which makes what follows slow.
     """
 
-    generate_vmap_rule = True
-
     @staticmethod
-    def forward(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        return torch.bmm(x, weight.mT) if bias is None else torch.baddbmm(bias.unsqueeze(1), x, weight.mT)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        ctx.save_for_backward(inputs[0], inputs[1])
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, columns: bool) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return _product(x, weight, bias, columns)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (grad,) = grads
         x, weight = ctx.saved_tensors
-        return (
-            torch.bmm(grad, weight) if ctx.needs_input_grad[0] else None,
-            torch.bmm(grad.mT, x) if ctx.needs_input_grad[1] else None,
-            grad.sum(1) if ctx.needs_input_grad[2] else None,
-        )
+        grad_x = None
+        if ctx.needs_input_grad[0]:
+            grad_x = torch.bmm(weight.mT, grad.mT).mT if x.mT.is_contiguous() else torch.bmm(grad, weight)
+        grad_weight = torch.bmm(grad.mT, x) if ctx.needs_input_grad[1] else None
+        return grad_x, grad_weight, grad.sum(1) if ctx.needs_input_grad[2] else None, None
 
 
 def as_autocast(*tensors: Tensor | None) -> list[Tensor | None]:
@@ -49,12 +50,14 @@ def as_autocast(*tensors: Tensor | None) -> list[Tensor | None]:
     return [t.to(dtype) if t is not None and t.is_floating_point() and t.dtype != torch.float64 else t for t in tensors]
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """x (M, …, I), weight (M, O, I), bias (M, O) or None → (M, …, O)."""
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None, columns: bool = False) -> Tensor:
+    """x (M, …, I), weight (M, O, I), bias (M, O) or None → (M, …, O), features before rows in memory if `columns`."""
     x, weight, bias = as_autocast(x, weight, bias)  # type: ignore[assignment]
     rows = x.flatten(1, -2) if x.dim() > 2 else x.unsqueeze(1)
-    out: Tensor = _Linear.apply(rows, weight, bias)  # type: ignore[no-untyped-call]
-    return out.reshape(*x.shape[:-1], out.shape[-1])
+    # Within a transform of the caller's own, such as torch.func.grad, torch's backward is the one that can be transformed.
+    function = _product if current_level() else _Linear.apply
+    out: Tensor = function(rows, weight, bias, columns)
+    return out if x.dim() == 3 else out.reshape(*x.shape[:-1], out.shape[-1])
 
 
 def linear_of_shared(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -63,13 +66,15 @@ def linear_of_shared(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return out.unflatten(-1, weight.shape[:2])
 
 
-def kernel(x: tuple[Tensor, Dim], weight: tuple[Tensor, Dim], bias: tuple[Tensor | None, Dim]) -> Batched:
+def kernel(
+    x: tuple[Tensor, Dim], weight: tuple[Tensor, Dim], bias: tuple[Tensor | None, Dim], columns: bool = False
+) -> Batched:
     batch = batch_size(weight)
     w = models_first(*weight, batch)
     b = None if bias[0] is None else models_first(bias[0], bias[1], batch)
     if x[1] is None:
         return linear_of_shared(x[0], w, b), x[0].dim() - 1
-    return linear(models_first(*x, batch), w, b), 0
+    return linear(models_first(*x, batch), w, b, columns), 0
 
 
 def _rule(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
