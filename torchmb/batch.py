@@ -205,7 +205,7 @@ class BatchModule(AbstractBatchModule):
         self._refused = reason
         warnings.warn(
             f"the {self.batch} models of {type(self._template).__name__} run one by one, since vmap refuses {reason}",
-            stacklevel=4,
+            stacklevel=6,  # where the batch is called
         )
         return output
 

@@ -86,6 +86,16 @@ def batch_size(*given: tuple[Any, Dim]) -> int:
     return next(x.shape[dim] for x, dim in given if dim is not None)
 
 
+def split_dim(x: Tensor, dim: int, batch: int) -> Tensor:
+    """x with `dim` split into (batch, rest), which for autograd is no view: nobody else holds x.
+
+    What edits a view in place costs two copies in the backward.
+    """
+    sizes = [*x.shape[:dim], batch, x.shape[dim] // batch, *x.shape[dim + 1 :]]
+    view: Tensor = torch.ops.aten._unsafe_view.default(x, sizes)
+    return view
+
+
 def folded(x: Tensor, dim: int) -> tuple[Tensor, int]:
     """Models and images in one first dimension, in the order in which they lie in memory → that, and the place of M."""
     place = 0 if x.stride(dim) >= x.stride(0 if dim else 1) else 1
@@ -94,5 +104,4 @@ def folded(x: Tensor, dim: int) -> tuple[Tensor, int]:
 
 def unfolded(x: Tensor, place: int, batch: int) -> Batched:
     """The inverse of `folded`: (M, B, …) or (B, M, …)."""
-    sizes = (batch, x.shape[0] // batch) if place == 0 else (x.shape[0] // batch, batch)
-    return x.unflatten(0, sizes), place
+    return split_dim(x, 0, batch if place == 0 else x.shape[0] // batch), place

@@ -13,11 +13,11 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from ..lift import current_level
-from . import attention, convolution, linear, lookup, normalisation, pooling, recurrent, scalar
+from . import attention, convolution, inplace, linear, lookup, normalisation, pooling, recurrent, scalar
 from .views import Views
 
 RULES: dict[Callable[..., Any], Callable[..., Any]] = {}
-for family in (attention, convolution, linear, lookup, normalisation, pooling, recurrent, scalar):
+for family in (attention, convolution, inplace, linear, lookup, normalisation, pooling, recurrent, scalar):
     RULES.update(family.RULES)
 
 

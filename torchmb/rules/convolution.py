@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..lift import Batched, Dim, batch_size, is_batched, lift, models_first
+from ..lift import Batched, Dim, batch_size, is_batched, lift, models_first, split_dim
 
 Convolution = Callable[..., Tensor]
 
@@ -33,7 +33,7 @@ def convolve(
         groups=groups * batch,
         **options,
     )
-    return out.unflatten(1, (batch, -1))
+    return split_dim(out, 1, batch)
 
 
 def convolve_shared(function: Convolution, x: Tensor, weight: Tensor, bias: Tensor | None, **options: Any) -> Tensor:
@@ -41,7 +41,7 @@ def convolve_shared(function: Convolution, x: Tensor, weight: Tensor, bias: Tens
     channels = 1 if function in TRANSPOSED.values() else 0
     stacked = weight.movedim(0, channels).flatten(channels, channels + 1)
     out = function(x, stacked, None if bias is None else bias.flatten(), **options)
-    return out.unflatten(1, (len(weight), -1))
+    return split_dim(out, 1, len(weight))
 
 
 def kernel(

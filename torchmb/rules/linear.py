@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..lift import Batched, Dim, batch_size, current_level, is_batched, lift, models_first
+from ..lift import Batched, Dim, batch_size, current_level, is_batched, lift, models_first, split_dim
 
 
 def _product(x: Tensor, weight: Tensor, bias: Tensor | None, columns: bool) -> Tensor:
@@ -63,7 +63,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None, columns: bool = False
 def linear_of_shared(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """x (…, I) that all models see, weight (M, O, I), bias (M, O) or None → (…, M, O), one matrix product."""
     out = F.linear(x, weight.flatten(0, 1), None if bias is None else bias.flatten())
-    return out.unflatten(-1, weight.shape[:2])
+    return split_dim(out, out.dim() - 1, len(weight))
 
 
 def kernel(

@@ -7,7 +7,7 @@ from functools import partial
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..lift import Batched, Dim, batch_size, is_batched, lift, models_first
+from ..lift import Batched, Dim, batch_size, is_batched, lift, models_first, split_dim
 
 
 def batch_norm(
@@ -24,7 +24,7 @@ def batch_norm(
     flat = [None if t is None else t.view(-1) for t in (running_mean, running_var)]
     affine = [None if t is None else t.flatten() for t in (weight, bias)]
     out = F.batch_norm(x.flatten(1, 2), *flat, *affine, training, momentum, eps)
-    return out.unflatten(1, x.shape[1:3])
+    return split_dim(out, 1, x.shape[1])
 
 
 def affine(x: Tensor, weight: Tensor | None, bias: Tensor | None, place: int) -> Tensor:
@@ -39,7 +39,7 @@ def affine(x: Tensor, weight: Tensor | None, bias: Tensor | None, place: int) ->
 def group_norm(x: Tensor, groups: int, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
     """x (M, B, C, …), weight and bias (M, C) or None → the same shape as x."""
     images = F.group_norm(x.flatten(0, 1), groups, eps=eps)
-    return affine(images.unflatten(0, x.shape[:2]), weight, bias, 2)
+    return affine(split_dim(images, 0, len(x)), weight, bias, 2)
 
 
 def kernel(training: bool, momentum: float, eps: float, x: tuple[Tensor, Dim], *states: tuple[Tensor, Dim]) -> Batched:

@@ -9,7 +9,7 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..lift import Batched, Dim, folded, is_batched, lift, unfolded
+from ..lift import Batched, Dim, folded, is_batched, lift, split_dim, unfolded
 
 POOLS: dict[Callable[..., Any], int] = {
     getattr(F, f"{kind}_pool{n}d"): n
@@ -26,7 +26,7 @@ def each_image(function: Callable[[Tensor], Tensor], x: Tensor, dim: Dim) -> Bat
     batch = x.shape[dim]
     beside = x.movedim(dim, 1)
     if beside.stride(1) == beside.stride(2) * beside.shape[2]:
-        return function(beside.flatten(1, 2)).unflatten(1, (batch, -1)), 1
+        return split_dim(function(beside.flatten(1, 2)), 1, batch), 1
     rows, place = folded(x, dim)
     return unfolded(function(rows), place, batch)
 
