@@ -35,7 +35,7 @@ def merge_batch(x: Tensor) -> Tensor:
 
 def split_batch(x: Tensor, batch: int) -> Tensor:
     """(B · M, …) → (M, B, …) for M = `batch`, a view."""
-    return x.unflatten(0, (inner_batch_size(x, batch), batch)).transpose(0, 1)
+    return x.view(inner_batch_size(x, batch), batch, *x.shape[1:]).transpose(0, 1)
 
 
 def check_state_dicts(given: StateDict | Sequence[StateDict], batch: int) -> Sequence[StateDict]:

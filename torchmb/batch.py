@@ -134,7 +134,7 @@ class BatchModule(AbstractBatchModule):
         return self
 
     def _apply(self, fn: Any, recurse: bool = True) -> BatchModule:
-        self._template._apply(fn, recurse)
+        self._template._apply(fn, recurse)  # type: ignore[no-untyped-call]
         return self
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
@@ -259,9 +259,9 @@ class BatchModule(AbstractBatchModule):
             instead[id(self._batch_module(name))] = one_module = copy.deepcopy(plain)
             if plain.state_dict():
                 one_module.load_state_dict(self._batch_module(name).state_dicts()[index])
-        for name, value in self._kept.held(plain_modules(self._template)).items():
+        for place, value in self._kept.held(plain_modules(self._template)).items():
             if take(value)[0]:
-                instead[id(value)] = self._kept.share(name, value, index)
+                instead[id(value)] = self._kept.share(place, value, index)
         return copied(self._template, instead)
 
     def extra_repr(self) -> str:

@@ -20,9 +20,9 @@ def check(
 
     inputs, kwargs: arguments of one `module`; model m gets their rows rolled by m. One line for each submodule whose
     output is not that of the separate models, in the order in which they ran, then for the output of the whole, for
-    gradients of parameters and for buffers; no line: all are equal: no value is further away than atol + rtol times the largest. The first line is where to look:
-    what follows it may only pass the difference on. Random layers differ by their nature: set them to eval. `module` is
-    left alone.
+    gradients of parameters and for buffers. The first line is where to look: others may only pass the difference on.
+    No line: all are equal, no value being further away than atol + rtol times the largest. Random layers differ by
+    their nature: set them to eval. `module` is left alone.
     """
     models = [_moved_apart(module, seed) for seed in range(batch)]
     batched = BatchModule.from_modules(models)
@@ -64,8 +64,7 @@ def _run(model: nn.Module, args: Any, kwargs: Any) -> dict[str, list[Tensor]]:
         if name:
 
             def hook(module: nn.Module, args: Any, output: Any, name: str = name) -> None:
-                kind = type(module).__name__
-                found.setdefault(f"output of {name} ({kind})", []).extend(t.detach().clone() for t in take(output)[0])
+                found.setdefault(f"output of {name}", []).extend(t.detach().clone() for t in take(output)[0])
 
             handles.append(submodule.register_forward_hook(hook))
     tensors = take(model(*args, **kwargs))[0]

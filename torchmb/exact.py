@@ -77,7 +77,7 @@ def _batch_norm(layer: Layer, x: Tensor, dim: Dim, batch: int) -> Batched:
     tracks = layer.training and layer.track_running_stats and layer.running_mean is not None
     if layer.training and layer.track_running_stats and layer.num_batches_tracked is not None:
         layer.num_batches_tracked.add_(1)
-    own = [layer.running_mean, layer.running_var] if tracks or not layer.training else [None, None]
+    own: list[Any] = [layer.running_mean, layer.running_var] if tracks or not layer.training else [None, None]
     averages = tracks and layer.momentum is None
     stats = [torch.zeros_like(s) for s in own] if averages else own
     output = normalisation.kernel(
@@ -145,9 +145,11 @@ def _embedding(layer: Layer, x: Tensor, dim: Dim, batch: int) -> Batched:
 
 
 ELEMENTWISE = frozenset(
-    (nn.Identity, nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.ELU, nn.SELU, nn.CELU, nn.GELU, nn.SiLU, nn.Mish, nn.Tanh)
-    + (nn.Sigmoid, nn.LogSigmoid, nn.Softplus, nn.Softsign, nn.Tanhshrink, nn.Softshrink, nn.Hardshrink)
-    + (nn.Hardtanh, nn.Hardswish, nn.Hardsigmoid, nn.Threshold, nn.Dropout)
+    {
+        *(nn.Identity, nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.ELU, nn.SELU, nn.CELU, nn.GELU, nn.SiLU, nn.Mish),
+        *(nn.Tanh, nn.Sigmoid, nn.LogSigmoid, nn.Softplus, nn.Softsign, nn.Tanhshrink, nn.Softshrink),
+        *(nn.Hardshrink, nn.Hardtanh, nn.Hardswish, nn.Hardsigmoid, nn.Threshold, nn.Dropout),
+    }
 )
 LAYERS: dict[type[nn.Module], Exact] = {kind: Exact(_any, _elementwise) for kind in ELEMENTWISE}
 LAYERS |= {

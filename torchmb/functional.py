@@ -39,7 +39,7 @@ def batch_loss(
 ) -> Tensor:
     """What loss_func(inputs, targets, reduction=reduction, **kwargs) gives for each model, stacked.
 
-    batch_inputs: (M, B, …). batch_targets: (M, …), or `shared` targets of one model. kwargs are the same for all models.
+    batch_inputs: (M, B, …). batch_targets: (M, …), or `shared` targets of one model. kwargs: the same for all models.
     Returns [M], or (M, *shape of one call) for reduction="none". Its sum has each model's own gradients.
     ValueError if a first dimension is not M = `batch`, or the reduction is unknown.
     """
@@ -89,7 +89,7 @@ def _cross_entropy(inputs: Tensor, targets: Tensor, reduction: str, ignore_index
         first = 1 if inputs.stride(1) > inputs.stride(0) else 0  # models or images, as they lie in memory
         rows, classes = (x.transpose(0, first).flatten(0, 1) for x in (inputs, targets))
         loss = F.cross_entropy(rows, classes, ignore_index=ignore_index, reduction="none")
-        loss = loss.unflatten(0, targets.transpose(0, first).shape[:2]).transpose(0, first)
+        loss = loss.view(targets.transpose(0, first).shape).transpose(0, first)
     if reduction == "none":
         return loss
     total = loss.flatten(1).sum(1)
@@ -118,7 +118,7 @@ def batch_topk(
             raise ValueError(f"k must be between 1 and the {classes} classes, got {one}")
     hits = batch_inputs.topk(max(ks), -1).indices == batch_targets.unsqueeze(-1)
     counts = torch.stack([hits[..., :one].any(-1).sum(1) for one in ks])
-    return counts if count else counts / batch_targets.shape[1]
+    return counts if count else torch.div(counts, batch_targets.shape[1])
 
 
 batch_accuracy = batch_topk
@@ -144,7 +144,7 @@ def clip_grad_norm_(
         return torch.zeros(0)
     _check_batch(len(grads[0]), **{f"gradient {i}": g for i, g in enumerate(grads)})
     norms = [torch.linalg.vector_norm(g.reshape(len(g), -1), norm_type, dim=1) for g in grads]
-    total = torch.linalg.vector_norm(torch.stack([n.to(norms[0].device) for n in norms]), norm_type, dim=0)
+    total: Tensor = torch.linalg.vector_norm(torch.stack([n.to(norms[0].device) for n in norms]), norm_type, dim=0)
     if error_if_nonfinite and not total.isfinite().all():
         models = (~total.isfinite()).nonzero().flatten().tolist()
         raise RuntimeError(f"the gradients of models {models} have a norm that is not finite")

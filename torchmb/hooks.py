@@ -85,7 +85,7 @@ class _Hooked:
         if self._backward:
             full = list(self._own["_backward_hooks"].values())
             self._hook = BackwardHook(module, full, list(self._own["_backward_pre_hooks"].values()))
-            args = outside(lambda a: self._hook.setup_input_hook(a), self._batch, args)
+            args = outside(lambda a: self._hook.setup_input_hook(a), self._batch, args)  # type: ignore[no-untyped-call]
         return args, kwargs
 
     def post(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
@@ -97,7 +97,7 @@ class _Hooked:
                 changed = outside(lambda a, o, h=hook: h(module, a, o), self._batch, args, output)
             output = output if changed is None else changed
         if self._backward:
-            output = outside(lambda o: self._hook.setup_output_hook(o), self._batch, output)
+            output = outside(lambda o: self._hook.setup_output_hook(o), self._batch, output)  # type: ignore[no-untyped-call]
         return output
 
     def replace(self, module: nn.Module) -> None:

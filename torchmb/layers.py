@@ -1,7 +1,7 @@
 """torch's layers for M models on merged data (B · M, …), to build networks from that are batched throughout.
 
-Each takes the arguments of its counterpart and, after them, `batch`; parameters and buffers have the counterpart's names
-and a leading dimension M. Every model is initialised on its own.
+Each takes the arguments of its counterpart and, after them, `batch`; parameters and buffers have the counterpart's
+names and a leading dimension M. Every model is initialised on its own.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .base import AbstractBatchModule, inner_batch_size
+from .base import AbstractBatchModule, split_batch
 from .exact import run_layer
 from .state import plain_attributes, stack_tensors
 
@@ -47,8 +47,8 @@ class _BatchLayer(AbstractBatchModule):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B · M, …), index b * M + m → the same order."""
-        x = x.unflatten(0, (inner_batch_size(x, self.batch), self.batch))
-        out, dim = run_layer(self, self.base_class, x, 1, self.batch)
+        models_second = split_batch(x, self.batch).transpose(0, 1)
+        out, dim = run_layer(self, self.base_class, models_second, 1, self.batch)
         return (out if dim is None else out.movedim(dim, 1)).flatten(0, 1)
 
     def extra_repr(self) -> str:
@@ -146,8 +146,11 @@ class _BatchBatchNorm(_BatchLayer):
         batch: int = 1,
         device: Device = None,
         dtype: Dtype = None,
+        **keywords: Any,  # of newer versions of torch, such as bias
     ) -> None:
-        super().__init__(batch, num_features, eps, momentum, affine, track_running_stats, device=device, dtype=dtype)
+        super().__init__(
+            batch, num_features, eps, momentum, affine, track_running_stats, device=device, dtype=dtype, **keywords
+        )
 
 
 class BatchBatchNorm1d(_BatchBatchNorm):
@@ -174,8 +177,9 @@ class BatchGroupNorm(_BatchLayer):
         batch: int = 1,
         device: Device = None,
         dtype: Dtype = None,
+        **keywords: Any,  # of newer versions of torch, such as bias
     ) -> None:
-        super().__init__(batch, num_groups, num_channels, eps, affine, device=device, dtype=dtype)
+        super().__init__(batch, num_groups, num_channels, eps, affine, device=device, dtype=dtype, **keywords)
 
 
 class BatchLayerNorm(_BatchLayer):

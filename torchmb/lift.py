@@ -1,21 +1,21 @@
 """Leaving torch.func.vmap for one operation: what lies beneath the rules and the hooks.
 
-Inside vmap a tensor of M models is a wrapper around (…, M, …), the dimension of models being anywhere. `lift` takes the
-wrappers off, runs a kernel on the tensors themselves, where autograd records it as usual, and wraps its outputs. This is
-what torch does for an autograd.Function with a `vmap` method, at a sixth of its cost (20 instead of 126 µs, measured).
+Inside vmap a tensor of M models is a wrapper around (…, M, …), the dimension of models being anywhere. `lift` takes
+the wrappers off, runs a kernel on the tensors themselves, where autograd records it as usual, and wraps its outputs.
+torch does the same for an autograd.Function with a `vmap` method, at six times the cost (126 instead of 20 µs).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
+import torch._C._functorch as _functorch
 from torch import Tensor
 from torch._C._functorch import (
     _add_batch_dim,
-    _set_vmap_fallback_warning_enabled,
     get_unwrapped,
     maybe_current_level,
     maybe_get_bdim,
@@ -29,15 +29,16 @@ Batched = tuple[Tensor, Dim]
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Without the fused attention of eval mode, which vmap cannot run, and without torch's remarks on slow operations."""
+    """Without the fused attention of eval mode, which vmap cannot run, and without remarks on slow operations."""
     fast = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
-    _set_vmap_fallback_warning_enabled(False)
+    _functorch._set_vmap_fallback_warning_enabled(False)  # type: ignore[attr-defined]
     try:
         yield
     finally:
         torch.backends.mha.set_fastpath_enabled(fast)
-        _set_vmap_fallback_warning_enabled(True)  # as torch has it; there is no way to ask
+        # As torch has it; there is no way to ask.
+        _functorch._set_vmap_fallback_warning_enabled(True)  # type: ignore[attr-defined]
 
 
 def current_level() -> int:
@@ -83,17 +84,18 @@ def in_order(x: Tensor) -> Tensor:
 
 def batch_size(*given: tuple[Any, Dim]) -> int:
     """M, of operands at least one of which is batched."""
-    return next(x.shape[dim] for x, dim in given if dim is not None)
+    return next(int(x.shape[dim]) for x, dim in given if dim is not None)
+
+
+def reshaped(x: Tensor, sizes: Sequence[int]) -> Tensor:
+    """x.view(sizes), which for autograd is no view: nobody else holds x, and editing a view costs two copies more."""
+    view: Tensor = torch.ops.aten._unsafe_view.default(x, sizes)
+    return view
 
 
 def split_dim(x: Tensor, dim: int, batch: int) -> Tensor:
-    """x with `dim` split into (batch, rest), which for autograd is no view: nobody else holds x.
-
-    What edits a view in place costs two copies in the backward.
-    """
-    sizes = [*x.shape[:dim], batch, x.shape[dim] // batch, *x.shape[dim + 1 :]]
-    view: Tensor = torch.ops.aten._unsafe_view.default(x, sizes)
-    return view
+    """x, that nobody else holds, with `dim` split into (batch, rest)."""
+    return reshaped(x, (*x.shape[:dim], batch, x.shape[dim] // batch, *x.shape[dim + 1 :]))
 
 
 def folded(x: Tensor, dim: int) -> tuple[Tensor, int]:

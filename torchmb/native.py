@@ -31,7 +31,7 @@ def native(template: nn.Module, inputs: Inputs, batch: int) -> Tensor | None:
 
 
 def _plan(module: nn.Module, dims: int | None, layers: list[nn.Module]) -> int | None:
-    """Appends what is to run for an input of so many dimensions → those of its output, None if anything does not fit."""
+    """Appends what is to run for an input of so many dimensions → those of its output, None if it does not fit."""
     if dims is None or has_hooks(module) or "forward" in vars(module):
         return None
     if type(module) is nn.Sequential:

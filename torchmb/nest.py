@@ -15,7 +15,7 @@ from torch.utils._pytree import SUPPORTED_NODES, is_namedtuple_instance, tree_fl
 class Place(NamedTuple):
     """Where a tensor was."""
 
-    index: int
+    number: int
 
 
 def map_leaves(function: Callable[[Any], Any], value: Any) -> Any:
@@ -65,7 +65,7 @@ def take(value: Any) -> tuple[list[Tensor], Any]:
 
 def put(rest: Any, tensors: Sequence[Any]) -> Any:
     """The inverse of `take`, with other tensors."""
-    return map_leaves(lambda x: tensors[x.index] if isinstance(x, Place) else x, rest)
+    return map_leaves(lambda x: tensors[x.number] if isinstance(x, Place) else x, rest)
 
 
 def stack(values: Sequence[Any]) -> tuple[Any, bool]:

@@ -1,8 +1,8 @@
 """One forward of all models: the template under vmap, or model by model where vmap refuses.
 
-Both see one model's shapes, and both change what M separate models would change: buffers and attributes. A tensor that a
-forward leaves in an attribute is (M, …) afterwards; as long as nobody replaces it, the next forward of each model finds
-its own share there.
+Both see one model's shapes, and both change what M separate models would change: buffers and attributes. A tensor that
+a forward leaves in an attribute is (M, …) afterwards; as long as nobody replaces it, the next forward of each model
+finds its own share there.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from .hooks import outside_vmap
 from .lift import current_level, in_order, is_batched, quiet
 from .nest import Place, map_tensors, put, stack, take
 from .rules import Rules
-from .state import Attributes, Slot, is_batch_module, plain_attributes, plain_modules, slots, swapped, walk
+from .state import Attributes, Slot, is_batch_module, plain_attributes, plain_modules, refill, slots, swapped, walk
 
 Name = tuple[int, str]  # of an attribute: the number of its module, and its own
 
@@ -181,7 +181,12 @@ def _holds_batched(value: Any, level: int) -> bool:
 def _leave(models: Models, left: dict[Name, Any], lists: set[Name]) -> None:
     """Puts what forward left in attributes there, and remembers that each model has a share in it."""
     for (i, name), value in left.items():
-        models.modules[i].__dict__[name] = value
+        attributes = vars(models.modules[i])
+        if type(value) in (list, dict) and type(attributes.get(name)) is type(value):
+            refill(attributes[name], value)
+            left[i, name] = attributes[name]
+        else:
+            attributes[name] = value
     models.kept.attributes = models.kept.held(models.modules) | left
     models.kept.lists = {n for n in models.kept.lists | lists if n in models.kept.attributes}
 

@@ -13,9 +13,9 @@ from torch import nn
 def initialised(module: nn.Module, seeds: Sequence[int]) -> list[nn.Module]:
     """A copy of `module` for each seed, drawn anew; the generators are left as they were.
 
-    Each submodule that has a reset_parameters draws its parameters, inner ones first: the order in which they were drawn
-    when it was made, so that ordinary modules get the weights that a new one gets after torch.manual_seed(seed). Warns of
-    a parameter that was drawn in some other way and so is the same in all copies.
+    Each submodule that has a reset_parameters draws its parameters, inner ones first: the order in which they were
+    drawn when it was made, so that ordinary modules get the weights that a new one gets after torch.manual_seed(seed).
+    Warns of a parameter that was drawn in some other way and so is the same in all copies.
     """
     copies = []
     with torch.random.fork_rng(range(torch.cuda.device_count())):
@@ -40,7 +40,9 @@ def _reset(module: nn.Module) -> None:
 def _warn_of_equals(copies: Sequence[nn.Module]) -> None:
     first, *others = (dict(one.named_parameters()) for one in copies)
     equal = [
-        name for name, p in first.items() if p.unique().numel() > 1 and all(p.equal(other[name]) for other in others)
+        name
+        for name, p in first.items()
+        if bool((p != p.flatten()[0]).any()) and all(p.equal(other[name]) for other in others)
     ]
     if equal:
         warnings.warn(

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from .base import AbstractBatchModule, check_names
 from .nest import map_tensors, take
@@ -76,7 +77,7 @@ def stack_tensors(modules: Sequence[nn.Module], stop: Stop) -> dict[int, Tensor]
         check_names(f"module {i}", set(all_tensors[0]), set(tensors))
     found: dict[int, Tensor] = {}
     for name, (tensor, kind) in all_tensors[0].items():
-        if isinstance(tensor, nn.parameter.UninitializedTensorMixin):
+        if is_lazy(tensor):
             raise ValueError(f"{name} has no shape yet: run the lazy module once before it is batched")
         column = [tensors[name][0] for tensors in all_tensors]
         for i, other in enumerate(column):
@@ -142,7 +143,7 @@ def plain_attributes(module: nn.Module) -> dict[str, Any]:
 
 
 class Attributes:
-    """What modules hold besides parameters, buffers and modules, as it was; to see and undo what a forward does to it."""
+    """What modules hold besides parameters, buffers and modules, as it was: to see and undo what a forward does."""
 
     def __init__(self, modules: Sequence[nn.Module]) -> None:
         self._modules = modules
@@ -160,18 +161,24 @@ class Attributes:
                 del module.__dict__[name]
             module.__dict__.update(before)
         for value, content in self._contents:
-            value.clear()
-            (value.extend if isinstance(value, list) else value.update)(content)
+            refill(value, content)
 
     def changed(self) -> dict[tuple[int, str], Any]:
         """(number of the module, name) → value, of attributes that are new or replaced or have other contents."""
         contents = {id(value): content for value, content in self._contents}
         return {
-            (i, name): value
+            (i, name): copy.copy(value) if type(value) in (list, dict) else value  # its contents are about to go
             for i, (module, before) in enumerate(zip(self._modules, self._before, strict=True))
             for name, value in plain_attributes(module).items()
             if name not in before or before[name] is not value or _differs(contents.get(id(value)), value)
         }
+
+
+def refill(value: Any, content: Any) -> None:
+    """Gives a list or dict other contents, for all who hold it."""
+    content = copy.copy(content)
+    value.clear()
+    (value.extend if isinstance(value, list) else value.update)(content)
 
 
 def _differs(before: Any, now: Any) -> bool:

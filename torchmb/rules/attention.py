@@ -8,12 +8,12 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..lift import Batched, batch_size, is_batched, lift, models_first
+from ..lift import Batched, batch_size, is_batched, lift, models_first, split_dim
 
 
 def _attention(
     query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, *args: Any, **kwargs: Any
-) -> Tensor:
+) -> Any:
     operands = (query, key, value, attn_mask)
     if query.dim() < 3 or not any(is_batched(x) for x in operands):
         return NotImplemented
@@ -26,8 +26,8 @@ def _attention(
             mask = models_first(mask, dim, batch)
             mask = mask.view(batch, *[1] * (q.dim() - mask.dim()), *mask.shape[1:]).expand(*q.shape[:-1], k.shape[-2])
             mask = mask.flatten(0, 1)
-        out = F.scaled_dot_product_attention(*(x.flatten(0, 1) for x in (q, k, v)), mask, *args, **kwargs)
-        return out.unflatten(0, q.shape[:2]), 0
+        given_all = (q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1), mask, *args)
+        return split_dim(F.scaled_dot_product_attention(*given_all, **kwargs), 0, batch), 0
 
     return lift(kernel, *operands)
 

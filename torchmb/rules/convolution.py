@@ -59,7 +59,7 @@ def kernel(
     return convolve(function, models_first(*x, batch).transpose(0, 1), w, b, **options), 1
 
 
-def _run(function: Convolution, options: dict[str, Any], input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+def _run(function: Convolution, options: dict[str, Any], input: Tensor, weight: Tensor, bias: Tensor | None) -> Any:
     if not is_batched(weight) or input.dim() != weight.dim():
         return NotImplemented
     return lift(partial(kernel, function, options), input, weight, bias)
@@ -74,7 +74,7 @@ def _convolution(
     padding: Any = 0,
     dilation: Any = 1,
     groups: int = 1,
-) -> Tensor:
+) -> Any:
     options = {"stride": stride, "padding": padding, "dilation": dilation, "groups": groups}
     return _run(function, options, input, weight, bias)
 
@@ -89,7 +89,7 @@ def _transposed(
     output_padding: Any = 0,
     groups: int = 1,
     dilation: Any = 1,
-) -> Tensor:
+) -> Any:
     options = {"stride": stride, "padding": padding, "dilation": dilation, "groups": groups}
     return _run(function, options | {"output_padding": output_padding}, input, weight, bias)
 

@@ -16,7 +16,7 @@ ARITHMETIC = (
 )
 
 
-def _rule(function: Callable[..., Any], x: Tensor, other: Any, **kwargs: Any) -> Tensor:
+def _rule(function: Callable[..., Any], x: Tensor, other: Any, **kwargs: Any) -> Any:
     if not is_batched(x) or not is_batched(other) or x.dim() != other.dim():
         return NotImplemented
 

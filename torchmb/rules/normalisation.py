@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
+from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor
@@ -21,9 +22,9 @@ def batch_norm(
     eps: float,
 ) -> Tensor:
     """x (B, M, C, …), all others (M, C) or None → (B, M, C, …). Running statistics are updated in place."""
-    flat = [None if t is None else t.view(-1) for t in (running_mean, running_var)]
-    affine = [None if t is None else t.flatten() for t in (weight, bias)]
-    out = F.batch_norm(x.flatten(1, 2), *flat, *affine, training, momentum, eps)
+    mean, var = (None if t is None else t.view(-1) for t in (running_mean, running_var))
+    scale, shift = (None if t is None else t.flatten() for t in (weight, bias))
+    out = F.batch_norm(x.flatten(1, 2), mean, var, scale, shift, training, momentum, eps)
     return split_dim(out, 1, x.shape[1])
 
 
@@ -44,8 +45,8 @@ def group_norm(x: Tensor, groups: int, weight: Tensor | None, bias: Tensor | Non
 
 def kernel(training: bool, momentum: float, eps: float, x: tuple[Tensor, Dim], *states: tuple[Tensor, Dim]) -> Batched:
     batch = batch_size(x, *states)
-    given = [None if t is None else models_first(t, dim, batch) for t, dim in states]
-    return batch_norm(models_first(*x, batch).transpose(0, 1), *given, training, momentum, eps), 1  # type: ignore[misc]
+    mean, var, weight, bias = (None if t is None else models_first(t, dim, batch) for t, dim in states)
+    return batch_norm(models_first(*x, batch).transpose(0, 1), mean, var, weight, bias, training, momentum, eps), 1
 
 
 def _batch_norm(
@@ -57,7 +58,7 @@ def _batch_norm(
     training: bool = False,
     momentum: float = 0.1,
     eps: float = 1e-5,
-) -> Tensor:
+) -> Any:
     states = (running_mean, running_var, weight, bias)
     shared = [t for t in states[:2] if t is not None and not is_batched(t)]
     if shared or input.dim() < 2 or not (is_batched(input) or any(is_batched(t) for t in states)):

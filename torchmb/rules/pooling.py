@@ -31,7 +31,7 @@ def each_image(function: Callable[[Tensor], Tensor], x: Tensor, dim: Dim) -> Bat
     return unfolded(function(rows), place, batch)
 
 
-def _rule(function: Callable[..., Any], input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+def _rule(function: Callable[..., Any], input: Tensor, *args: Any, **kwargs: Any) -> Any:
     if not is_batched(input) or input.dim() != POOLS[function] + 2 or kwargs.get("return_indices"):
         return NotImplemented
     return lift(lambda x: each_image(lambda images: function(images, *args, **kwargs), *x), input)

@@ -20,7 +20,7 @@ class Views:
     def __init__(self) -> None:
         self._copies: list[tuple[Tensor, int]] = []
 
-    def view(self, x: Tensor, *shape: Any, **kwargs: Any) -> Tensor:
+    def view(self, x: Tensor, *shape: Any, **kwargs: Any) -> Any:
         if kwargs or not shape or isinstance(shape[0], torch.dtype) or not is_batched(x):
             return NotImplemented
         sizes = shape[0] if isinstance(shape[0], (tuple, list)) else shape
