@@ -177,3 +177,11 @@ _POOLS = {
     3: (nn.MaxPool3d, nn.AvgPool3d, nn.AdaptiveAvgPool3d, nn.AdaptiveMaxPool3d),
 }
 LAYERS |= {kind: Exact(_pool_fits(spatial), _pool) for spatial, kinds in _POOLS.items() for kind in kinds}
+# What these put out is new, and their backward does not look at it: what follows may edit it in place.
+FRESH = frozenset(
+    {
+        nn.Linear,
+        *(nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d),
+        *(nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d),
+    }
+)

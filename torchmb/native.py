@@ -6,10 +6,11 @@ tree to vmap. Whether the tree fits is decided before anything runs, so that not
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
-from .exact import ELEMENTWISE, LAYERS, linear_layer
+from .exact import ELEMENTWISE, FRESH, LAYERS, linear_layer
 from .hooks import has_hooks
 from .lift import Dim, in_order, models_first
 from .nest import Place
@@ -46,11 +47,16 @@ def _plan(module: nn.Module, dims: int | None, layers: list[nn.Module]) -> int |
 
 
 def _run(layers: list[nn.Module], x: Tensor, dim: Dim, batch: int) -> Tensor:
+    before: type[nn.Module] | None = None
     for i, layer in enumerate(layers):
-        if type(layer) is nn.Linear:
+        kind = type(layer)
+        if kind is nn.Linear:
             x, dim = linear_layer(layer, x, dim, batch, columns=_feeds_linear(layers, i))
+        elif kind is nn.ReLU and before in FRESH:
+            x = torch.relu_(x)
         else:
-            x, dim = LAYERS[type(layer)].run(layer, x, dim, batch)
+            x, dim = LAYERS[kind].run(layer, x, dim, batch)
+        before = kind
     return in_order(models_first(x, dim, batch))
 
 
