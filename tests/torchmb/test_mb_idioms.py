@@ -225,9 +225,9 @@ def test_gradients_of_other_models_are_exactly_zero() -> None:
         lambda: Own(lambda m, x: F.softmax(m.l(x.flatten(1)), 0), l=nn.Linear(32, 3)),
     ):
         batch = BatchModule.from_modules(separate(make, 5))
-        x = torch.randn(5, 6, 2, 4, 4, requires_grad=True)
-        batch(x)[2].square().sum().backward()
-        for p in (x, *batch.parameters()):
+        inputs = torch.randn(5, 6, 2, 4, 4, requires_grad=True)
+        batch(inputs)[2].square().sum().backward()
+        for p in (inputs, *batch.parameters()):
             assert p.grad is not None and p.grad[2].any()
             assert not p.grad[[0, 1, 3, 4]].any()
 
