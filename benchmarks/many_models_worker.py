@@ -118,9 +118,9 @@ def batch_module(work: Work) -> Step:
 
     def step() -> None:
         losses = batch_loss(batch(x), targets, work.models, F.cross_entropy, "mean")
-        optimizer.zero_grad()
         losses.sum().backward()
         optimizer.step()
+        optimizer.zero_grad()
 
     return step
 
@@ -164,9 +164,9 @@ def vmap_of_forward(work: Work) -> Step:
 
     def step() -> None:
         total = losses(parameters, buffers, x, targets).sum()
-        optimizer.zero_grad()
         total.backward()
         optimizer.step()
+        optimizer.zero_grad()
 
     return step
 
@@ -178,10 +178,10 @@ def loop(work: Work) -> Step:
     optimizer = torch.optim.SGD([p for m in models for p in m.parameters()], LR)
 
     def step() -> None:
-        optimizer.zero_grad()
         for model, (a, b) in zip(models, rows, strict=True):
             F.cross_entropy(model(a), b).backward()
         optimizer.step()
+        optimizer.zero_grad()
 
     return step
 
@@ -198,9 +198,9 @@ def baddbmm(work: Work) -> Step:
         logits = torch.baddbmm(b2, F.relu(torch.baddbmm(b1, x, w1)), w2)
         losses = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none")
         total = losses.view(work.models, -1).mean(1).sum()
-        optimizer.zero_grad()
         total.backward()
         optimizer.step()
+        optimizer.zero_grad()
 
     return step
 
@@ -213,9 +213,9 @@ def one_product(work: Work) -> Step:
 
     def step() -> None:
         total = layer(x).sum()
-        optimizer.zero_grad()
         total.backward()
         optimizer.step()
+        optimizer.zero_grad()
 
     return step
 

@@ -93,6 +93,9 @@ class BatchModule(AbstractBatchModule):
     def _build(self, modules: Sequence[nn.Module]) -> None:
         """Makes the template: the first module with the tensors of all, and with batch modules where registered."""
         self._plain: dict[str, nn.Module] = {}  # the registered modules as they were, for `unstack`
+        for name, module in modules[0].named_modules():
+            if is_batch_module(module):
+                raise ValueError(f"{name or 'the module'} is a {type(module).__name__}: a batch already")
         instead: dict[int, Any] = dict(stack_tensors(modules, registered))
         for name, module in walk(modules[0], registered):
             if cls := registered(module):

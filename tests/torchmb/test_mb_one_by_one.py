@@ -140,14 +140,30 @@ def test_an_edit_in_place_of_what_models_share_is_right() -> None:
         run_alike(BatchModule.from_modules(models), models, torch.randn(3, 6, 5))
 
 
-def test_a_view_edited_in_place_changes_what_it_is_a_view_of() -> None:
+@pytest.mark.parametrize(
+    "view", [lambda y: y.view(-1), lambda y: y.reshape(-1), lambda y: y.flatten(1), lambda y: y.contiguous()]
+)
+def test_a_view_edited_in_place_changes_what_it_is_a_view_of(view: Any) -> None:
     def forward(m: Any, x: Tensor) -> Tensor:
         y = m.c(x)
-        y.view(-1).mul_(2)
+        view(y).mul_(2)
         return y
 
     models = separate(lambda: Own(forward, c=nn.Conv2d(2, 3, 3)), 3)
     with pytest.warns(UserWarning, match="one by one"):
+        run_alike(BatchModule.from_modules(models), models, torch.randn(3, 4, 2, 6, 6))
+
+
+def test_a_view_may_be_edited_in_place_if_it_is_all_that_is_left() -> None:
+    def forward(m: Any, x: Tensor) -> Tensor:
+        y = m.c(x).flatten(1)
+        y += 1
+        y = F.relu(y.view(-1, 6), inplace=True)
+        return m.l(y)
+
+    models = separate(lambda: Own(forward, c=nn.Conv2d(2, 3, 3), l=nn.Linear(6, 2)), 3)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
         run_alike(BatchModule.from_modules(models), models, torch.randn(3, 4, 2, 6, 6))
 
 

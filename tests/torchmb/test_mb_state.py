@@ -217,6 +217,11 @@ def test_inputs_without_the_dimension_of_models_are_named() -> None:
         batch(torch.randn(7, 5), merge=False)
 
 
+def test_a_batch_in_a_batch_is_refused() -> None:
+    with pytest.raises(ValueError, match="0 is a BatchModule"):
+        BatchModule(nn.Sequential(BatchModule(nn.Linear(2, 2), 3)), 2)
+
+
 def test_a_lazy_module_that_has_no_shape_yet_is_named() -> None:
     with pytest.raises(ValueError, match="weight"):
         BatchModule(nn.LazyLinear(3), 3)

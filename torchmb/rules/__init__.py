@@ -14,7 +14,7 @@ from torch.overrides import TorchFunctionMode
 
 from ..lift import current_level
 from . import attention, convolution, inplace, linear, lookup, normalisation, pooling, recurrent, scalar
-from .views import Views
+from .views import VIEWING, Views, edits
 
 RULES: dict[Callable[..., Any], Callable[..., Any]] = {}
 for family in (attention, convolution, inplace, linear, lookup, normalisation, pooling, recurrent, scalar):
@@ -40,13 +40,18 @@ class Rules(TorchFunctionMode):
         if func in attention.OPENED:
             with self:
                 return attention.OPENED[func](*args, **kwargs)
-        rule = self._views.view if func is Tensor.view else RULES.get(func)
-        if rule is not None and current_level() == self._level:
-            output = rule(*args, **kwargs)
-            if output is not NotImplemented:
-                return output
-        return func(*args, **kwargs)
+        output: Any = NotImplemented
+        if current_level() == self._level:
+            if func in VIEWING:
+                output = self._views.call(func, *args, **kwargs)
+            elif func in RULES:
+                output = RULES[func](*args, **kwargs)
+        if output is NotImplemented:
+            output = func(*args, **kwargs)
+        if edits(func, kwargs):
+            self._views.after_edit()
+        return output
 
     def finish(self) -> None:
-        """RuntimeError if a copy in the place of a view made a difference."""
-        self._views.check()
+        """RuntimeError if a copy in the place of a view made a difference that nobody saw."""
+        self._views.finish()
