@@ -261,7 +261,7 @@ class BatchModule(AbstractBatchModule):
         for name, plain in self._plain.items():
             instead[id(self._batch_module(name))] = one_module = copy.deepcopy(plain)
             if plain.state_dict():
-                one_module.load_state_dict(self._batch_module(name).state_dicts()[index])
+                one_module.load_state_dict(self._batch_module(name).state_dicts()[index], assign=True)
         for place, value in self._kept.held(plain_modules(self._template)).items():
             if take(value)[0]:
                 instead[id(value)] = self._kept.share(place, value, index)

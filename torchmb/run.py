@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from .base import AbstractBatchModule, merge_batch, split_batch
 from .hooks import outside_vmap
-from .lift import current_level, in_order, is_batched, quiet
+from .lift import in_order, is_batched, models_of, under_vmap, wrap
 from .nest import Place, map_tensors, put, stack, take
 from .rules import Rules
 from .state import Attributes, Slot, is_batch_module, plain_attributes, plain_modules, refill, slots, swapped, walk
@@ -126,36 +126,34 @@ def vectorised(models: Models, inputs: Inputs) -> Any:
     copies = [b.clone() for b in buffers.tensors]
     kept, kept_rest = take(models.kept.held(models.modules))
     counts = [len(parameters.tensors), len(copies), len(inputs.tensors), len(kept)]
-    rests: list[Any] = []
-
-    def one_model(given: list[Tensor]) -> list[Tensor]:
-        level = current_level()
+    with under_vmap(models.batch) as level:
+        given = [wrap(t, level) for t in (*parameters.tensors, *copies, *inputs.tensors, *kept)]
         ours, buffer, tensors, attributes = _divided(given, counts)
-        own_buffers = buffers.spread(buffer)
+        places = [*parameters.spread(ours), *buffers.spread(buffer)]
         with (
-            swapped(models.modules, models.places, [*parameters.spread(ours), *own_buffers]),
+            swapped(models.modules, models.places, places),
             _attributes(models.modules, put(kept_rest, attributes)),
             outside_vmap(models.modules, models.batch_modules, models.batch),
-            quiet(),
-            Rules(level) as rules,
         ):
-            args, kwargs = inputs.filled(tensors)
-            output = models.root(*args, **kwargs)
-            after = [s.tensor for s in models.buffers]
-            rules.finish()
-        left = {k: v for k, v in _held_attributes(models.modules) if _holds_batched(v, level)}
-        replaced = {i: now for i, (now, own) in enumerate(zip(after, own_buffers)) if now is not own}
-        found, rest = take((output, left, replaced))
-        rests.append(rest)
-        return found
-
-    flat = [*parameters.tensors, *copies, *inputs.tensors, *kept]
-    results = torch.func.vmap(one_model, randomness="different")(flat or [torch.empty(models.batch, 0)])
-    output, left, replaced = put(rests[0], results)
+            found, rest = take(_one_forward(models, inputs.filled(tensors), level))
+        results = [models_of(t, level, models.batch) for t in found]
+    output, left, replaced = put(rest, results)
     after = [replaced.get(i, copy) for i, copy in enumerate(buffers.spread(copies))]
     _commit(models.buffers, buffers, copies, after)
     _leave(models, left, set())
     return map_tensors(in_order, output)
+
+
+def _one_forward(models: Models, arguments: Any, level: int) -> tuple[Any, dict[Name, Any], dict[int, Any]]:
+    """→ output, what it has left in attributes, and the buffers that it has replaced, by number."""
+    args, kwargs = arguments
+    before = [s.tensor for s in models.buffers]
+    with Rules(level) as rules:
+        output = models.root(*args, **kwargs)
+        rules.finish()
+    left = {k: v for k, v in _held_attributes(models.modules) if _holds_batched(v, level)}
+    after = [s.tensor for s in models.buffers]
+    return output, left, {i: now for i, (now, own) in enumerate(zip(after, before)) if now is not own}
 
 
 def _divided(tensors: list[Tensor], counts: Sequence[int]) -> list[list[Tensor]]:
