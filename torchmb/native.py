@@ -14,6 +14,7 @@ from .exact import ELEMENTWISE, FRESH, LAYERS, linear_layer
 from .hooks import has_hooks
 from .lift import Dim, in_order, models_first
 from .nest import Place
+from .rules.convolution import channels_last
 from .run import Inputs
 
 
@@ -28,7 +29,8 @@ def native(template: nn.Module, inputs: Inputs, batch: int) -> Tensor | None:
     layers: list[nn.Module] = []
     if _plan(template, x.dim() - (dim is not None), layers) is None:
         return None
-    return _run(layers, x, dim, batch)
+    with channels_last(layers, x):
+        return _run(layers, x, dim, batch)
 
 
 def _plan(module: nn.Module, dims: int | None, layers: list[nn.Module]) -> int | None:

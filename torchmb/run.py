@@ -20,6 +20,7 @@ from .hooks import outside_vmap
 from .lift import in_order, is_batched, models_of, under_vmap, wrap
 from .nest import Place, map_tensors, put, stack, take
 from .rules import Rules
+from .rules.convolution import channels_last
 from .state import Attributes, Slot, is_batch_module, plain_attributes, plain_modules, refill, slots, swapped, walk
 
 Name = tuple[int, str]  # of an attribute: the number of its module, and its own
@@ -134,6 +135,7 @@ def vectorised(models: Models, inputs: Inputs) -> Any:
             swapped(models.modules, models.places, places),
             _attributes(models.modules, put(kept_rest, attributes)),
             outside_vmap(models.modules, models.batch_modules, models.batch),
+            channels_last(models.modules, given[0] if given else None),
         ):
             found, rest = take(_one_forward(models, inputs.filled(tensors), level))
         results = [models_of(t, level, models.batch) for t in found]

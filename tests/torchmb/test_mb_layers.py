@@ -212,3 +212,31 @@ def test_autocast_casts_forward_and_backward_as_separate_models(wrap: Any) -> No
     torch.testing.assert_close(out, expected, rtol=3e-2, atol=3e-2)
     out.float().sum().backward()
     assert all(p.grad.dtype == torch.float32 for p in batch.parameters())
+
+
+@pytest.mark.parametrize(
+    "net",
+    [
+        lambda: nn.Sequential(nn.Conv2d(2, 3, 3), nn.BatchNorm2d(3)),
+        lambda: Own(lambda m, x: m.bn(m.conv(x)), conv=nn.Conv2d(2, 3, 3), bn=nn.BatchNorm2d(3)),
+        lambda: Own(lambda m, x: F.batch_norm(m.conv(x), None, None, training=True), conv=nn.Conv2d(2, 3, 3)),
+    ],
+)
+def test_batch_statistics_over_many_rows_are_as_precise_as_those_of_separate_models(net: Any) -> None:
+    import copy
+
+    from models_harness import separate
+
+    from torchmb import BatchModule
+
+    models = separate(net, 4)
+    exact = [copy.deepcopy(m).double() for m in models]
+    batch, x = BatchModule.from_modules(models), torch.randn(4, 8, 2, 34, 34) + 1
+
+    def error(of: torch.Tensor, like: torch.Tensor) -> float:
+        return float(((of - like).abs().max() / like.abs().max()).detach())
+
+    outputs = batch(x), torch.stack([m(one) for m, one in zip(models, x)])
+    expected = torch.stack([m(one.double()) for m, one in zip(exact, x)])
+    ours, theirs = (error(o, expected) for o in outputs)
+    assert ours < 4 * theirs + 1e-6

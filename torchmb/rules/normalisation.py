@@ -24,7 +24,10 @@ def batch_norm(
     """x (B, M, C, …), all others (M, C) or None → (B, M, C, …). Running statistics are updated in place."""
     mean, var = (None if t is None else t.view(-1) for t in (running_mean, running_var))
     scale, shift = (None if t is None else t.flatten() for t in (weight, bias))
-    out = F.batch_norm(x.flatten(1, 2), mean, var, scale, shift, training, momentum, eps)
+    channels = x.flatten(1, 2)
+    if training:
+        channels = channels.contiguous()  # for its precision: see convolution.channels_last
+    out = F.batch_norm(channels, mean, var, scale, shift, training, momentum, eps)
     return split_dim(out, 1, x.shape[1])
 
 
