@@ -26,6 +26,7 @@ __all__ = [
     "merge_batch",
     "per_model_lr",
     "split_batch",
+    "to_batch_func",
 ]
 
 

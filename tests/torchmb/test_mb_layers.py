@@ -97,6 +97,8 @@ UNDER_VMAP: dict[str, Case] = {
     "orthogonal": (lambda: nn.utils.parametrizations.orthogonal(nn.Linear(4, 4)), (4,)),
     "lstm": (lambda: nn.LSTM(5, 4, 2, batch_first=True), (7, 5)),
     "lstm, both ways, projections": (lambda: nn.LSTM(5, 4, 2, bidirectional=True, proj_size=2), (7, 5)),
+    "lstm cell": (lambda: Own(lambda m, x: m.l(x, m.l(x)), l=nn.LSTMCell(5, 4)), (5,)),
+    "gru cell": (lambda: nn.GRUCell(5, 4), (5,)),
     "gru": (lambda: nn.GRU(5, 4, 2, bidirectional=True), (7, 5)),
     "rnn": (lambda: nn.RNN(5, 4, nonlinearity="relu", bias=False, batch_first=True), (7, 5)),
     "lstm with a state": (

@@ -125,8 +125,24 @@ def _rule(
     return tuple(lift_all(kernel, input, *states, *params))
 
 
+def _single_lstm_cell(
+    input: Tensor,
+    hx: Sequence[Tensor],
+    w_ih: Tensor,
+    w_hh: Tensor,
+    b_ih: Tensor | None = None,
+    b_hh: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """nn.LSTMCell in its parts, on one model's shapes: vmap has nothing for the whole."""
+    h, c = hx
+    i, f, g, o = (F.linear(input, w_ih, b_ih) + F.linear(h, w_hh, b_hh)).chunk(4, -1)
+    c = f.sigmoid() * c + i.sigmoid() * g.tanh()
+    return o.sigmoid() * c.tanh(), c
+
+
 RULES: dict[Callable[..., Any], Callable[..., Any]] = {
     torch.lstm: partial(_rule, _lstm_cell),
+    torch.lstm_cell: _single_lstm_cell,
     torch.gru: partial(_rule, _gru_cell),
     torch.rnn_tanh: partial(_rule, partial(_rnn_cell, torch.tanh)),
     torch.rnn_relu: partial(_rule, partial(_rnn_cell, torch.relu)),
