@@ -11,7 +11,7 @@ from torch import nn
 from torch.utils.hooks import BackwardHook
 
 from .base import AbstractBatchModule, merge_batch, split_batch
-from .lift import Batched, current_level, lift_all, models_first
+from .lift import Batched, lift_all, models_first
 from .nest import map_tensors, put, take
 
 HOOKS = (
@@ -65,9 +65,8 @@ class _Hooked:
 
     def __init__(self, module: nn.Module, batch: int) -> None:
         self._batch = batch
-        self._level = current_level()
         self._own = {name: module.__dict__[name] for name in HOOKS}
-        self._backward = [BackwardHook] if module._backward_hooks or module._backward_pre_hooks else []
+        self._backward = bool(module._backward_hooks or module._backward_pre_hooks)
 
     def pre(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
         """Runs the pre-hooks, and prepares for hooks of the backward."""
