@@ -42,7 +42,9 @@ demo: $(VENV)/.torchcache-installed $(VENV)/.torchcache-demo
 	$(BIN)/python examples/digits.py
 
 bench: $(VENV)/.torchcache-installed $(VENV)/.torchcache-demo $(VENV)/.torchcache-bench
-	for file in memory disk first_epoch cached_rows growth peers; do PYTHONPATH=benchmarks $(BIN)/python benchmarks/$$file.py || exit; done
+	for file in memory disk first_epoch cached_rows growth peers many_models; do \
+	  PYTHONPATH=benchmarks $(BIN)/python benchmarks/$$file.py || exit; \
+	done
 
 # The store's native tests, once for bytes that are not its own and once for races.
 sanitize: build/native/store_test.address,undefined build/native/store_test.thread

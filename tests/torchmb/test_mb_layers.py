@@ -1,0 +1,244 @@
+"""Layers and networks in a batch of models do what they do in M separate ones: outputs, gradients, buffers."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from models_harness import LeNet, Own, ResNet18, Wrapped, assert_alike, indices
+
+Case = tuple[Callable[[], nn.Module], tuple[int, ...]]
+
+
+@pytest.fixture(autouse=True)
+def seeded() -> Iterator[None]:
+    """The same numbers in every run, and no warning: nothing here is run model by model."""
+    torch.manual_seed(0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for of_torch in ("Using padding='same'", "LSTM with projections", "enable_nested_tensor"):
+            warnings.filterwarnings("ignore", of_torch)
+        yield
+
+
+LAYERS: dict[str, Case] = {
+    "linear": (lambda: nn.Linear(5, 4), (5,)),
+    "linear without bias": (lambda: nn.Linear(5, 4, bias=False), (5,)),
+    "linear on 3-d": (lambda: nn.Linear(5, 4), (7, 5)),
+    "conv1d, groups": (lambda: nn.Conv1d(4, 6, 3, groups=2, padding=1), (4, 9)),
+    "conv2d, stride, dilation": (lambda: nn.Conv2d(4, 6, 3, stride=2, dilation=2), (4, 9, 9)),
+    "conv2d, valid": (lambda: nn.Conv2d(4, 6, (1, 3), padding="valid"), (4, 5, 5)),
+    "conv2d, same": (lambda: nn.Conv2d(4, 6, (3, 2), padding="same"), (4, 9, 9)),
+    "conv2d, depthwise": (lambda: nn.Conv2d(4, 8, 3, groups=4), (4, 6, 6)),
+    "conv2d, reflect": (lambda: nn.Conv2d(2, 3, 3, padding=1, padding_mode="reflect", bias=False), (2, 5, 5)),
+    "conv1d, circular": (lambda: nn.Conv1d(2, 3, 3, padding=1, padding_mode="circular"), (2, 5)),
+    "conv3d, replicate": (lambda: nn.Conv3d(2, 3, 3, padding=1, padding_mode="replicate"), (2, 4, 3, 3)),
+    "conv3d": (lambda: nn.Conv3d(2, 3, 2), (2, 4, 4, 4)),
+    "transposed 1d": (lambda: nn.ConvTranspose1d(4, 6, 3, groups=2, stride=2, output_padding=1), (4, 5)),
+    "transposed 2d": (lambda: nn.ConvTranspose2d(4, 6, 3, stride=2, dilation=2, bias=False), (4, 5, 5)),
+    "transposed 3d": (lambda: nn.ConvTranspose3d(2, 4, 2), (2, 3, 3, 3)),
+    "batch norm 1d on 3-d": (lambda: nn.BatchNorm1d(4), (4, 5)),
+    "batch norm 2d": (lambda: nn.BatchNorm2d(4), (4, 3, 3)),
+    "batch norm 3d": (lambda: nn.BatchNorm3d(4), (4, 2, 3, 3)),
+    "batch norm, momentum None": (lambda: nn.BatchNorm2d(4, momentum=None), (4, 3, 3)),
+    "batch norm, affine False": (lambda: nn.BatchNorm2d(4, affine=False), (4, 3, 3)),
+    "batch norm, no running stats": (lambda: nn.BatchNorm2d(4, track_running_stats=False), (4, 3, 3)),
+    "group norm": (lambda: nn.GroupNorm(2, 4), (4, 3, 3)),
+    "instance norm": (lambda: nn.InstanceNorm2d(3, affine=True, track_running_stats=True), (3, 4, 4)),
+    "layer norm": (lambda: nn.LayerNorm(5), (3, 5)),
+    "layer norm over two": (lambda: nn.LayerNorm((3, 5), bias=False), (3, 5)),
+    "rms norm": (lambda: nn.RMSNorm(5), (5,)),
+    "prelu": (lambda: nn.PReLU(4), (4, 3)),
+    "max pool": (lambda: nn.MaxPool2d(2), (3, 6, 6)),
+    "average pool": (lambda: nn.AvgPool1d(2), (3, 6)),
+    "adaptive pool": (lambda: nn.AdaptiveAvgPool2d((2, 1)), (3, 6, 6)),
+    "softmax": (lambda: nn.Softmax(dim=0), (3, 6)),
+    "softmax, last": (lambda: nn.LogSoftmax(dim=-1), (3, 6)),
+    "flatten": (lambda: nn.Flatten(1, 2), (3, 4, 2)),
+    "flatten all": (lambda: nn.Flatten(0, -1), (3, 4)),
+    "linear, relu, linear": (lambda: nn.Sequential(nn.Linear(5, 7), nn.ReLU(), nn.Linear(7, 4)), (5,)),
+    "deep, in place": (
+        lambda: nn.Sequential(nn.Linear(5, 7), nn.ReLU(True), nn.Linear(7, 6), nn.Tanh(), nn.Linear(6, 6)),
+        (3, 5),
+    ),
+    "convolutional": (
+        lambda: nn.Sequential(
+            *(nn.Conv2d(2, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.MaxPool2d(2)),
+            *(nn.Conv2d(4, 6, 2), nn.GELU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(6, 3)),
+        ),
+        (2, 8, 8),
+    ),
+}
+
+UNDER_VMAP: dict[str, Case] = {
+    "bilinear": (lambda: Own(lambda m, x: m.l(x, 2 * x), l=nn.Bilinear(5, 5, 4)), (5,)),
+    "attention, batch first": (
+        lambda: Own(lambda m, x: m.l(x, x, x), l=nn.MultiheadAttention(8, 2, batch_first=True)),
+        (4, 8),
+    ),
+    "attention": (lambda: Own(lambda m, x: m.l(x, x, x, need_weights=False)[0], l=nn.MultiheadAttention(8, 2)), (4, 8)),
+    "attention with a mask": (
+        lambda: Own(
+            lambda m, x: F.scaled_dot_product_attention(m.l(x), x, x, torch.ones(4, 4).tril().bool()), l=nn.Linear(8, 8)
+        ),
+        (4, 8),
+    ),
+    "transformer layer": (lambda: nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True), (4, 8)),
+    "transformer": (
+        lambda: nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True), 2),
+        (4, 8),
+    ),
+    "weight_norm": (lambda: nn.utils.parametrizations.weight_norm(nn.Linear(5, 4)), (5,)),
+    "orthogonal": (lambda: nn.utils.parametrizations.orthogonal(nn.Linear(4, 4)), (4,)),
+    "lstm": (lambda: nn.LSTM(5, 4, 2, batch_first=True), (7, 5)),
+    "lstm, both ways, projections": (lambda: nn.LSTM(5, 4, 2, bidirectional=True, proj_size=2), (7, 5)),
+    "lstm cell": (lambda: Own(lambda m, x: m.l(x, m.l(x)), l=nn.LSTMCell(5, 4)), (5,)),
+    "gru cell": (lambda: nn.GRUCell(5, 4), (5,)),
+    "gru": (lambda: nn.GRU(5, 4, 2, bidirectional=True), (7, 5)),
+    "rnn": (lambda: nn.RNN(5, 4, nonlinearity="relu", bias=False, batch_first=True), (7, 5)),
+    "lstm with a state": (
+        lambda: Own(
+            lambda m, x: m.l(x, (x[:, :1, :4].transpose(0, 1).contiguous(),) * 2), l=nn.LSTM(5, 4, batch_first=True)
+        ),
+        (7, 5),
+    ),
+}
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+@pytest.mark.parametrize("name", LAYERS)
+def test_a_layer_is_right_as_a_tree_of_torchs_own_layers(name: str, training: bool) -> None:
+    make, shape = LAYERS[name]
+    for models, rows in ((1, 6), (3, 1), (3, 6), (17, 6)):
+        assert_alike(make, *shape, models=models, rows=rows, training=training)
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+@pytest.mark.parametrize("name", [*LAYERS, *UNDER_VMAP])
+def test_a_layer_is_right_under_an_own_forward(name: str, training: bool) -> None:
+    make, shape = (LAYERS | UNDER_VMAP)[name]
+    for models, rows in ((1, 1), (3, 6), (17, 1)):
+        assert_alike(lambda: Wrapped(make()), *shape, models=models, rows=rows, training=training)
+
+
+@pytest.mark.parametrize("wrap", [lambda m: m, Wrapped], ids=["native", "vmap"])
+def test_batch_norm_of_rows_is_right(wrap: Callable[[nn.Module], nn.Module]) -> None:
+    for models in (1, 3, 17):
+        assert_alike(lambda: wrap(nn.BatchNorm1d(4)), 4, models=models)
+    assert_alike(lambda: wrap(nn.BatchNorm1d(4)), 4, rows=1, training=False)
+
+
+@pytest.mark.parametrize("wrap", [lambda m: m, Wrapped], ids=["native", "vmap"])
+@pytest.mark.parametrize("padding", [None, 2, -1])
+def test_an_embedding_is_right(padding: int | None, wrap: Callable[[nn.Module], nn.Module]) -> None:
+    for models in (1, 3, 17):
+        assert_alike(lambda: wrap(nn.Embedding(7, 4, padding)), 3, models=models, draw=indices(7))
+    assert_alike(lambda: wrap(nn.Embedding(7, 4, padding, scale_grad_by_freq=True)), 3, draw=indices(7))
+
+
+@pytest.mark.parametrize("wrap", [lambda m: m, Wrapped], ids=["native", "vmap"])
+def test_an_index_beyond_the_embedding_is_an_error_and_no_other_models_row(wrap: Any) -> None:
+    from torchmb import BatchModule
+
+    batch = BatchModule(wrap(nn.Embedding(7, 4)), 3)
+    for index in (7, -1):
+        with pytest.raises(IndexError):
+            batch(torch.full((3, 2), index))
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+def test_lenet_is_right(training: bool) -> None:
+    assert_alike(LeNet, 1, 28, 28, training=training)
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+def test_a_small_resnet_18_is_right(training: bool) -> None:
+    assert_alike(ResNet18, 3, 16, 16, training=training, steps=1)
+
+
+def test_frozen_layers_stay_without_gradients() -> None:
+    def make() -> nn.Module:
+        net = nn.Sequential(nn.Linear(5, 5), nn.BatchNorm1d(5), nn.Linear(5, 2))
+        net[0].requires_grad_(False)
+        return net
+
+    assert_alike(make, 5)
+    assert_alike(lambda: Wrapped(make()), 5)
+
+
+def test_a_frozen_batch_norm_in_a_network_that_trains_keeps_its_statistics() -> None:
+    class Frozen(nn.Sequential):
+        def train(self, mode: bool = True) -> Frozen:
+            super().train(mode)
+            self[1].eval()
+            return self
+
+    assert_alike(lambda: Frozen(nn.Conv2d(2, 3, 3), nn.BatchNorm2d(3), nn.ReLU()), 2, 5, 5)
+
+
+def test_no_grad_and_inference_mode_are_right() -> None:
+    for mode in (torch.no_grad, torch.inference_mode):
+        for make in (ResNet18, lambda: nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)):
+            shape = (3, 16, 16) if make is ResNet18 else (4, 8)
+            with mode():
+                assert_alike(make, *shape, training=False)
+
+
+@pytest.mark.parametrize("make", [LAYERS["convolutional"][0], lambda: Wrapped(LAYERS["convolutional"][0]())])
+def test_double_precision_is_exact_to_double_precision(make: Callable[[], nn.Module]) -> None:
+    from models_harness import close, separate
+
+    from torchmb import BatchModule
+
+    models = [m.double() for m in separate(make, 3)]
+    x = torch.randn(3, 5, 2, 8, 8, dtype=torch.double)
+    close(BatchModule.from_modules(models)(x), [m(one) for m, one in zip(models, x)], "output")
+
+
+@pytest.mark.parametrize("wrap", [lambda m: m, Wrapped], ids=["native", "vmap"])
+def test_autocast_casts_forward_and_backward_as_separate_models(wrap: Any) -> None:
+    from models_harness import separate
+
+    from torchmb import BatchModule
+
+    models = separate(lambda: wrap(nn.Sequential(nn.Linear(5, 7), nn.ReLU(), nn.Linear(7, 4))), 3)
+    batch, x = BatchModule.from_modules(models), torch.randn(3, 6, 5)
+    with torch.autocast("cpu", torch.bfloat16):
+        out, expected = batch(x), torch.stack([m(one) for m, one in zip(models, x)])
+    assert out.dtype == expected.dtype == torch.bfloat16
+    torch.testing.assert_close(out, expected, rtol=3e-2, atol=3e-2)
+    out.float().sum().backward()
+    assert all(p.grad.dtype == torch.float32 for p in batch.parameters())
+
+
+@pytest.mark.parametrize(
+    "net",
+    [
+        lambda: nn.Sequential(nn.Conv2d(2, 3, 3), nn.BatchNorm2d(3)),
+        lambda: Own(lambda m, x: m.bn(m.conv(x)), conv=nn.Conv2d(2, 3, 3), bn=nn.BatchNorm2d(3)),
+        lambda: Own(lambda m, x: F.batch_norm(m.conv(x), None, None, training=True), conv=nn.Conv2d(2, 3, 3)),
+    ],
+)
+def test_batch_statistics_over_many_rows_are_as_precise_as_those_of_separate_models(net: Any) -> None:
+    import copy
+
+    from models_harness import separate
+
+    from torchmb import BatchModule
+
+    models = separate(net, 4)
+    exact = [copy.deepcopy(m).double() for m in models]
+    batch, x = BatchModule.from_modules(models), torch.randn(4, 8, 2, 34, 34) + 1
+
+    def error(of: torch.Tensor, like: torch.Tensor) -> float:
+        return float(((of - like).abs().max() / like.abs().max()).detach())
+
+    outputs = batch(x), torch.stack([m(one) for m, one in zip(models, x)])
+    expected = torch.stack([m(one.double()) for m, one in zip(exact, x)])
+    ours, theirs = (error(o, expected) for o in outputs)
+    assert ours < 4 * theirs + 1e-6

@@ -1,0 +1,207 @@
+"""What vmap refuses runs model by model, as separate models would, from where the refused run began."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import pytest
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from models_harness import Own, close, compare_buffers, run_alike, separate
+from torch import Tensor
+
+from torchmb import BatchModule, shared
+
+
+def branching(m: Any, x: Tensor) -> Tensor:
+    y = m.n(m.l(x))
+    return y * 2 if y.flatten()[0] > 0 else y - 1
+
+
+def make() -> nn.Module:
+    return Own(branching, l=nn.Linear(5, 4), n=nn.BatchNorm1d(4))
+
+
+def test_a_data_dependent_branch_is_right_and_batch_norm_is_updated_once() -> None:
+    models = separate(make, 7)
+    batch = BatchModule.from_modules(models)
+    with pytest.warns(UserWarning, match="one by one"):
+        for _ in range(3):
+            run_alike(batch, models, torch.randn(7, 6, 5))
+    assert batch.n.num_batches_tracked.tolist() == [3] * 7  # type: ignore[union-attr]
+
+
+def test_one_warning_names_module_and_reason_and_is_not_repeated() -> None:
+    batch, x = BatchModule(Own(lambda m, x: m.inner(x), inner=make()), 5), torch.randn(5, 6, 5)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for _ in range(3):
+            batch(x)
+    (warning,) = caught
+    assert "5 models of Own" in str(warning.message) and "inner" in str(warning.message)
+    assert "differs between the models" in str(warning.message) and warning.filename == __file__
+
+
+def test_a_branch_that_all_models_take_alike_needs_no_loop() -> None:
+    def forward(m: Any, x: Tensor) -> Tensor:
+        return m.l(x) if x.shape[0] > 1 and bool(x.isfinite().all()) else x
+
+    models = separate(lambda: Own(forward, l=nn.Linear(5, 5)), 3)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        run_alike(BatchModule.from_modules(models), models, torch.randn(3, 6, 5))
+
+
+def test_random_numbers_are_drawn_as_if_the_refused_run_had_not_been() -> None:
+    def forward(m: Any, x: Tensor) -> Tensor:
+        noise = torch.rand(4)
+        return m.l(x) + noise if x.sum() > 0 else m.l(x) - noise
+
+    batch, x = BatchModule(Own(forward, l=nn.Linear(5, 4)), 4), torch.randn(4, 6, 5)
+    x[0], x[1] = x[0].abs(), -x[1].abs()
+    torch.manual_seed(3)
+    with pytest.warns(UserWarning, match="one by one"):
+        first = batch(x)
+    torch.manual_seed(3)
+    assert torch.equal(first, batch(x))
+
+
+def test_an_error_of_the_model_is_raised_as_it_is_and_not_remembered() -> None:
+    batch = BatchModule(make(), 3)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with pytest.raises(RuntimeError, match="mat1 and mat2"):
+            batch(torch.randn(3, 6, 9))
+    assert batch.n.num_batches_tracked.tolist() == [0, 0, 0]  # type: ignore[union-attr]
+
+
+def test_counters_and_lists_of_a_forward_count_once() -> None:
+    class Counting(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.l, self.calls, self.log = nn.Linear(5, 4), 0, ["start"]
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.calls += 1
+            self.log.append(f"call {self.calls}")
+            return self.l(x) * (2 if x.sum() > 0 else 1) * self.calls
+
+    models = separate(Counting, 5)
+    batch = BatchModule.from_modules(models)
+    with pytest.warns(UserWarning, match="one by one"):
+        for _ in range(3):
+            run_alike(batch, models, torch.randn(5, 6, 5))
+    module = batch.unstack(0)
+    assert module.calls == 3 and module.log == ["start", "call 1", "call 2", "call 3"]
+
+
+def test_what_a_forward_keeps_for_the_next_is_each_models_own() -> None:
+    class Recurrent(nn.Module):
+        def __init__(self, branch: bool) -> None:
+            super().__init__()
+            self.l, self.branch, self.state = nn.Linear(4, 4), branch, None
+
+        def forward(self, x: Tensor) -> Tensor:
+            if self.branch and x.sum() > 0:
+                x = x * 2
+            h = torch.zeros(4) if self.state is None else self.state
+            self.state = torch.tanh(self.l(x).detach().sum(0) + h)
+            return self.l(x) + h
+
+    for branch in (False, True):
+        models = separate(lambda branch=branch: Recurrent(branch), 5)  # type: ignore[misc]
+        batch = BatchModule.from_modules(models)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore" if branch else "error")
+            for _ in range(3):
+                run_alike(batch, models, torch.randn(5, 6, 4))
+        close(batch.unstack(1).state.unsqueeze(0), [models[1].state], "state")
+
+
+def test_a_numpy_step_in_the_forward_is_right() -> None:
+    def forward(m: Any, x: Tensor) -> Tensor:
+        return m.l(x) * float(x.detach().numpy().max())
+
+    models = separate(lambda: Own(forward, l=nn.Linear(5, 4)), 3)
+    with pytest.warns(UserWarning, match="one by one"):
+        run_alike(BatchModule.from_modules(models), models, torch.randn(3, 6, 5))
+
+
+def test_an_edit_in_place_of_what_models_share_is_right() -> None:
+    def forward(m: Any, x: Tensor) -> Tensor:
+        total = torch.zeros(4)
+        total += m.l(x).sum(0)
+        return total
+
+    models = separate(lambda: Own(forward, l=nn.Linear(5, 4)), 3)
+    with pytest.warns(UserWarning, match="one by one"):
+        run_alike(BatchModule.from_modules(models), models, torch.randn(3, 6, 5))
+
+
+@pytest.mark.parametrize(
+    "view", [lambda y: y.view(-1), lambda y: y.reshape(-1), lambda y: y.flatten(1), lambda y: y.contiguous()]
+)
+def test_a_view_edited_in_place_changes_what_it_is_a_view_of(view: Any) -> None:
+    def forward(m: Any, x: Tensor) -> Tensor:
+        y = m.c(x)
+        view(y).mul_(2)
+        return y
+
+    models = separate(lambda: Own(forward, c=nn.Conv2d(2, 3, 3)), 3)
+    with pytest.warns(UserWarning, match="one by one"):
+        run_alike(BatchModule.from_modules(models), models, torch.randn(3, 4, 2, 6, 6))
+
+
+def test_a_view_may_be_edited_in_place_if_it_is_all_that_is_left() -> None:
+    def forward(m: Any, x: Tensor) -> Tensor:
+        y = m.c(x).flatten(1)
+        y += 1
+        y = F.relu(y.view(-1, 6), inplace=True)
+        return m.l(y)
+
+    models = separate(lambda: Own(forward, c=nn.Conv2d(2, 3, 3), l=nn.Linear(6, 2)), 3)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        run_alike(BatchModule.from_modules(models), models, torch.randn(3, 4, 2, 6, 6))
+
+
+def test_packed_sequences_are_right() -> None:
+    def forward(m: Any, x: Tensor) -> Tensor:
+        packed = nn.utils.rnn.pack_padded_sequence(x, torch.tensor([3, 2, 1]), batch_first=True)
+        return m.l(packed)[1]
+
+    models = separate(lambda: Own(forward, l=nn.GRU(5, 4, batch_first=True)), 3)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        run_alike(BatchModule.from_modules(models), models, torch.randn(3, 3, 3, 5))
+
+
+def test_outputs_that_cannot_be_stacked_are_a_list() -> None:
+    batch = BatchModule(Own(lambda m, x: x[x > 0]), 2)
+    with pytest.warns(UserWarning, match="one by one"):
+        out = batch(torch.tensor([[1.0, -1.0], [1.0, 2.0]]))
+    assert [o.tolist() for o in out] == [[1.0], [1.0, 2.0]]
+
+
+def test_shared_inputs_are_right_model_by_model() -> None:
+    models = separate(make, 4)
+    for m in models:
+        m.eval()
+    batch, x = BatchModule.from_modules(models).eval(), torch.randn(6, 5)
+    with pytest.warns(UserWarning, match="one by one"):
+        close(batch(shared(x)), [m(x) for m in models], "output")
+
+
+def test_separate_generators_of_dropout_are_used_by_each_model() -> None:
+    def forward(m: Any, x: Tensor) -> Tensor:
+        return F.dropout(x, 0.5) * (1 if x.sum().item() > 50 else 2)
+
+    x = torch.ones(3, 4, 50)
+    x[0] = 0.1
+    batch = BatchModule(Own(forward, l=nn.Linear(1, 1)), 3)
+    with pytest.warns(UserWarning, match="one by one"):
+        rows = batch(x).flatten(0, 1)
+    assert len(rows.unique(dim=0)) == 12
+    compare_buffers(batch, [])

@@ -1,0 +1,237 @@
+"""The state of a batch: names of the template, a leading dimension of models, in and out."""
+
+from __future__ import annotations
+
+import copy
+import io
+import pickle
+import warnings
+from typing import Any
+
+import pytest
+import torch
+import torch.nn as nn
+from models_harness import LeNet, Own, Wrapped, close, run_alike, separate
+
+from torchmb import BatchModule
+
+
+def make() -> nn.Module:
+    net = nn.Sequential(nn.Linear(5, 4), nn.BatchNorm1d(4), nn.Sequential(nn.Linear(4, 2)))
+    net.register_buffer("constant", torch.ones(2), persistent=False)
+    return net
+
+
+def test_names_are_the_templates_and_tensors_have_a_leading_m() -> None:
+    net = make()
+    batch = BatchModule(net, 3)
+    assert list(batch.state_dict()) == list(net.state_dict())
+    assert [n for n, _ in batch.named_modules()] == [n for n, _ in net.named_modules()]
+    for own, of_net in (
+        (dict(batch.named_parameters()), dict(net.named_parameters())),
+        (dict(batch.named_buffers()), dict(net.named_buffers())),
+        (batch.state_dict(), net.state_dict()),
+    ):
+        assert own.keys() == of_net.keys()
+        for name, tensor in of_net.items():
+            assert torch.equal(own[name], torch.stack([tensor] * 3)), name
+    assert isinstance(batch.get_submodule("2.0"), nn.Linear) and batch.get_parameter("0.weight").shape == (3, 4, 5)
+
+
+def test_the_module_itself_is_left_alone_unless_inplace() -> None:
+    net = make()
+    before = {k: v.clone() for k, v in net.state_dict().items()}
+    batch = BatchModule(net, 3)
+    batch(torch.randn(3, 6, 5)).sum().backward()
+    assert all(torch.equal(v, before[k]) for k, v in net.state_dict().items())
+    assert all(p.grad is None for p in net.parameters())
+    inplace = BatchModule(net, 3, inplace=True)
+    assert net.get_parameter("0.weight") is inplace.get_parameter("0.weight")
+    assert inplace.get_parameter("0.weight").shape == (3, 4, 5)
+
+
+def test_state_dicts_go_out_and_in_again() -> None:
+    models = separate(make, 3)
+    batch = BatchModule(make(), 3)
+    batch.load_state_dicts([m.state_dict() for m in models])
+    for state, model in zip(batch.state_dicts(), models):
+        assert state.keys() == model.state_dict().keys()
+        assert all(torch.equal(v, state[k]) for k, v in model.state_dict().items())
+        make().load_state_dict(state)
+        model.get_buffer("constant").fill_(1)  # in no state dict
+    run_alike(batch, models, torch.randn(3, 6, 5))
+    batch.load_state_dicts(models[0].state_dict())
+    close(batch.get_parameter("0.weight"), [models[0].get_parameter("0.weight")] * 3, "one for all")
+
+
+def test_state_dicts_are_copies_of_one_model_each() -> None:
+    batch = BatchModule(make(), 50)
+    state = batch.state_dicts()[0]
+    with torch.no_grad():
+        batch.get_parameter("0.weight").zero_()
+    assert state["0.weight"].any()
+    file = io.BytesIO()
+    torch.save(state, file)
+    assert len(file.getvalue()) < 10_000
+
+
+def test_a_batch_loads_its_own_state_dict_also_within_another_module() -> None:
+    outer, other = (nn.Sequential(BatchModule(make(), 3), nn.Identity()) for _ in range(2))
+    other.load_state_dict(outer.state_dict())
+    for (name, a), b in zip(outer.state_dict().items(), other.state_dict().values()):
+        assert torch.equal(a, b), name
+
+
+@pytest.mark.parametrize(
+    ("given", "numbers"),
+    [
+        (lambda s: [s] * 2, ["3", "2"]),
+        (lambda s: [s, s, s | {"0.weight": torch.zeros(4, 6)}], ["(4, 6)", "(4, 5)", "0.weight", "2"]),
+        (lambda s: [s, {k: v for k, v in s.items() if k != "0.bias"}, s], ["0.bias", "1"]),
+        (lambda s: s | {"extra": torch.zeros(1)}, ["extra"]),
+    ],
+)
+def test_state_dicts_that_do_not_fit_change_nothing_and_are_named(given: Any, numbers: list[str]) -> None:
+    batch = BatchModule(make(), 3)
+    before = {k: v.clone() for k, v in batch.state_dict().items()}
+    with pytest.raises(ValueError) as error:
+        batch.load_state_dicts(given(separate(make, 1)[0].state_dict()))
+    assert all(number in str(error.value) for number in numbers), error.value
+    assert all(torch.equal(v, before[k]) for k, v in batch.state_dict().items())
+
+
+def test_names_that_do_not_fit_may_be_allowed() -> None:
+    batch = BatchModule(make(), 3)
+    batch.load_state_dicts({"0.bias": torch.ones(4), "extra": torch.zeros(1)}, strict=False)
+    assert torch.equal(batch.get_parameter("0.bias"), torch.ones(3, 4))
+
+
+@pytest.mark.parametrize("wrap", [lambda: make(), lambda: Wrapped(make())])
+@pytest.mark.parametrize("how", [copy.deepcopy, lambda b: pickle.loads(pickle.dumps(b)), copy.copy])
+def test_a_copy_computes_the_same_and_trains_on_its_own(how: Any, wrap: Any) -> None:
+    models = separate(wrap, 3)
+    batch = BatchModule.from_modules(models)
+    other = how(batch)
+    run_alike(other, models, torch.randn(3, 6, 5))
+    shared = how is copy.copy
+    assert all((a is b) == shared for a, b in zip(batch.parameters(), other.parameters()))
+    assert type(other.unstack(0)) is type(models[0])
+
+
+def test_dtype_requires_grad_and_mode_are_kept() -> None:
+    net = make().double().eval()
+    net[0].requires_grad_(False)
+    batch = BatchModule(net, 3)
+    assert not batch.training and not batch.get_submodule("1").training
+    assert all(p.dtype == torch.double for p in batch.parameters())
+    assert [p.requires_grad for p in batch.parameters()] == [p.requires_grad for p in net.parameters()]
+
+
+def test_to_train_and_apply_reach_every_layer() -> None:
+    batch = BatchModule(nn.Sequential(nn.LSTM(5, 4), Own(lambda m, x: m.l(x[0]), l=nn.Linear(4, 2))), 3)
+    assert batch.double()(torch.randn(3, 2, 6, 5).double()).dtype == torch.double
+    assert not any(m.training for m in batch.eval().modules())
+    assert all(m.training for m in batch.train().modules())
+    assert BatchModule(make(), 3).to("meta").get_parameter("0.weight").is_meta
+
+
+def test_own_train_methods_are_respected() -> None:
+    class Frozen(nn.Linear):
+        def train(self, mode: bool = True) -> Frozen:
+            return super().train(False)
+
+    assert not BatchModule(Frozen(2, 2), 3).train()._template.training
+
+
+def test_existing_models_become_a_batch_and_one_of_it_a_model() -> None:
+    models = separate(LeNet, 4)
+    batch = BatchModule.from_modules(models)
+    x = torch.randn(4, 2, 1, 28, 28)
+    run_alike(batch, models, x)
+    for i in (0, 3, -1):
+        one = batch.unstack(i)
+        assert type(one) is LeNet
+        torch.testing.assert_close(one(x[i]), models[i](x[i]))
+        assert all(a.shape == b.shape and a.is_leaf for a, b in zip(one.parameters(), models[i].parameters()))
+    with pytest.raises(IndexError, match="4"):
+        batch.unstack(4)
+
+
+def test_models_that_do_not_fit_together_are_named() -> None:
+    with pytest.raises(ValueError, match="0"):
+        BatchModule.from_modules([])
+    with pytest.raises(ValueError, match="module 1 is a Conv1d"):
+        BatchModule.from_modules([nn.Linear(2, 2), nn.Conv1d(2, 2, 1)])
+    with pytest.raises(ValueError, match=r"\(2, 2\).*\(2, 3\).*module 1"):
+        BatchModule.from_modules([nn.Linear(2, 2), nn.Linear(3, 2)])
+    with pytest.raises(ValueError, match=r"module 1.*bias"):
+        BatchModule.from_modules([nn.Linear(2, 2), nn.Linear(2, 2, bias=False)])
+
+
+def test_seeds_give_the_weights_of_new_models() -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Conv2d(1, 2, 3), nn.TransformerEncoderLayer(8, 2, 4)
+            self.c = nn.Sequential(nn.Linear(3, 2), nn.GRU(2, 2), nn.Embedding(3, 2), nn.BatchNorm1d(2))
+
+    net, before = Net(), torch.get_rng_state()
+    batch = BatchModule(net, seeds=[5, 6, 5])
+    assert torch.equal(torch.get_rng_state(), before)
+    for i, seed in enumerate((5, 6, 5)):
+        torch.manual_seed(seed)
+        for name, p in Net().named_parameters():
+            assert torch.equal(batch.get_parameter(name)[i], p), name
+
+
+def test_a_parameter_that_seeds_cannot_reach_is_named() -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.own, self.l, self.zero = nn.Parameter(torch.randn(3)), nn.Linear(2, 2), nn.Parameter(torch.zeros(3))
+
+    with pytest.warns(UserWarning, match=r"draws own:") as caught:
+        BatchModule(Net(), 2, seeds=[0, 1])
+    assert len(caught) == 1
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        BatchModule(Net(), 2, seeds=[1, 1])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "numbers"),
+    [({"batch": 0}, "0"), ({"batch": -3}, "-3"), ({"batch": 2.0}, "2.0"), ({"batch": 2, "seeds": [1]}, "2.*1")],
+)
+def test_a_bad_number_of_models_is_named(arguments: Any, numbers: str) -> None:
+    with pytest.raises(ValueError, match=numbers):
+        BatchModule(nn.Linear(2, 2), **arguments)
+
+
+def test_inputs_without_the_dimension_of_models_are_named() -> None:
+    batch = BatchModule(nn.Linear(5, 2), 3)
+    with pytest.raises(ValueError, match=r"3 models.*\(4, 6, 5\)"):
+        batch(torch.randn(4, 6, 5))
+    with pytest.raises(ValueError, match=r"3.*\(\)"):
+        batch(torch.tensor(1.0))
+    with pytest.raises(ValueError, match=r"\(7, 5\)"):
+        batch(torch.randn(7, 5), merge=False)
+
+
+def test_a_batch_in_a_batch_is_refused() -> None:
+    with pytest.raises(ValueError, match="0 is a BatchModule"):
+        BatchModule(nn.Sequential(BatchModule(nn.Linear(2, 2), 3)), 2)
+
+
+def test_a_lazy_module_that_has_no_shape_yet_is_named() -> None:
+    with pytest.raises(ValueError, match="weight"):
+        BatchModule(nn.LazyLinear(3), 3)
+
+
+def test_merged_data_may_be_passed_through() -> None:
+    batch, x = BatchModule(nn.Linear(5, 2), 3), torch.randn(3, 6, 5)
+    merged = torch.stack([x[m, b] for b in range(6) for m in range(3)])
+    expected = batch(x)
+    torch.testing.assert_close(batch(merged, merge=False), expected)
+    out = batch(merged, merge=False, split=False)
+    torch.testing.assert_close(out, torch.stack([expected[m, b] for b in range(6) for m in range(3)]))
+    torch.testing.assert_close(batch(x, split=False), out)

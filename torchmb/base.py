@@ -1,0 +1,145 @@
+"""What a batch of models is: merged data, state with a leading dimension of models, and the registry of batch modules.
+
+M is the number of models, B the size of the batch that each of them sees. Batched data is (M, B, …), merged data
+(B · M, …) in the order (image, model): row b * M + m is image b of model m.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+StateDict = Mapping[str, Any]
+BatchClass = TypeVar("BatchClass", bound=type[nn.Module])
+
+
+def inner_batch_size(x: Tensor, batch: int) -> int:
+    """B of merged data (B · batch, …). ValueError if the first dimension is no multiple of `batch`."""
+    if batch < 1:
+        raise ValueError(f"batch must be at least 1, got {batch}")
+    if x.dim() < 1 or x.shape[0] % batch:
+        raise ValueError(f"merged data of {batch} models needs a first dimension of B * {batch}, got {tuple(x.shape)}")
+    return x.shape[0] // batch
+
+
+def merge_batch(x: Tensor) -> Tensor:
+    """(M, B, …) → (B · M, …), index b * M + m."""
+    if x.dim() < 2:
+        raise ValueError(f"data to merge must be (models, images, ...), got {tuple(x.shape)}")
+    return x.transpose(0, 1).flatten(0, 1)
+
+
+def split_batch(x: Tensor, batch: int) -> Tensor:
+    """(B · M, …) → (M, B, …) for M = `batch`, a view."""
+    return x.view(inner_batch_size(x, batch), batch, *x.shape[1:]).transpose(0, 1)
+
+
+def check_state_dicts(given: StateDict | Sequence[StateDict], batch: int) -> Sequence[StateDict]:
+    """One state dict for each model; one for all is repeated."""
+    dicts = [given] * batch if isinstance(given, Mapping) else list(given)
+    if len(dicts) != batch:
+        raise ValueError(f"{batch} models need {batch} state dicts, or one for all, got {len(dicts)}")
+    return dicts
+
+
+def check_names(name: str, expected: set[str], given: set[str]) -> None:
+    missing, unexpected = sorted(expected - given), sorted(given - expected)
+    if missing or unexpected:
+        raise ValueError(f"{name} does not fit: missing {missing}, unexpected {unexpected}; strict=False ignores that")
+
+
+@torch.no_grad()
+def load_stacked(own: StateDict, dicts: Sequence[StateDict], strict: bool) -> None:
+    """Copies entry `name` of the i-th dict into own[name][i]. Nothing is changed if anything does not fit."""
+    for i, state in enumerate(dicts):
+        if strict:
+            check_names(f"state dict {i}", set(own), set(state))
+        for name, value in state.items():
+            if name in own and isinstance(value, Tensor) and own[name].shape[1:] != value.shape:
+                expected = tuple(own[name].shape[1:])
+                raise ValueError(f"{name} of state dict {i} has shape {tuple(value.shape)}, expected {expected}")
+    for i, state in enumerate(dicts):
+        for name, value in state.items():
+            if name in own and isinstance(value, Tensor):
+                own[name][i].copy_(value)
+
+
+def unstacked(state: StateDict, index: int) -> OrderedDict[str, Any]:
+    """The state dict of one model, copied: a view would be saved to a file with all models behind it."""
+    one = OrderedDict((k, v[index].clone() if isinstance(v, Tensor) else v) for k, v in state.items())
+    if hasattr(state, "_metadata"):
+        one._metadata = state._metadata  # type: ignore[attr-defined]
+    return one
+
+
+class AbstractBatchModule(nn.Module):
+    """`batch` models of `base_class` as one module that runs on merged data.
+
+    A subclass names its `base_class`, makes itself from one in `from_module`, and computes in `forward` from tensors
+    (B · M, …), index b * M + m, tensors in the same order. Parameters and buffers that carry the names of the base
+    class and a leading dimension M need nothing more; others need their own `load_state_dicts` and `state_dicts`.
+    """
+
+    base_class: type[nn.Module] = nn.Module
+
+    @classmethod
+    def from_module(cls, module: nn.Module, batch: int) -> AbstractBatchModule:
+        """A batch of modules like `module`. Its state is loaded by the caller, not here."""
+        return cls(batch)
+
+    def __init__(self, batch: int) -> None:
+        super().__init__()
+        if not isinstance(batch, int) or batch < 1:
+            raise ValueError(f"batch must be an integer of at least 1, got {batch!r}")
+        self.batch = batch
+
+    def load_state_dicts(self, state_dicts: StateDict | Sequence[StateDict], strict: bool = True) -> None:
+        """Loads state dicts of `base_class`, one for each model or one for all.
+
+        ValueError if their number or a shape differs, or, when `strict`, a name.
+        """
+        load_stacked(self.state_dict(), check_state_dicts(state_dicts, self.batch), strict)
+
+    def state_dicts(self) -> list[OrderedDict[str, Any]]:
+        """State dicts of the models, copies, each of which loads into `base_class`."""
+        state = self.state_dict()
+        return [unstacked(state, i) for i in range(self.batch)]
+
+    def extra_repr(self) -> str:
+        return f"batch={self.batch}"
+
+
+_REGISTERED: dict[type[nn.Module], type[AbstractBatchModule]] = {}
+
+
+def register_batch_module(cls: BatchClass) -> BatchClass:
+    """Runs modules of exactly the base class by their batch class wherever they occur in a BatchModule.
+
+    `cls` is the batch class, or the base class whose batch class has been defined last. Also a decorator.
+    ValueError if no batch class is known.
+    """
+    batch_class = cls if issubclass(cls, AbstractBatchModule) else _latest_batch_class(cls)
+    if batch_class is None or batch_class.base_class is nn.Module:
+        raise ValueError(f"no AbstractBatchModule with base_class = {cls.__name__} to register; define it first")
+    _REGISTERED[batch_class.base_class] = batch_class
+    return cls
+
+
+def _latest_batch_class(base: type[nn.Module]) -> type[AbstractBatchModule] | None:
+    found = [c for c in _subclasses(AbstractBatchModule) if c.base_class is base]
+    return found[-1] if found else None
+
+
+def _subclasses(cls: type[AbstractBatchModule]) -> Iterator[type[AbstractBatchModule]]:
+    for sub in cls.__subclasses__():
+        yield sub
+        yield from _subclasses(sub)
+
+
+def registered(module: nn.Module) -> type[AbstractBatchModule] | None:
+    """The batch class that was registered for exactly this type of module."""
+    return _REGISTERED.get(type(module))

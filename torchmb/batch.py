@@ -1,0 +1,306 @@
+"""BatchModule: M models of one architecture as one module."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections import OrderedDict
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.fx import Tracer as BatcherTracer
+from torch.nn.utils.parametrize import type_before_parametrizations
+
+from .base import (
+    AbstractBatchModule,
+    StateDict,
+    check_names,
+    check_state_dicts,
+    load_stacked,
+    merge_batch,
+    register_batch_module,
+    registered,
+    split_batch,
+    unstacked,
+)
+from .layers import BatchBatchNorm2d, BatchConv2d, BatchLinear
+from .native import native
+from .nest import map_leaves, map_tensors, take
+from .run import Inputs, Kept, Models, merged, one_by_one, vectorised
+from .seeds import initialised
+from .shared import Shared
+from .state import Attributes, copied, is_batch_module, named_tensors, plain_modules, stack_tensors, walk
+
+__all__ = ["BatchModule", "test_batch_module"]
+# What code written for torchmb 0.2 imports from here.
+__all__ += ["AbstractBatchModule", "BatchBatchNorm2d", "BatchConv2d", "BatchLinear", "BatcherTracer"]
+__all__ += ["merge_batch", "register_batch_module", "split_batch"]
+
+
+class BatchModule(AbstractBatchModule):
+    """`batch` models like `module`, each with weights of its own, as one module.
+
+    Tensor arguments are (M, B, …), or wrapped in `shared`; other arguments are the same for all models. Tensors of the
+    output are (M, B, …). What one model computes from its share is what `module` computes from it, whatever its forward
+    does. Submodules, parameters and buffers have the names that they have in `module`; parameters and buffers have a
+    leading dimension M.
+
+    module: starts all models; it is left alone unless `inplace`, which makes it a part of the batch.
+    batch: M; the number of `seeds` if it is None and they are given, else 1.
+    seeds: M numbers; model m is initialised as `module` would be after torch.manual_seed(seeds[m]).
+
+    ValueError if `batch` < 1, or `batch` and `seeds` do not agree.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        batch: int | None = None,
+        inplace: bool = False,
+        *,
+        seeds: Sequence[int] | None = None,
+    ) -> None:
+        if batch is None:
+            batch = 1 if seeds is None else len(seeds)
+        if seeds is not None and len(seeds) != batch:
+            raise ValueError(f"batch = {batch} models need as many seeds, got {len(seeds)}")
+        super().__init__(batch)
+        self._build([module] * batch if seeds is None else initialised(module, seeds))
+        if inplace:
+            module.__dict__.update(vars(self._template))
+            self._adopt(module)
+
+    @classmethod
+    def from_modules(cls, modules: Sequence[nn.Module]) -> BatchModule:
+        """A batch of existing models of one architecture, with their weights. They are left alone.
+
+        What is no parameter or buffer is taken from the first. ValueError if there are none, or if a type, name or
+        shape differs.
+        """
+        if not modules:
+            raise ValueError("from_modules needs at least 1 module, got 0")
+        for i, module in enumerate(modules):
+            kinds = [type_before_parametrizations(m) for m in (module, modules[0])]
+            if kinds[0] is not kinds[1]:
+                raise ValueError(f"module {i} is a {kinds[0].__name__}, module 0 a {kinds[1].__name__}")
+        self = cls.__new__(cls)
+        AbstractBatchModule.__init__(self, len(modules))
+        self._build(modules)
+        return self
+
+    def _build(self, modules: Sequence[nn.Module]) -> None:
+        """Makes the template: the first module with the tensors of all, and with batch modules where registered."""
+        self._plain: dict[str, nn.Module] = {}  # the registered modules as they were, for `unstack`
+        for name, module in modules[0].named_modules():
+            if is_batch_module(module):
+                raise ValueError(f"{name or 'the module'} is a {type(module).__name__}: a batch already")
+        instead: dict[int, Any] = dict(stack_tensors(modules, registered))
+        for name, module in walk(modules[0], registered):
+            if cls := registered(module):
+                self._plain[name] = copy.deepcopy(module)
+                if id(module) not in instead:
+                    instead[id(module)] = self._batched(cls, [m.get_submodule(name) for m in modules])
+        self._adopt(copied(modules[0], instead))
+
+    def _batched(self, cls: type[AbstractBatchModule], modules: Sequence[nn.Module]) -> AbstractBatchModule:
+        batch_module = cls.from_module(modules[0], self.batch).train(modules[0].training)
+        if states := [m.state_dict() for m in modules if m.state_dict()]:
+            batch_module.load_state_dicts(states)
+        return batch_module
+
+    def _adopt(self, root: nn.Module) -> None:
+        """Makes what `root` contains the contents of this module, under the same names."""
+        self._kept = Kept()
+        self._refused = ""
+        self.__dict__["_root"] = root  # no submodule: its names would get a prefix
+        for name in ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set"):
+            self.__dict__[name] = vars(root)[name]
+        self.training = root.training
+
+    def _batch_module(self, name: str) -> AbstractBatchModule:
+        found = self._template.get_submodule(name)
+        assert isinstance(found, AbstractBatchModule)
+        return found
+
+    @property
+    def _template(self) -> nn.Module:
+        root: nn.Module = self.__dict__["_root"]
+        return root
+
+    # What torch does with a module's own contents, a class such as BatchNorm may do in its own way.
+
+    def train(self, mode: bool = True) -> BatchModule:
+        self.training = mode
+        self._template.train(mode)
+        return self
+
+    def _apply(self, fn: Any, recurse: bool = True) -> BatchModule:
+        self._template._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        return self
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        self._template._save_to_state_dict(destination, prefix, keep_vars)
+
+    def _load_from_state_dict(self, *args: Any) -> None:
+        self._template._load_from_state_dict(*args)
+
+    def forward(self, *args: Any, merge: bool = True, split: bool = True, **kwargs: Any) -> Any:
+        """All models on their share of the arguments, tensors (M, B, …) → the template's output, tensors (M, B, …).
+
+        merge=False: tensors are merged already, (B · M, …), index b * M + m. split=False: those of the output shall be.
+        ValueError if a tensor's first dimension is not M (or no multiple of M, if merged).
+        """
+        output = self._run(self._inputs(args, kwargs, merged=not merge))
+        return output if split else map_tensors(merge_batch, output)
+
+    def _inputs(self, args: tuple[Any, ...], kwargs: dict[str, Any], merged: bool) -> Inputs:
+        inputs = Inputs()
+
+        def place(leaf: Any) -> Any:
+            if isinstance(leaf, Shared):
+                return leaf.value
+            if not isinstance(leaf, Tensor):
+                return leaf
+            return inputs.place(split_batch(leaf, self.batch) if merged else self._checked(leaf))
+
+        inputs.rest = map_leaves(place, (args, kwargs))
+        return inputs
+
+    def _checked(self, tensor: Tensor) -> Tensor:
+        if tensor.dim() < 1 or tensor.shape[0] != self.batch:
+            raise ValueError(
+                f"a batch of {self.batch} models takes tensors ({self.batch}, B, ...), got {tuple(tensor.shape)}; "
+                "wrap what all models share in torchmb.shared(...)"
+            )
+        return tensor
+
+    def _run(self, inputs: Inputs) -> Any:
+        if (output := native(self._template, inputs, self.batch)) is not None:
+            return output
+        if isinstance(self._template, AbstractBatchModule):
+            return merged(self._template, inputs)
+        models = Models(self._template, self.batch, self._kept)
+        if self._refused:
+            return one_by_one(models, inputs)
+        return self._try(models, inputs)
+
+    def _try(self, models: Models, inputs: Inputs) -> Any:
+        """Under vmap, or else model by model from where it began."""
+        attributes = Attributes(models.modules)
+        devices = {t.device for t in inputs.tensors if t.is_cuda}
+        versions = models.versions(inputs)
+        rng = torch.get_rng_state(), {d: torch.cuda.get_rng_state(d) for d in devices}
+        try:
+            return vectorised(models, inputs)
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:
+            attributes.restore()
+            if models.batch_modules or versions != models.versions(inputs):
+                raise
+            torch.set_rng_state(rng[0])
+            for device, state in rng[1].items():
+                torch.cuda.set_rng_state(state, device)
+            reason = _reason(error, self._template)
+        output = one_by_one(models, inputs)  # outside `except`: an error of the model's own is one error, not two
+        self._refused = reason
+        warnings.warn(
+            f"the {self.batch} models of {type(self._template).__name__} run one by one, since vmap refuses {reason}",
+            stacklevel=6,  # where the batch is called
+        )
+        return output
+
+    def load_state_dicts(self, state_dicts: StateDict | Sequence[StateDict], strict: bool = True) -> None:
+        """Loads state dicts of the original class, one for each model or one for all.
+
+        ValueError if their number or a shape differs, or, when `strict`, a name; nothing is loaded then.
+        """
+        dicts = check_state_dicts(state_dicts, self.batch)
+        own, expected = self._own_state(), {*self._own_state()}
+        for name, plain in self._plain.items():
+            expected |= {_join(name, key) for key in plain.state_dict()}
+        for i, state in enumerate(dicts):
+            if strict:
+                check_names(f"state dict {i}", expected, set(state))
+        load_stacked(own, dicts, strict=False)
+        for name, plain in self._plain.items():
+            if plain.state_dict():
+                below = [_below(state, name) for state in dicts]
+                self._batch_module(name).load_state_dicts(below, strict)
+
+    def state_dicts(self) -> list[OrderedDict[str, Any]]:
+        """State dicts of the models, copies, each of which loads into the original class."""
+        own = self._own_state()
+        found = [unstacked(own, i) for i in range(self.batch)]
+        for name, plain in self._plain.items():
+            if plain.state_dict():
+                for state, below in zip(found, self._batch_module(name).state_dicts(), strict=True):
+                    state.update({_join(name, key): value for key, value in below.items()})
+        return found
+
+    def _own_state(self) -> StateDict:
+        """The state dict without what registered batch modules keep."""
+        state = self.state_dict()
+        for name in [n for n in state if any(n.startswith(_join(outer, "")) for outer in self._plain)]:
+            del state[name]
+        return state
+
+    def unstack(self, index: int) -> nn.Module:
+        """Model `index` (negative ones count from the end) as a plain module of the original class, a copy.
+
+        IndexError if there is no such model.
+        """
+        if not -self.batch <= index < self.batch:
+            raise IndexError(f"model {index} of {self.batch}")
+        instead: dict[int, Any] = {}
+        for tensor, _ in named_tensors(self._template, is_batch_module).values():
+            one = tensor[index].detach().clone()
+            instead[id(tensor)] = nn.Parameter(one, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else one
+        for name, plain in self._plain.items():
+            instead[id(self._batch_module(name))] = one_module = copy.deepcopy(plain)
+            if plain.state_dict():
+                one_module.load_state_dict(self._batch_module(name).state_dicts()[index], assign=True)
+        for place, value in self._kept.held(plain_modules(self._template)).items():
+            if take(value)[0]:
+                instead[id(value)] = self._kept.share(place, value, index)
+        return copied(self._template, instead)
+
+    def extra_repr(self) -> str:
+        return f"{type(self._template).__name__}, batch={self.batch}"
+
+
+def _join(outer: str, inner: str) -> str:
+    return f"{outer}.{inner}" if outer else inner
+
+
+def _below(state: StateDict, name: str) -> dict[str, Any]:
+    """The entries of a submodule, under the names that they have there."""
+    prefix = _join(name, "")
+    return {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
+
+
+def _reason(error: Exception, template: nn.Module) -> str:
+    """The module whose code was running, and the first line of what vmap said."""
+    names = {id(module): name for name, module in template.named_modules()}
+    where, frame = "", error.__traceback__
+    while frame is not None:
+        where = names.get(id(frame.tb_frame.f_locals.get("self")), where)
+        frame = frame.tb_next
+    said = (str(error).strip().splitlines() or [""])[0]
+    return f"{where or 'its forward'}: {type(error).__name__}: {said}"
+
+
+def test_batch_module(
+    module: nn.Module, input_shapes: Sequence[Sequence[int]], batch: int = 3, rtol: float = 1e-6, atol: float = 1e-6
+) -> None:
+    """As torchmb 0.2 has it: AssertionError if outputs or buffers differ from separate models', on random inputs."""
+    from .check import check  # which knows this module
+
+    differences = check(module, *(torch.randn(*shape) for shape in input_shapes), batch=batch, rtol=rtol, atol=atol)
+    if differences := [line for line in differences if not line.startswith("gradient")]:
+        raise AssertionError("\n".join(differences))
+
+
+test_batch_module.__test__ = False  # type: ignore[attr-defined]  # pytest: not one of yours

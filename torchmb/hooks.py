@@ -1,0 +1,133 @@
+"""Hooks and registered batch modules during a run under vmap: both work outside it, on all models at once."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from torch import nn
+from torch.utils.hooks import BackwardHook
+
+from .base import AbstractBatchModule, merge_batch, split_batch
+from .lift import Batched, lift_all, models_first
+from .nest import map_tensors, put, take
+
+HOOKS = (
+    "_forward_pre_hooks",
+    "_forward_pre_hooks_with_kwargs",
+    "_forward_hooks",
+    "_forward_hooks_with_kwargs",
+    "_backward_pre_hooks",
+    "_backward_hooks",
+)
+
+
+def outside(function: Callable[..., Any], batch: int, *values: Any) -> Any:
+    """function(*values) outside vmap, where tensors are (M, B, …), also those that all models share."""
+    tensors, rest = take(values)
+    result: list[Any] = []
+
+    def kernel(*given: Batched) -> list[Batched]:
+        output = function(*put(rest, [models_first(x, dim, batch) for x, dim in given]))
+        found, remains = take(output)
+        result.append(remains)
+        return [(t, 0) for t in found]
+
+    outputs = lift_all(kernel, *tensors)
+    return put(result[0], outputs)
+
+
+def run_merged(module: AbstractBatchModule, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """A registered module's forward, called from within vmap on one model's tensors."""
+
+    def merged(args: Any, kwargs: Any) -> Any:
+        given, named = map_tensors(merge_batch, (args, kwargs))
+        return map_tensors(lambda x: split_batch(x, module.batch), forward(*given, **named))
+
+    return outside(merged, module.batch, args, kwargs)
+
+
+def has_hooks(module: nn.Module) -> bool:
+    return bool(
+        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    )
+
+
+def _computes_weights(hook: Any) -> bool:
+    """torch's own weight_norm, spectral_norm and pruning: part of one model's forward."""
+    return type(hook).__module__.startswith("torch.nn.utils.")
+
+
+class _Hooked:
+    """The hooks of one module as one pre-hook and one hook that leave vmap."""
+
+    def __init__(self, module: nn.Module, batch: int) -> None:
+        self._batch = batch
+        self._own = {name: module.__dict__[name] for name in HOOKS}
+        self._backward = bool(module._backward_hooks or module._backward_pre_hooks)
+
+    def pre(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
+        """Runs the pre-hooks, and prepares for hooks of the backward."""
+        with_kwargs = self._own["_forward_pre_hooks_with_kwargs"]
+        for number, hook in list(self._own["_forward_pre_hooks"].items()):
+            if _computes_weights(hook):
+                hook(module, args)
+            elif number in with_kwargs:
+                changed = outside(lambda a, k, h=hook: h(module, a, k), self._batch, args, kwargs)
+                args, kwargs = (args, kwargs) if changed is None else changed
+            else:
+                changed = outside(lambda a, h=hook: h(module, a), self._batch, args)
+                if changed is not None:
+                    args = changed if isinstance(changed, tuple) else (changed,)
+        if self._backward:
+            full = list(self._own["_backward_hooks"].values())
+            self._hook = BackwardHook(module, full, list(self._own["_backward_pre_hooks"].values()))
+            args = outside(lambda a: self._hook.setup_input_hook(a), self._batch, args)  # type: ignore[no-untyped-call]
+        return args, kwargs
+
+    def post(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
+        with_kwargs = self._own["_forward_hooks_with_kwargs"]
+        for number, hook in list(self._own["_forward_hooks"].items()):
+            if number in with_kwargs:
+                changed = outside(lambda a, k, o, h=hook: h(module, a, k, o), self._batch, args, kwargs, output)
+            else:
+                changed = outside(lambda a, o, h=hook: h(module, a, o), self._batch, args, output)
+            output = output if changed is None else changed
+        if self._backward:
+            output = outside(lambda o: self._hook.setup_output_hook(o), self._batch, output)  # type: ignore[no-untyped-call]
+        return output
+
+    def replace(self, module: nn.Module) -> None:
+        for name in HOOKS:
+            module.__dict__[name] = OrderedDict()
+        module.register_forward_pre_hook(self.pre, with_kwargs=True)
+        module.register_forward_hook(self.post, with_kwargs=True)
+
+    def put_back(self, module: nn.Module) -> None:
+        module.__dict__.update(self._own)
+
+
+@contextmanager
+def outside_vmap(
+    modules: Sequence[nn.Module], batch_modules: Sequence[AbstractBatchModule], batch: int
+) -> Iterator[None]:
+    """For a run under vmap: hooks see (M, B, …), registered modules get merged data."""
+    hooked = [(_Hooked(m, batch), m) for m in (*modules, *batch_modules) if has_hooks(m)]
+    for hooks, module in hooked:
+        hooks.replace(module)
+    for batch_module in batch_modules:
+        forward = batch_module.forward
+
+        def inside(*args: Any, m: AbstractBatchModule = batch_module, f: Any = forward, **kwargs: Any) -> Any:
+            return run_merged(m, f, *args, **kwargs)
+
+        batch_module.__dict__["forward"] = inside
+    try:
+        yield
+    finally:
+        for hooks, module in hooked:
+            hooks.put_back(module)
+        for batch_module in batch_modules:
+            del batch_module.__dict__["forward"]

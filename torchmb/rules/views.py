@@ -1,0 +1,98 @@
+"""Views: a copy where the models lie between the dimensions that a view would join."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+from weakref import ref
+
+import torch
+from torch import Tensor
+from torch._C._functorch import is_functorch_wrapped_tensor
+
+from ..lift import Batched, current_level, is_batched, lift, models_first, unwrap
+
+# Of one model's tensor these give a view, or may.
+VIEWING = frozenset(
+    {
+        *(Tensor.view, Tensor.view_as, Tensor.reshape, Tensor.reshape_as, Tensor.flatten, Tensor.ravel),
+        *(Tensor.contiguous, torch.reshape, torch.flatten, torch.ravel),
+    }
+)
+
+
+def edits(function: Callable[..., Any], kwargs: Mapping[str, Any]) -> bool:
+    """Whether a call changes its first argument, by torch's conventions."""
+    name = getattr(function, "__name__", "")
+    return bool(name.endswith("_") and not name.endswith("__")) or name.startswith("__i") or bool(kwargs.get("inplace"))
+
+
+@dataclass
+class _Copy:
+    """Two tensors that would be one piece of memory for one model."""
+
+    seen: tuple[ref[Tensor], ref[Tensor]]  # as the forward holds them
+    tensors: tuple[Tensor, Tensor]
+    versions: tuple[int, int]
+
+    def edited(self) -> bool:
+        return self.versions != tuple(t._version for t in self.tensors)
+
+
+class Views:
+    """The views of one run.
+
+    What is one piece of memory for one model may lie in pieces between those of others, and is copied then. Such a copy
+    cannot be told from a view unless one of the two is edited in place while the forward still holds the other.
+    """
+
+    def __init__(self) -> None:
+        self._copies: list[_Copy] = []
+
+    def call(self, function: Callable[..., Any], x: Any, *args: Any, **kwargs: Any) -> Any:
+        if not is_batched(x):
+            return NotImplemented
+        if function is Tensor.view_as:
+            function, args = Tensor.view, (args[0].shape,)
+        if function is Tensor.view:
+            if kwargs or not args or isinstance(args[0], torch.dtype):
+                return NotImplemented
+            output = _view(x, args[0] if isinstance(args[0], (tuple, list)) else args)
+        else:
+            output = function(x, *args, **kwargs)
+        self._watch(x, output)
+        return output
+
+    def _watch(self, x: Tensor, output: Tensor) -> None:
+        tensors = tuple(unwrap(t, current_level())[0] for t in (x, output))
+        if any(is_functorch_wrapped_tensor(t) or t.is_inference() for t in tensors):
+            return
+        if len({t.untyped_storage().data_ptr() for t in tensors}) == 2:
+            versions = tensors[0]._version, tensors[1]._version
+            self._copies.append(_Copy((ref(x), ref(output)), (tensors[0], tensors[1]), versions))
+
+    def after_edit(self) -> None:
+        """To be called after each edit in place. RuntimeError if it could be told from that of one model."""
+        edited = [c for c in self._copies if c.edited()]
+        if any(all(seen() is not None for seen in c.seen) for c in edited):
+            raise RuntimeError("a view is edited in place")
+        self._copies = [c for c in self._copies if not c.edited()]
+
+    def finish(self) -> None:
+        """RuntimeError if something was edited in a way that nobody saw."""
+        if any(c.edited() for c in self._copies):
+            raise RuntimeError("a view is edited in place")
+
+
+def _view(x: Tensor, sizes: Any) -> Tensor:
+    def kernel(given: Batched) -> Batched:
+        tensor, dim = given
+        assert dim is not None
+        first = models_first(tensor, dim, tensor.shape[dim])
+        try:
+            return first.view(len(first), *sizes), 0
+        except RuntimeError:
+            return first.reshape(len(first), *sizes), 0
+
+    return lift(kernel, x)

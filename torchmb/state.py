@@ -1,0 +1,190 @@
+"""The models' parameters, buffers and other attributes as one module's: stacked, and swapped in for a run."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+
+from .base import AbstractBatchModule, check_names
+from .nest import map_tensors, take
+
+
+class Slot(NamedTuple):
+    """Where a module keeps a tensor: its `_parameters` or `_buffers`, and the name there."""
+
+    tensors: dict[str, Tensor | None]
+    name: str
+
+    @property
+    def tensor(self) -> Tensor | None:
+        return self.tensors[self.name]
+
+    def put(self, tensor: Tensor | None) -> None:
+        self.tensors[self.name] = tensor
+
+
+Stop = Callable[[nn.Module], Any]
+
+
+def walk(root: nn.Module, stop: Stop, name: str = "") -> Iterator[tuple[str, nn.Module]]:
+    """(name, module) of each place in the tree, without what lies below modules for which `stop` is true."""
+    yield name, root
+    if not stop(root):
+        for child, module in root._modules.items():
+            if module is not None:
+                yield from walk(module, stop, f"{name}.{child}" if name else child)
+
+
+def is_batch_module(module: nn.Module) -> bool:
+    return isinstance(module, AbstractBatchModule)
+
+
+def plain_modules(root: nn.Module, stop: Stop = is_batch_module) -> list[nn.Module]:
+    """The modules that run on one model's shapes: all but batch modules and what is in them."""
+    return [m for m in {id(m): m for _, m in walk(root, stop)}.values() if not stop(m)]
+
+
+def slots(modules: Iterable[nn.Module], kind: str) -> list[Slot]:
+    """Each place of a tensor or None; a tied parameter has several."""
+    return [Slot(getattr(m, kind), name) for m in modules for name in getattr(m, kind)]
+
+
+def named_tensors(root: nn.Module, stop: Stop) -> dict[str, tuple[Tensor, str]]:
+    """Name → tensor, and where modules keep it ("_parameters" or "_buffers"); what is tied has several names."""
+    return {
+        f"{name}.{own}": (tensor, kind)
+        for name, module in walk(root, stop)
+        if not stop(module)
+        for kind in ("_parameters", "_buffers")
+        for own, tensor in getattr(module, kind).items()
+        if tensor is not None
+    }
+
+
+def stack_tensors(modules: Sequence[nn.Module], stop: Stop) -> dict[int, Tensor]:
+    """id of each tensor of the first module → that of all modules, (M, …).
+
+    ValueError if the modules do not have the same names and shapes.
+    """
+    all_tensors = [named_tensors(m, stop) for m in modules]
+    for i, tensors in enumerate(all_tensors):
+        check_names(f"module {i}", set(all_tensors[0]), set(tensors))
+    found: dict[int, Tensor] = {}
+    for name, (tensor, kind) in all_tensors[0].items():
+        if is_lazy(tensor):
+            raise ValueError(f"{name} has no shape yet: run the lazy module once before it is batched")
+        column = [tensors[name][0] for tensors in all_tensors]
+        for i, other in enumerate(column):
+            if other.shape != tensor.shape:
+                raise ValueError(f"{name} is {tuple(tensor.shape)} in module 0, {tuple(other.shape)} in module {i}")
+        if id(tensor) not in found:
+            found[id(tensor)] = _stacked(kind, column)
+    return found
+
+
+def _stacked(kind: str, tensors: Sequence[Tensor]) -> Tensor:
+    values = torch.stack([t.detach() for t in tensors])
+    return nn.Parameter(values, tensors[0].requires_grad) if kind == "_parameters" else values
+
+
+def copied(root: nn.Module, instead: dict[int, Any]) -> nn.Module:
+    """A deep copy with other objects in the place of those with these ids."""
+    memo = dict(instead)
+    for module in root.modules():
+        for value in vars(module).values():
+            if isinstance(value, Tensor) and not value.is_leaf:  # as weight_norm leaves one; torch copies leaves alone
+                memo.setdefault(id(value), value.detach())
+    return copy.deepcopy(root, memo)
+
+
+@contextmanager
+def swapped(modules: Sequence[nn.Module], places: Sequence[Slot], tensors: Sequence[Tensor | None]) -> Iterator[None]:
+    """`tensors` in `places`, and in lists, dicts and attributes that hold the same, as recurrent layers do.
+
+    Afterwards what was there before is there again, whatever forward has put there.
+    """
+    before = [slot.tensor for slot in places]
+    now = {id(old): new for old, new in zip(before, tensors, strict=True) if old is not None}
+    aliases = [(m, name, value) for m in modules for name, value in vars(m).items() if _mentions(name, value, now)]
+    try:
+        for slot, tensor in zip(places, tensors, strict=True):
+            slot.put(tensor)
+        for module, name, value in aliases:
+            module.__dict__[name] = map_tensors(lambda t: now.get(id(t), t), value)
+        yield
+    finally:
+        for slot, old in zip(places, before, strict=True):
+            slot.put(old)
+        for module, name, value in aliases:
+            module.__dict__[name] = value
+
+
+def _mentions(name: str, value: Any, tensors: dict[int, Any]) -> bool:
+    if isinstance(value, Tensor):
+        return id(value) in tensors
+    if type(value) not in (list, tuple, dict) or name in _REGISTRIES or not value:
+        return False
+    return any(id(t) in tensors for t in take(value)[0])
+
+
+_REGISTRIES = frozenset(name for name, value in vars(nn.Module()).items() if isinstance(value, (dict, set)))
+_TORCHS_OWN = frozenset(vars(nn.Module())) | {"_flat_weights"}
+
+
+def plain_attributes(module: nn.Module) -> dict[str, Any]:
+    """What a module holds besides parameters, buffers, modules and what torch itself keeps."""
+    return {name: value for name, value in vars(module).items() if name not in _TORCHS_OWN}
+
+
+class Attributes:
+    """What modules hold besides parameters, buffers and modules, as it was: to see and undo what a forward does."""
+
+    def __init__(self, modules: Sequence[nn.Module]) -> None:
+        self._modules = modules
+        self._before = [dict(m.__dict__) for m in modules]
+        self._contents = [
+            (value, copy.copy(value))
+            for module in modules
+            for value in plain_attributes(module).values()
+            if type(value) in (list, dict)
+        ]
+
+    def restore(self) -> None:
+        for module, before in zip(self._modules, self._before, strict=True):
+            for name in module.__dict__.keys() - before.keys():
+                del module.__dict__[name]
+            module.__dict__.update(before)
+        for value, content in self._contents:
+            refill(value, content)
+
+    def changed(self) -> dict[tuple[int, str], Any]:
+        """(number of the module, name) → value, of attributes that are new or replaced or have other contents."""
+        contents = {id(value): content for value, content in self._contents}
+        return {
+            (i, name): copy.copy(value) if type(value) in (list, dict) else value  # its contents are about to go
+            for i, (module, before) in enumerate(zip(self._modules, self._before, strict=True))
+            for name, value in plain_attributes(module).items()
+            if name not in before or before[name] is not value or _differs(contents.get(id(value)), value)
+        }
+
+
+def refill(value: Any, content: Any) -> None:
+    """Gives a list or dict other contents, for all who hold it."""
+    content = copy.copy(content)
+    value.clear()
+    (value.extend if isinstance(value, list) else value.update)(content)
+
+
+def _differs(before: Any, now: Any) -> bool:
+    """Whether a list or dict holds other objects than before."""
+    if before is None:
+        return False
+    if isinstance(now, dict):
+        return before.keys() != now.keys() or any(before[k] is not v for k, v in now.items())
+    return len(before) != len(now) or any(a is not b for a, b in zip(before, now))
