@@ -7,7 +7,7 @@ import logging
 import threading
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 from torch import Tensor, nn
 
@@ -15,6 +15,7 @@ from torchcache import _ops, bypass, temporary
 from torchcache.assembly import gather, others, output
 from torchcache.call import Binder, Call
 from torchcache.compute import Computer, Uncacheable
+from torchcache.counts import CacheInfo, Counts
 from torchcache.disk import DiskTier
 from torchcache.explain import Asked, Explanation, differing, key_parts, meta, since_directory
 from torchcache.fingerprint import Fingerprint
@@ -39,24 +40,7 @@ class _lazy(functools.cached_property[T]):
             return value
 
 
-_USELESS_AFTER = 10_000  # rows
-_USELESS_BELOW = 0.01  # hits a row
 _FULL = "the %s cache is full: new rows are computed but not kept; raise %s to keep more"
-
-
-class CacheInfo(NamedTuple):
-    """Rows asked for since the cache was made, by where they came from; rows and bytes of each tier."""
-
-    memory_hits: int
-    disk_hits: int
-    misses: int
-    memory_rows: int
-    memory_bytes: int
-    disk_rows: int
-    disk_bytes: int
-    damaged_rows: int
-    dropped_rows: int
-    queued_rows: int
 
 
 class Cache:
@@ -79,7 +63,7 @@ class Cache:
         self._init = init
         self._options_now = options
         self._lock = threading.RLock()
-        self._hits = [0, 0, 0]
+        self._counts = Counts()
         self.filling = False  # rows are expected to be new
         self._last: Asked | None = None
 
@@ -135,12 +119,12 @@ class Cache:
 
     def info(self) -> CacheInfo:
         """Counters, in the manner of ``functools.lru_cache``."""
-        memory_hits, disk_hits, misses = self._hits
+        counts = self._counts
         disk = None if self._disk is None else self._disk.stats()
         return CacheInfo(
-            memory_hits,
-            disk_hits,
-            misses,
+            counts.memory,
+            counts.disk,
+            counts.misses,
             self._memory.rows,
             self._memory.bytes,
             disk.rows if disk else 0,
@@ -226,7 +210,7 @@ class Cache:
             return _Assembly(self, forward, call, kind, found).output()
         self._warn_of_parameters()
         self._last = self._asked(call, kind)
-        self._hits[0] += call.batch
+        self._counts.memory += call.batch
         return output(*found, call)
 
     def _bound(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
@@ -295,17 +279,17 @@ class Cache:
             self._once.warn("memory full", _FULL, "memory", "max_memory_cache_size")
 
     def _count(self, memory: int, disk: int, misses: int) -> None:
-        hits = self._hits
-        hits[0] += memory
-        hits[1] += disk
-        hits[2] += misses
-        if misses and not self.filling and hits[2] >= _USELESS_AFTER and hits[0] + hits[1] < _USELESS_BELOW * sum(hits):
+        counts = self._counts
+        counts.memory += memory
+        counts.disk += disk
+        counts.misses += misses
+        if misses and not self.filling and counts.useless:
             self._once.warn(
                 "useless",
                 "of %d rows only %d were found: normal in a first pass over the data; if rows should repeat, is there "
                 "random augmentation in front of the module?",
-                sum(hits),
-                hits[0] + hits[1],
+                counts.rows,
+                counts.found,
             )
 
     # ---- what is made when first needed
