@@ -63,6 +63,12 @@ def test_arguments_set_level_format_stream_and_file(tmp_path: Path) -> None:
     assert file.read_text() == "before\n" + stream.getvalue()
 
 
+def test_a_wrong_format_is_reported_and_the_default_is_used() -> None:
+    stream = io.StringIO()
+    set_logger_config(fmt="%(asctime)", stream=stream)
+    assert "'%(asctime)'" in stream.getvalue() and stream.getvalue().startswith("[torchcache] - ")
+
+
 @pytest.mark.parametrize("level", ["INFO", "info", logging.INFO, "20"])
 def test_levels_may_be_names_or_numbers(level: int | str) -> None:
     set_logger_config(level=level)

@@ -64,18 +64,22 @@ def _configure(
     yields: bool,
 ) -> None:
     env = os.environ.get
-    formatter = logging.Formatter(
-        fmt or env("TORCHCACHE_LOG_FMT") or _FORMAT,
-        datefmt or env("TORCHCACHE_LOG_DATEFMT") or _DATE_FORMAT,
-    )
+    problems = []
+    wanted, date_format = fmt or env("TORCHCACHE_LOG_FMT") or _FORMAT, datefmt or env("TORCHCACHE_LOG_DATEFMT")
+    try:
+        formatter = logging.Formatter(wanted, date_format or _DATE_FORMAT)
+    except ValueError as error:
+        problems.append(f"the log format {wanted!r} is not one ({error}): using the default")
+        formatter = logging.Formatter(_FORMAT, date_format or _DATE_FORMAT)
     handlers: list[logging.Handler] = [_Console(stream, yields)]
     file = filename or env("TORCHCACHE_LOG_FILE")
-    problem = None
     if file:
         try:
             handlers.append(logging.FileHandler(file, mode="a"))
         except OSError as error:
-            problem = f"the log file {os.fspath(file)!r} cannot be opened ({error.strerror}): not logging to a file"
+            problems.append(
+                f"the log file {os.fspath(file)!r} cannot be opened ({error.strerror}): not logging to a file"
+            )
     for old in list(logger.handlers):
         logger.removeHandler(old)
         old.close()
@@ -90,7 +94,7 @@ def _configure(
             "unknown log level %r: using WARN; the levels are DEBUG, INFO, WARN, ERROR and CRITICAL",
             wrong,
         )
-    if problem:
+    for problem in problems:
         logger.warning("%s", problem)
 
 
