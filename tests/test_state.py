@@ -371,3 +371,24 @@ def test_parameters_that_are_unfrozen_later_are_named_in_a_warning(caplog: pytes
     module.requires_grad_(True)
     assert not module(x).requires_grad
     assert "weight, bias require grad" in caplog.text
+
+
+class Adapter(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.enabled, self.calls = True, 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        return x * 3 if self.enabled else x
+
+
+def test_settings_of_submodules_that_are_changed_later_count_and_counters_do_not() -> None:
+    module = torchcache()(nn.Sequential(Adapter(), nn.Identity()))
+    x = torch.arange(1.0, 5.0).view(4, 1)
+    assert torch.equal(module(x), 3 * x) and torch.equal(module(x), 3 * x)
+    module[0].enabled = False
+    assert torch.equal(module(x), x) and torch.equal(module(x), x)
+    module[0].enabled = True
+    assert torch.equal(module(x), 3 * x)
+    assert module[0].calls == 2 and module.cache_instance.info().misses == 8

@@ -18,7 +18,7 @@ from torchcache import source
 from torchcache.encoding import Unencodable, encode, is_plain
 from torchcache.logs import logger
 from torchcache.options import Options
-from torchcache.state import State, digests
+from torchcache.state import Moved, State, digests
 
 FINGERPRINT_FORMAT = 1
 
@@ -112,14 +112,14 @@ class Fingerprint:
                 return f"module {path}".encode()
         return _name_of(module, self._modules, "module").encode()
 
-    def _describe(self) -> dict[str, bytes]:
+    def _describe(self, moved: Moved) -> dict[str, bytes]:
         """Code and configuration of all modules as they are now, for the state digest.
 
         Without the constants: these are in the module hash as they were at first, and may be places for results.
         """
         parts = {**self._contents, "code": self._code(constants=False)}
         for path, module in self._named_modules():
-            parts[f"configuration of {path or 'the module'}"] = _configuration(module, module is self._target)
+            parts[f"configuration of {path or 'the module'}"] = _configuration(module, module is self._target, moved)
         return parts
 
     def _mutable_attributes(self) -> dict[str, bytes]:
@@ -153,10 +153,10 @@ def _name_of(what: Any, known: dict[str, Any], kind: str) -> str:
     return name
 
 
-def _configuration(module: nn.Module, is_own: bool) -> bytes:
+def _configuration(module: nn.Module, is_own: bool, moved: Moved) -> bytes:
     """Plain attributes, and a Hugging Face config. The decorated module's own are watched live instead."""
     plain = {
-        name: value
+        name: moved.get((id(module.__dict__), name), value)
         for name, value in module.__dict__.items()
         if not is_own and name not in _MODULE_ATTRIBUTES and not name.startswith("torchcache_") and is_plain(value)
     }

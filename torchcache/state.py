@@ -26,6 +26,9 @@ from torchcache.encoding import encode, is_plain
 _MODULE_ATTRIBUTES = frozenset(nn.Module().__dict__)
 _OWN_PREFIXES = ("_torchcache", "torchcache_")
 
+# (id of a module's __dict__, name) → the value that is to be described instead of the present one.
+Moved = dict[tuple[int, str], Any]
+
 _ABSENT = object()
 _get = dict.get
 _requires_grad = attrgetter("requires_grad")
@@ -70,8 +73,8 @@ class State:
     Args:
         modules: gives name → root module; all submodules are included.
         tensors: name → tensor that is reached otherwise (a global, a closure).
-        describe: what → canonical bytes of the code and configuration of the modules; called anew when
-            a submodule is replaced.
+        describe: gives what → canonical bytes of the code and configuration of the modules; called anew when a
+            submodule is replaced or set otherwise.
         own: the module whose own plain attributes are watched live, or None.
     """
 
@@ -79,7 +82,7 @@ class State:
         self,
         modules: Callable[[], dict[str, nn.Module]],
         tensors: dict[str, Tensor],
-        describe: Callable[[], dict[str, bytes]],
+        describe: Callable[[Moved], dict[str, bytes]],
         own: nn.Module | None,
     ) -> None:
         self._roots = modules
@@ -88,6 +91,7 @@ class State:
         self._own = own
         self._fixed: dict[str, Any] = {}  # own attributes that forward changes: what they were at first
         self._products: set[tuple[int, str]] = set()  # attributes that a forward made
+        self._moved: Moved = {}  # attributes of submodules that forward changes: what they were at first
         self.generation = 0  # of the set of submodules
         self.parts: dict[str, bytes] = {}  # what the digest is made of; replaced, never changed
         self._probe = 0
@@ -148,6 +152,7 @@ class State:
             if name in own and not _same(own[name], now):
                 self._fixed.setdefault(name, own[name])
                 self._attributes[name] = now
+        self._leave_out_moved_settings()
         self._counts = self._count()
         return self.digest() == value
 
@@ -155,7 +160,7 @@ class State:
 
     def _scan(self) -> None:
         self.generation += 1
-        self._description = self._describe()  # first: it may reach tensors and modules that are then watched
+        self._description = self._describe(self._moved)  # first: it may reach tensors and modules that are then watched
         self._named = [
             (".".join(filter(None, (root, name))), m)
             for root, module in self._roots().items()
@@ -167,6 +172,8 @@ class State:
         plain = [m for m in self._order if isinstance(m._parameters, dict)]  # TorchScript makes new ones each time
         held = [(d, key, value) for _, d, key, value in slots]
         held += [(m.__dict__, name, m.__dict__[name]) for m in plain for name in _CONTAINERS]
+        self._settings_from = len(held)
+        held += self._settings()
         dicts, keys, self._values = map(list, zip(*held)) if held else ([], [], [])
         self._columns: Any = dicts, keys, [_ABSENT] * len(held)
         hooks = [m.__dict__.get(name, {}) for m in self._order if m is not self._own for name in _HOOKS]
@@ -200,6 +207,30 @@ class State:
                 product = (id(m.__dict__), key) in self._products
                 if not product and (isinstance(value, Tensor) or value is None) and key not in _MODULE_ATTRIBUTES:
                     yield prefix + key, m.__dict__, key, value
+
+    def _settings(self) -> list[tuple[dict[str, Any], str, Any]]:
+        """(dictionary, key, value) of the plain attributes of submodules, such as the switch of an adapter.
+
+        Not of torch's own layers, which have ten each and hardly ever one that is set later.
+        """
+        return [
+            (m.__dict__, key, value)
+            for m in self._order
+            if m is not self._own and not type(m).__module__.startswith("torch.nn.")
+            for key, value in m.__dict__.items()
+            if value is not None and key not in _MODULE_ATTRIBUTES and is_plain(value)
+            if (id(m.__dict__), key) not in self._moved and not key.startswith(_OWN_PREFIXES)
+        ]
+
+    def _leave_out_moved_settings(self) -> None:
+        """What a forward sets, a counter of a submodule, say, counts as it was before."""
+        dicts, keys, absent = self._columns
+        moved = [
+            i for i in range(self._settings_from, len(keys)) if dicts[i].get(keys[i], _ABSENT) is not self._values[i]
+        ]
+        for i in reversed(moved):
+            self._moved[id(dicts[i]), keys[i]] = self._values[i]
+            del dicts[i], keys[i], absent[i], self._values[i]
 
     def _count(self) -> list[int]:
         return list(map(len, self._dicts))
