@@ -102,15 +102,17 @@ std::vector<Tensor> leaves_of(const MemoryTable& memory, const Lookup& found, co
 }
 
 // What a hit is made of, in one operation: each more would cost a few microseconds.
-std::tuple<std::vector<Tensor>, std::vector<Tensor>, int64_t> table_take(int64_t table, std::vector<Tensor> rows,
-                                                                         Tensor call) {
+std::tuple<std::vector<Tensor>, std::vector<Tensor>, int64_t, int64_t> table_take(int64_t table,
+                                                                                  std::vector<Tensor> rows, Tensor call,
+                                                                                  int64_t watch) {
   const std::shared_ptr<MemoryTable> memory = tables().get(table);
+  const int64_t probe = watch == 0 ? 0 : watch_probe(watch);
   const std::vector<Digest> keys = keys_of_rows(rows, call);
   std::vector<int64_t> slots(keys.size());
   const Lookup found = memory->keys.lookup(keys.data(), keys.size(), slots.data());
   std::vector<Tensor> leaves = leaves_of(*memory, found, slots);
-  if (!leaves.empty()) return {std::move(leaves), {}, found.layout};
-  return {std::vector<Tensor>(), {keys_tensor(keys), int64_tensor(slots), int64_tensor(found.missing)}, found.layout};
+  if (!leaves.empty()) return {std::move(leaves), {}, found.layout, probe};
+  return {{}, {keys_tensor(keys), int64_tensor(slots), int64_tensor(found.missing)}, found.layout, probe};
 }
 
 std::tuple<std::vector<Tensor>, int64_t> table_take_keys(int64_t table, Tensor keys) {
@@ -291,7 +293,7 @@ STABLE_TORCH_LIBRARY(torchcache, m) {
   // layout.
   m.def("table_open() -> int");
   m.def("table_lookup(int table, Tensor keys) -> (Tensor, Tensor, int)");
-  m.def("table_take(int table, Tensor[] rows, Tensor call) -> (Tensor[], Tensor[], int)");
+  m.def("table_take(int table, Tensor[] rows, Tensor call, int watch) -> (Tensor[], Tensor[], int, int)");
   m.def("table_take_keys(int table, Tensor keys) -> (Tensor[], int)");
   m.def("table_arenas(int table, int layout, Tensor[] leaves) -> ()");
   m.def("table_insert(int table, Tensor keys, int layout, int first) -> ()");

@@ -56,8 +56,7 @@ def watch_open(tensors: list[Tensor]) -> int:
 
 def watch_probe(watch: int) -> int:
     """A number that stays the same while addresses, shapes and a few words of the tensors do."""
-    value: int = _direct("watch_probe")(watch)
-    return value
+    return cast(int, _native().watch_probe.default(watch))
 
 
 def watch_close(watch: int) -> None:
@@ -77,12 +76,13 @@ def table_lookup(table: int, keys: Tensor) -> tuple[Tensor, Tensor, int]:
     return cast("tuple[Tensor, Tensor, int]", _native().table_lookup.default(table, keys))
 
 
-def table_take(table: int, rows: list[Tensor], call: Tensor) -> tuple[list[Tensor], list[Tensor], int]:
+def table_take(table: int, rows: list[Tensor], call: Tensor, watch: int) -> tuple[list[Tensor], list[Tensor], int, int]:
     """The leaves ``[B, …]`` of a batch of which every row is there and in arenas that the table knows; else none.
 
-    Then `keys` and `table_lookup` of the batch: keys, slots, first rows of the distinct missing ones. Last the layout.
+    Then `keys` and `table_lookup` of the batch: keys, slots, first rows of the distinct missing ones. Then the layout,
+    and `watch_probe` of the watch, or 0 where that is 0.
     """
-    taken: tuple[list[Tensor], list[Tensor], int] = _direct("table_take")(table, rows, call)
+    taken: tuple[list[Tensor], list[Tensor], int, int] = _direct("table_take")(table, rows, call, watch)
     return taken
 
 

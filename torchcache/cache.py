@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import functools
 import logging
 import threading
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -20,6 +19,7 @@ from torchcache.disk import DiskTier
 from torchcache.explain import Asked, Explanation, differing, key_parts, meta, since_directory
 from torchcache.fingerprint import Fingerprint
 from torchcache.keys import Keys, Kind, autocast
+from torchcache.lazy import lazy
 from torchcache.logs import Once, logger
 from torchcache.memory import Found, MemoryTier, RowView
 from torchcache.options import Options
@@ -27,17 +27,7 @@ from torchcache.rows import Layout
 from torchcache.state import Mode, State, Uninitialized, Unwatchable
 from torchcache.tiers import Tiers
 
-T = TypeVar("T")
 Forward = Callable[..., Any]
-
-
-class _lazy(functools.cached_property[T]):
-    """A cached property that is computed once, whichever thread comes first."""
-
-    def __get__(self, instance: Any, owner: type[Any] | None = None) -> T:  # type: ignore[override]
-        with instance._lock:
-            value: T = super().__get__(instance, owner)
-            return value
 
 
 _FULL = "the %s cache is full: new rows are computed but not kept; raise %s to keep more"
@@ -69,11 +59,11 @@ class Cache:
 
     # ---- what it is
 
-    @_lazy
+    @lazy
     def options(self) -> Options:
         return self._options_now()
 
-    @_lazy
+    @lazy
     def _fingerprint(self) -> Fingerprint:
         return Fingerprint(self._target, self._forward, self._init, self.options)
 
@@ -82,7 +72,7 @@ class Cache:
         """Short name of code, init arguments and options; the name of the subdirectory on disk."""
         return self._fingerprint.module_hash
 
-    @_lazy
+    @lazy
     def cache_dir(self) -> Path | None:
         """The directory of this module hash; None for a cache in memory only."""
         if not self.options.persistent:
@@ -193,25 +183,41 @@ class Cache:
         if call is None or call.batch == 0 or bypass.of_call(call) is not None:
             return forward(*args, **kwargs)
         try:
-            rows, digest, kind = self._key_parts(call)
+            found, kind = self._take(call)
         except Uninitialized:
             return forward(*args, **kwargs)
         except Unwatchable as error:
             self._once.warn("unwatchable", "calls are not cached: %s", error)
             return forward(*args, **kwargs)
-        if self._computer.refuses(kind):
-            return forward(*args, **kwargs)
-        try:
-            found = self._memory.take(rows, digest)
-        except (RuntimeError, ValueError) as error:  # a dtype without bytes, a tensor without a storage
-            self._once.warn("unreadable", "calls are computed whose rows cannot be looked up: %s", error)
+        if found is None:
             return forward(*args, **kwargs)
         if isinstance(found, Found):
             return _Assembly(self, forward, call, kind, found).output()
-        self._warn_of_parameters()
+        if self._state is not None and self._state.live:
+            self._warn_of_parameters()
         self._last = self._asked(call, kind)
         self._counts.memory += call.batch
         return output(*found, call)
+
+    def _take(self, call: Call) -> tuple[tuple[Layout, list[Tensor]] | Found | None, Kind]:
+        """What memory has of a call, and the kind of it; None for one that must not be cached.
+
+        The look at the bytes of the state rides along; where they have changed, all is done again.
+        """
+        rows, digest, kind = self._key_parts(call, probe=False)
+        if self._computer.refuses(kind):
+            return None, kind
+        state = self._state
+        watch = None if state is None else state.watch
+        try:
+            found, seen = self._memory.take(rows, digest, 0 if watch is None else watch.id)
+            if state is not None and watch is not None and not state.still(seen):
+                rows, digest, kind = self._key_parts(call)
+                found, _ = self._memory.take(rows, digest)
+        except (RuntimeError, ValueError) as error:  # a dtype without bytes, a tensor without a storage
+            self._once.warn("unreadable", "calls are computed whose rows cannot be looked up: %s", error)
+            return None, kind
+        return found, kind
 
     def _bound(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
         call = self._binder.bind(args, kwargs)
@@ -222,11 +228,11 @@ class Cache:
             )
         return call
 
-    def _key_parts(self, call: Call) -> tuple[list[Tensor], Tensor, Kind]:
-        """See `Keys.parts`; and the kind of the call."""
+    def _key_parts(self, call: Call, probe: bool = True) -> tuple[list[Tensor], Tensor, Kind]:
+        """See `Keys.parts` and `State.digest`; and the kind of the call."""
         with self._lock:
             state = self._state
-            digest = b"" if state is None else state.digest()
+            digest = b"" if state is None else state.digest(probe)
             mode = self._mode.flags(0 if state is None else state.generation)
             reason = self._mode.reason
         kind = (call.form.description, mode, autocast(call.device.type))
@@ -294,35 +300,35 @@ class Cache:
 
     # ---- what is made when first needed
 
-    @_lazy
+    @lazy
     def _once(self) -> Once:
         return Once(self._fingerprint.name)
 
-    @_lazy
+    @lazy
     def _computer(self) -> Computer:
         return Computer(self._once, self._lock, self.options.cache_dtype)
 
-    @_lazy
+    @lazy
     def _binder(self) -> Binder:
         return Binder(self._forward, self._takes_self)
 
-    @_lazy
+    @lazy
     def _keys(self) -> Keys:
         return Keys(self.options.subsample_count if self.options.subsample else None)
 
-    @_lazy
+    @lazy
     def _mode(self) -> Mode:
         return Mode(self._fingerprint.modules)
 
-    @_lazy
+    @lazy
     def _state(self) -> State | None:
         return self._fingerprint.state()
 
-    @_lazy
+    @lazy
     def _memory(self) -> MemoryTier:
         return MemoryTier(self.options.memory_cache_device, self.options.max_memory_cache_size)
 
-    @_lazy
+    @lazy
     def _disk(self) -> DiskTier | None:
         if self.cache_dir is None:
             return None

@@ -40,17 +40,22 @@ class MemoryTier:
             self.full = False
             self._held = _Held()
 
-    def take(self, rows: list[Tensor], call_digest: Tensor) -> tuple[Layout, list[Tensor]] | Found:
-        """Layout and leaves ``[B, …]`` of a call (see `Keys.parts`) if all its rows are here, else what was found."""
+    def take(
+        self, rows: list[Tensor], call_digest: Tensor, watch: int = 0
+    ) -> tuple[tuple[Layout, list[Tensor]] | Found, int]:
+        """Layout and leaves ``[B, …]`` of a call (see `Keys.parts`) if all its rows are here, else what was found.
+
+        And what a native watch that is not 0 sees on the way.
+        """
         held = self._held
-        leaves, lookup, number = _ops.table_take(held.table.id, rows, call_digest)
+        leaves, lookup, number, seen = _ops.table_take(held.table.id, rows, call_digest, watch)
         if leaves:
-            return held.arenas[number].layout, leaves
+            return (held.arenas[number].layout, leaves), seen
         keys, slots, missing = lookup
         found = Found(held.arenas, keys, slots, missing, number)
         if number >= 0 and not found.missing.numel():
-            return held.arenas[number].layout, found.gather(found.slots)
-        return found
+            return (held.arenas[number].layout, found.gather(found.slots)), seen
+        return found, seen
 
     def take_keys(self, keys: Tensor) -> tuple[Layout, list[Tensor]] | None:
         """Layout and leaves ``[B, …]`` of the rows with these keys, if that is one step: all here, of one layout."""

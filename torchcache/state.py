@@ -96,13 +96,16 @@ class State:
         self.parts: dict[str, bytes] = {}  # what the digest is made of; replaced, never changed
         self._probe = 0
         self._versions: list[int] = []
-        self._watch = _NativeWatch([])
+        self._watch = NativeWatch([])
         self._scan()
 
     # ---- looking
 
-    def digest(self) -> bytes:
-        """16 bytes that change with the state. Cheap when nothing changed."""
+    def digest(self, probe: bool = True) -> bytes:
+        """16 bytes that change with the state. Cheap when nothing changed.
+
+        Without the probe, who uses them must probe the `watch` and ask whether it is `still` so.
+        """
         # map() over prepared lists: this runs on every call, and a loop would take three times as long.
         tensors, flags = self._flags
         if (
@@ -114,24 +117,36 @@ class State:
         ):
             self._scan()
             return self._value
-        changed = self._changed() if self._frozen else []
+        changed = self._changed(probe) if self._frozen else []
         if changed or self._live:
             _take_digests(changed)
             _take_digests(self._live)
             self._combine()
         return self._value
 
-    def _changed(self) -> list[_Watched]:
+    @property
+    def watch(self) -> NativeWatch | None:
+        """What looks at the frozen tensors natively, if there are any. It must be held while it is used."""
+        return self._watch if self._frozen else None
+
+    def still(self, seen: int) -> bool:
+        return seen == self._probe
+
+    def _changed(self, probe: bool) -> list[_Watched]:
         """The frozen tensors that may have other bytes than at the last look."""
         changed = []
         versions = _versions(self._frozen_tensors)
         if versions != self._versions:
             changed = [w for w, v in zip(self._frozen, versions) if w.version != v]
             self._versions = versions
-        probe = self._watch.probe()
-        if probe != self._probe:
-            changed, self._probe = self._frozen, probe
+        if probe and not self.still(seen := self._watch.probe()):
+            changed, self._probe = self._frozen, seen
         return changed
+
+    @property
+    def live(self) -> bool:
+        """Whether there are tensors that are digested on every call."""
+        return bool(self._live)
 
     @property
     def live_names(self) -> list[str]:
@@ -191,7 +206,7 @@ class State:
         self._frozen_tensors = [w.tensor for w in self._frozen]
         self._versions = _versions(self._frozen_tensors)
         _take_digests(watched)
-        self._watch = _NativeWatch([w.tensor for w in self._frozen])
+        self._watch = NativeWatch([w.tensor for w in self._frozen])
         self._probe = self._watch.probe()
         self._attributes: dict[str, Any] = self._own_attributes()
         self._combine()
@@ -285,18 +300,18 @@ class Mode:
         return first if flags == first * len(flags) else flags
 
 
-class _NativeWatch:
+class NativeWatch:
     """A native watch that is closed with its owner."""
 
     def __init__(self, tensors: list[Tensor]) -> None:
         try:
-            self._id = _ops.watch_open([_plain_view(t) for t in tensors])
+            self.id = _ops.watch_open([_plain_view(t) for t in tensors])
         except RuntimeError as error:
             raise Unwatchable(str(error)) from error
-        weakref.finalize(self, _ops.watch_close, self._id).atexit = False
+        weakref.finalize(self, _ops.watch_close, self.id).atexit = False
 
     def probe(self) -> int:
-        return _ops.watch_probe(self._id)
+        return _ops.watch_probe(self.id)
 
 
 def _take_digests(watched: list[_Watched]) -> None:
