@@ -124,6 +124,8 @@ HOLDERS: dict[str, Callable[[float], Any]] = {
     "a function that closes over an object": lambda by: closing_over(Times(by)),
     "an object beside a lock": lambda by: [Times(by), threading.Lock()],
     "an object beside a logger": lambda by: {"log": logging.getLogger("x"), "by": Times(by)},
+    "an operator": lambda by: torch.ops.aten.relu if by == 2 else torch.ops.aten.sigmoid,
+    "an object beside something for each thread": lambda by: [Times(by), threading.local()],
     "a configuration": Settings,
     "the order of a dict": lambda by: {"a": 0, "b": 0} if by == 2 else {"b": 0, "a": 0},
     "the kind of a dict": lambda by: {"a": 0} if by == 2 else collections.OrderedDict(a=0),
@@ -230,6 +232,15 @@ def test_tensors_in_lists_of_a_replaced_submodule_count() -> None:
         module(X)
         module[1] = Scale([torch.tensor(by)])
     assert keys(modules[0]) != keys(modules[1])
+
+
+def test_a_list_that_takes_the_place_of_a_plain_attribute_counts() -> None:
+    module = cached(Scale((2.0,)))
+    module(X)
+    del module.by
+    module.cache_instance.hash_tensor(X)
+    module.by = [3.0]
+    assert torch.equal(module(X), X * 3)
 
 
 def test_results_that_forwards_left_behind_do_not_count_when_another_submodule_is_replaced() -> None:

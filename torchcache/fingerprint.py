@@ -18,14 +18,14 @@ from torch import Tensor, nn
 from torchcache import source
 from torchcache.encoding import Unencodable, encode, is_plain
 from torchcache.logs import logger
-from torchcache.objects import settings, tensor_bytes
+from torchcache.objects import OPERATORS, settings, tensor_bytes
 from torchcache.options import Options
 from torchcache.state import State
 from torchcache.values import CODE
 
 FINGERPRINT_FORMAT = 1
 
-_MODULE_ATTRIBUTES = frozenset(nn.Module().__dict__)
+_MODULE_ATTRIBUTES = frozenset((*nn.Module().__dict__, "_torchdynamo_wrapper_id"))  # the latter counts compilations
 
 
 class Fingerprint:
@@ -206,7 +206,7 @@ def _has_contents(name: str, value: Any) -> bool:
         return False
     if isinstance(value, (Tensor, nn.Module, type, torch.ScriptModule)) or is_plain(value):
         return False
-    own = isinstance(value, (*CODE, torch.ScriptObject))
+    own = isinstance(value, (*CODE, *OPERATORS, torch.ScriptObject))
     return own or type(value).__module__.partition(".")[0] not in ("torch", "torchcache")
 
 

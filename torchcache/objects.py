@@ -10,15 +10,18 @@ import sys
 import threading
 import types
 import weakref
+from concurrent.futures import Executor
 
 import torch
 
 from torchcache.encoding import encode
 from torchcache.state import digests
 
+OPERATORS = (torch._ops.OpOverload, torch._ops.OpOverloadPacket)
+
 # They say nothing about what is computed, or (generators of random numbers) change as they are used.
 _WITHOUT_VALUE = (
-    *(type(threading.Lock()), type(threading.RLock()), threading.Thread),
+    *(type(threading.Lock()), type(threading.RLock()), threading.Thread, threading.local, Executor),
     *(logging.Logger, logging.LoggerAdapter, logging.Handler, type(os.environ)),
     *(random.Random, torch.Generator, torch.utils.hooks.RemovableHandle),
 )
@@ -72,7 +75,7 @@ def held(value: object) -> object | None:
             return ["mapping", dict(value)]
         if isinstance(value, weakref.ref):
             return ["reference", value()]
-        if isinstance(value, (torch._ops.OpOverload, torch._ops.OpOverloadPacket)):
+        if isinstance(value, OPERATORS):
             return ["operator", str(value)]
         reduce = copyreg.dispatch_table.get(type(value))
         reduced = value.__reduce_ex__(2) if reduce is None else reduce(value)

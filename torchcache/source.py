@@ -325,6 +325,8 @@ class _Describer(Values):
                 found.append((name, self.weights(value)))
             elif state or isinstance(value, CODE) or "__wrapped__" in attributes_of(value):
                 found.append((name, self.mention(value, f"{name}, {where}")))
+            elif not (is_plain(value) or isinstance(value, torch.Tensor)):
+                found.append((name, self.refer(type(value))))  # what it holds is part of the state
         if isinstance(module, torch.jit.ScriptModule):
             read = [(name, encode(item)) for name, item in attributes_read(module) if is_plain(item)]
             found += [("script", program(module)), ("reads", read)]
