@@ -197,7 +197,7 @@ def test_clones_and_copies_of_a_module_never_share_rows_after_they_part() -> Non
     twin = copy.deepcopy(module)
     shallow = copy.copy(module)
     twin.weight.add_(1)
-    assert torch.allclose(twin(x), module(x) + x.sum(1, keepdim=True))
+    assert torch.allclose(twin(x), module(x) + x.sum(1, keepdim=True), atol=1e-5)
     shallow._parameters = {**shallow._parameters, "weight": module.weight * 2}  # type: ignore[dict-item]
     for _ in range(2):
         assert torch.equal(shallow(x), nn.functional.linear(x, module.weight * 2, module.bias))

@@ -12,7 +12,7 @@ without its module and what stands before `<locals>.`, followed by what the hook
     s str, y bytes       UTF-8 (lone surrogates as three bytes); the bytes
     t tuple, l list, z torch.Size     the items
     e set, F frozenset   the items' encodings, sorted
-    d dict               key + value for each item, sorted by the encoded key
+    d dict               key + value for each item, in order
     r range, : slice     start + stop + step
     E enum member        type + name (None if it has none) + value
     D dataclass          type + name + value for each field + its other attributes (dict), if it
@@ -111,11 +111,9 @@ def is_plain(value: object) -> bool:
         items = [item for _, item in _fields(value)] + list(_other_attributes(value).values())
         frozen: bool = type(value).__dataclass_params__.frozen  # type: ignore[attr-defined]
         return frozen and all(map(is_plain, items))
-    if getattr(value, "__dict__", None):
+    if not isinstance(value, (tuple, frozenset, *_SCALARS)) or getattr(value, "__dict__", None):
         return False
-    if isinstance(value, (tuple, frozenset)):
-        return all(map(is_plain, value))
-    return isinstance(value, _SCALARS)
+    return isinstance(value, _SCALARS) or all(map(is_plain, value))
 
 
 def type_name(cls: type) -> str:
@@ -179,7 +177,7 @@ def _container(value: object, other: Hook | None, depth: int) -> bytes:
         pairs = dict.items(value)
         keys = _each(((".keys()", key) for key, _ in pairs), other, depth)
         values = _each(((f"[{_short(key)}]", item) for key, item in pairs), other, depth)
-        return _frame(b"d", b"".join(key + item for key, item in sorted(zip(keys, values, strict=True))))
+        return _frame(b"d", b"".join(key + item for key, item in zip(keys, values, strict=True)))
     if isinstance(value, (set, frozenset)):
         tag = b"F" if isinstance(value, frozenset) else b"e"
         return _frame(tag, b"".join(sorted(_each((("{}", item) for item in value), other, depth))))

@@ -6,6 +6,7 @@ stored. The state (weights, buffers, configuration of submodules) is part of eve
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import os
 from collections.abc import Callable
@@ -17,12 +18,14 @@ from torch import Tensor, nn
 from torchcache import source
 from torchcache.encoding import Unencodable, encode, is_plain
 from torchcache.logs import logger
+from torchcache.objects import OPERATORS, settings, tensor_bytes
 from torchcache.options import Options
-from torchcache.state import Moved, State, digests
+from torchcache.state import Moved, State
+from torchcache.values import CODE
 
 FINGERPRINT_FORMAT = 1
 
-_MODULE_ATTRIBUTES = frozenset(nn.Module().__dict__)
+_MODULE_ATTRIBUTES = frozenset((*nn.Module().__dict__, "_torchdynamo_wrapper_id"))  # the latter counts compilations
 
 
 class Fingerprint:
@@ -47,9 +50,14 @@ class Fingerprint:
         self.name = type(target).__qualname__ if isinstance(target, nn.Module) else forward.__qualname__
         self._modules: dict[str, nn.Module] = {}
         self._tensors: dict[str, Tensor] = {}
-        self._contents = self._mutable_attributes()
-        code = self._code(constants=True)
         self.fixed = options.persistent_module_hash is not None
+        self._known: dict[int, tuple[nn.Module, dict[str, bytes]]] = {}  # what modules held when first seen, by id
+        self._class_code: dict[type, bytes] = {}
+        self._is_watched = False
+        if not self.fixed:
+            self._contents()
+        code = self._first_code = self._code(constants=True)
+        self._later_code = b""
         self.parts = {
             "code": code,
             "init arguments": init,
@@ -63,13 +71,23 @@ class Fingerprint:
         """The state to watch; None where a given module hash stands for everything."""
         if self.fixed:
             return None
+        if self._is_watched:
+            self._look_anew()
+        self._is_watched = True
         own = self._target if isinstance(self._target, nn.Module) else None
         return State(self._roots, self._tensors, self._describe, own)
+
+    def _look_anew(self) -> None:
+        self._known.clear()
+        self._class_code.clear()
+        self._contents()
+        code = self._code(constants=True)
+        self._later_code = b"" if code == self._first_code else code
 
     def classes(self) -> dict[str, bytes]:
         """Name of each class that takes part → its code, to tell which one changed."""
         kinds = {type(m).__qualname__: type(m) for m in self.modules()}
-        return {name: source.describe(kind, tensors=_tensor_bytes) for name, kind in sorted(kinds.items())}
+        return {name: source.describe(kind, tensors=tensor_bytes) for name, kind in sorted(kinds.items())}
 
     def modules(self) -> list[nn.Module]:
         """Every module whose training flag may matter."""
@@ -115,33 +133,75 @@ class Fingerprint:
     def _describe(self, moved: Moved) -> dict[str, bytes]:
         """Code and configuration of all modules as they are now, for the state digest.
 
-        Without the constants: these are in the module hash as they were at first, and may be places for results.
+        What constants, lists, dicts and other objects hold counts as it was when it was first seen: these may be
+        places for results.
         """
-        parts = {**self._contents, "code": self._code(constants=False)}
+        parts = {**self._contents(), "code": self._code(constants=False), "constants": self._later_code}
         for path, module in self._named_modules():
             parts[f"configuration of {path or 'the module'}"] = _configuration(module, module is self._target, moved)
         return parts
 
-    def _mutable_attributes(self) -> dict[str, bytes]:
-        """What lists, dicts and other objects hold that are attributes of modules, as it is when the cache is made."""
-        reached: dict[str, Any] = {"tensors": self._reached_tensor, "modules": self._reached_module}
-        parts = {}
+    def _contents(self) -> dict[str, bytes]:
+        """What classes reach, and what mutable attributes of modules hold, as it was when the module was first seen."""
+        parts, known = {}, {}
+        alike: dict[int, bytes] = {}  # submodules often share a configuration
         for path, module in self._named_modules():
-            for name, value in module.__dict__.items():
-                if _is_mutable_attribute(name, value):
-                    what = ".".join(filter(None, (path, name)))
-                    try:
-                        parts[f"contents of {what}"] = source.describe_value(value, name=what, **reached)
-                    except Exception as error:  # whatever the objects of others raise when they are looked at
-                        logger.info("%s: %s is left out of the key: %s", self.name, what, error)
+            before = self._known.get(id(module))
+            contents = self._contents_of(module, path, alike) if before is None else before[1]
+            known[id(module)] = module, contents
+            for name, encoded in contents.items():
+                parts[f"contents of {'.'.join(filter(None, (path, name)))}"] = encoded
+        self._known = known
         return parts
 
+    def _contents_of(self, module: nn.Module, path: str, alike: dict[int, bytes]) -> dict[str, bytes]:
+        kind = type(module)
+        if kind not in self._class_code:
+            self._class_code[kind] = source.describe(kind, tensors=self._reached_tensor, modules=self._reached_module)
+        contents = {"": self._class_code[kind]}
+        for name, value in sorted(module.__dict__.items()):
+            if _has_contents(name, value):
+                if id(value) not in alike:
+                    alike[id(value)] = self._encoded(value, ".".join(filter(None, (path, name))))
+                contents[name] = alike[id(value)]
+        return contents
 
-def _is_mutable_attribute(name: str, value: Any) -> bool:
-    """Not what is looked at otherwise: plain values, tensors, modules, code, a Hugging Face config."""
-    own = name in _MODULE_ATTRIBUTES or name.startswith(("torchcache_", "_torchcache"))
-    otherwise = isinstance(value, (Tensor, nn.Module, *source.CODE)) or is_plain(value) or hasattr(value, "to_dict")
-    return not (own or otherwise or type(value).__module__.partition(".")[0] in ("torch", "torchcache"))
+    def _encoded(self, value: Any, what: str) -> bytes:
+        said = settings(value)
+        unknown = functools.partial(self._unknown, what)
+        reached: dict[str, Any] = {"tensors": self._reached_tensor, "modules": self._reached_module}
+        try:
+            whole = value if said is None else (type(value), said)
+            return source.describe_value(whole, unknown=unknown, **reached, name=what)
+        except Exception:  # whatever the objects of others raise when they are looked at
+            return unknown(value)
+
+    def _unknown(self, what: str, value: object) -> bytes:
+        """What has no stable encoding is not shared; objects of torch, such as streams, do not say what is computed."""
+        kind = f"{type(value).__module__}.{type(value).__qualname__}"
+        if kind.startswith("torch.") and not isinstance(value, torch.ScriptObject):
+            return encode(kind)
+        _once(
+            "%s: %s holds an object of type %s, which has no encoding that is the same in every process: rows are "
+            "not shared with other instances and processes; give persistent_module_hash to share them",
+            *(self.name, what, type(value).__qualname__),
+        )
+        return os.urandom(16)
+
+
+@functools.lru_cache(maxsize=4096)
+def _once(*message: str) -> None:
+    logger.warning(*message)
+
+
+def _has_contents(name: str, value: Any) -> bool:
+    """Not what is looked at otherwise: plain values, tensors, modules, classes, and what torch itself puts there."""
+    if name in _MODULE_ATTRIBUTES or name.startswith(("torchcache_", "_torchcache")):
+        return False
+    if isinstance(value, (Tensor, nn.Module, type, torch.ScriptModule)) or is_plain(value):
+        return False
+    own = isinstance(value, (*CODE, *OPERATORS, torch.ScriptObject))
+    return own or type(value).__module__.partition(".")[0] not in ("torch", "torchcache")
 
 
 def _name_of(what: Any, known: dict[str, Any], kind: str) -> str:
@@ -154,29 +214,24 @@ def _name_of(what: Any, known: dict[str, Any], kind: str) -> str:
 
 
 def _configuration(module: nn.Module, is_own: bool, moved: Moved) -> bytes:
-    """Plain attributes, and a Hugging Face config. The decorated module's own are watched live instead."""
+    """Plain attributes (the decorated module's own are watched live instead), and the order of tensors."""
     plain = {
         name: moved.get((id(module.__dict__), name), value)
-        for name, value in module.__dict__.items()
+        for name, value in sorted(module.__dict__.items())
         if not is_own and name not in _MODULE_ATTRIBUTES and not name.startswith("torchcache_") and is_plain(value)
     }
-    config = module.__dict__.get("config")
-    as_dict = getattr(config, "to_dict", None)
-    try:
-        settings = encode(as_dict()) if callable(as_dict) else b""
-    except Unencodable as error:
-        logger.info("the config of %s is left out of the key: %s", type(module).__qualname__, error)
-        settings = b""
-    return encode((encode(plain), settings))
+    names = (tuple(module._parameters), tuple(module._buffers)) if isinstance(module._parameters, dict) else ()
+    return encode((plain, names))
 
 
 def init_arguments(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bytes:
     """Init arguments in an encoding that is the same in every process.
 
-    Where there is none, a random one and a warning: rows are then not shared with other processes.
+    Weights of modules are none of it: these may be loaded later, and belong to the state. Where there is no
+    encoding, a random one and a warning: rows are then not shared with other processes.
     """
     try:
-        return source.describe_value((args, kwargs), tensors=_tensor_bytes, name="init arguments")
+        return source.describe_value((args, kwargs), tensors=tensor_bytes, weights=_shape, name="init arguments")
     except Unencodable as error:
         logger.warning(
             "%s: an init argument has no encoding that is the same in every process (%s): its rows are "
@@ -187,5 +242,5 @@ def init_arguments(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
         return os.urandom(16)
 
 
-def _tensor_bytes(tensor: Tensor) -> bytes:
-    return encode((tensor.dtype, tuple(tensor.shape), digests([tensor])[0]))
+def _shape(tensor: Tensor) -> bytes:
+    return encode((tensor.dtype, tuple(tensor.shape)))

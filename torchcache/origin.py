@@ -10,6 +10,7 @@ import json
 import os
 import sys
 import types
+from collections.abc import Mapping
 
 OURS = __name__.partition(".")[0]
 ORIGINAL = "__torchcache_original__"
@@ -83,10 +84,19 @@ def is_ours(obj: object) -> bool:
     return str(home or type(obj).__module__).partition(".")[0] == OURS
 
 
+def attributes_of(obj: object) -> Mapping[str, object]:
+    """The object's own attributes; none where looking at them fails."""
+    try:
+        found = obj.__dict__
+    except Exception:  # a lazy object may load what it stands for, and fail
+        return {}
+    return found if isinstance(found, (dict, types.MappingProxyType)) else {}
+
+
 def _marked(obj: object) -> bool:
     """Whether our decorator marked the object itself: functools.wraps copies the mark to others."""
-    attributes = getattr(obj, "__dict__", {})
-    below = getattr(attributes.get("__wrapped__"), "__dict__", {})
+    attributes = attributes_of(obj)
+    below = attributes_of(attributes.get("__wrapped__"))
     return ORIGINAL in attributes and below.get(ORIGINAL, below) is not attributes[ORIGINAL]
 
 
@@ -100,7 +110,7 @@ def unwrap(obj: object) -> object:
     while True:
         if _marked(obj):
             obj = vars(obj)[ORIGINAL]
-        elif "__wrapped__" in getattr(obj, "__dict__", {}) and is_ours(obj):
+        elif "__wrapped__" in attributes_of(obj) and is_ours(obj):
             obj = vars(obj)["__wrapped__"]
         else:
             return obj

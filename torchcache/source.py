@@ -15,15 +15,16 @@ import dataclasses
 import enum
 import functools
 import logging
-import sys
 import types
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable, Iterator
 
 import torch
 
 from torchcache import syntax
-from torchcache.encoding import Unencodable, encode, is_plain, type_name
+from torchcache.encoding import encode, is_plain, type_name
+from torchcache.objects import owner, settings
 from torchcache.origin import (
+    attributes_of,
     import_users,
     is_added,
     is_our_decorator,
@@ -32,11 +33,7 @@ from torchcache.origin import (
     unwrap,
 )
 from torchcache.torchscript import attributes_read, program
-
-Tensors = Callable[[torch.Tensor], bytes]
-Modules = Callable[[torch.nn.Module], bytes]
-
-logger = logging.getLogger("torchcache")
+from torchcache.values import C_FUNCTIONS, CODE, PLACES, Modules, Tensors, Unknown, Values, logger
 
 _HOOKS = ("_forward_pre_hooks", "_forward_hooks")
 _MODULE_ATTRIBUTES = frozenset(vars(torch.nn.Module()))
@@ -44,21 +41,9 @@ _DESCRIPTORS = (types.GetSetDescriptorType, types.MemberDescriptorType)
 _ANNOTATIONS = ("__annotations__", "__annotate__", "__annotate_func__")
 # What dataclasses and named tuples write from their fields.
 _GENERATED = {*dir(object), "__getstate__", "__setstate__", "__replace__"}
-_C_FUNCTIONS = (
-    types.BuiltinFunctionType,
-    types.MethodDescriptorType,
-    types.WrapperDescriptorType,
-    types.ClassMethodDescriptorType,
-)
-CODE = (
-    *_C_FUNCTIONS,
-    *(types.FunctionType, types.MethodType, functools.partial, functools.partialmethod),
-    *(staticmethod, classmethod, property, functools.cached_property),
-    *(torch.jit.ScriptFunction, type, torch.nn.Module),
-)
 _BYTECODE = (
-    "%s has no source that compiles to what runs, so its bytecode names the cache: "
-    "another version of Python will compute its rows again"
+    "%s has no source that compiles to what runs, so its bytecode names the cache: another version of Python "
+    "will compute its rows again (further functions without source are named at level INFO)"
 )
 
 
@@ -67,80 +52,70 @@ def describe(obj: object, *, tensors: Tensors, modules: Modules | None = None, c
 
     Of a module: the classes, hooks and functions of it and its submodules, not their state. Tensors
     that functions reach are given to `tensors`, which says what they hold, modules to `modules`;
-    without it they count with their state. `constants`: whether lists, dicts, sets and arrays that
-    code reaches count, if what they hold is plain.
+    without it they count with their state. `constants`: whether containers and objects that code
+    reaches count, by what they hold; empty containers do not.
     """
-    describer = _Describer(tensors, modules, constants)
+    describer = _Describer(tensors, modules, constants=constants)
+    describer.unknown = describer.leave_out
     if not isinstance(obj, torch.nn.Module):
         return describer.finish(encode(obj, describer.value, name="the callable"))
-    for name, module in obj.named_modules():
-        describer.own[id(module)] = name
+    for name, module in tree(obj):
+        describer.own.setdefault(id(module), name)
     return describer.finish(encode(describer.module(obj, state=False)))
 
 
-def describe_value(value: object, *, tensors: Tensors, modules: Modules | None = None, name: str = "value") -> bytes:
+def describe_value(
+    value: object,
+    *,
+    tensors: Tensors,
+    modules: Modules | None = None,
+    weights: Tensors | None = None,
+    unknown: Unknown | None = None,
+    name: str = "value",
+) -> bytes:
     """Any value that has a stable encoding; code as `describe` does, modules with their state or as `modules` says.
 
-    Objects of other classes count as what pickling them would keep; `Unencodable`, which calls the value `name`, is
-    raised for those that cannot be pickled, such as open files and generators.
+    Objects of other classes count as what pickling them would keep; what cannot be pickled, such as open files and
+    generators, as `unknown` says. Without it `Unencodable` is raised, which calls the value `name`. `weights` says
+    what the tensors of modules hold, if not `tensors`.
     """
-    describer = _Describer(tensors, modules)
+    describer = _Describer(tensors, modules, weights)
+    describer.unknown = unknown
     return describer.finish(encode(value, describer.value, name=name))
+
+
+def tree(module: torch.nn.Module | None, path: str = "", seen: set[int] | None = None) -> Iterator[tuple[str, object]]:
+    """Path and module for every mention of a submodule, in order; below later mentions of one it does not look."""
+    seen = set() if seen is None else seen
+    yield path, module
+    if module is not None and id(module) not in seen:
+        seen.add(id(module))
+        for name, part in module._modules.items():
+            yield from tree(part, f"{path}.{name}" if path else name, seen)
 
 
 def _is_own_attribute(name: str) -> bool:
     return name.startswith(("_torchcache", "torchcache_")) or name == "cache_instance"
 
 
-@functools.lru_cache(maxsize=4096)
-def _say_once(level: int, message: str) -> None:
-    logger.log(level, message)
+_without_source: set[str] = set()
 
 
-class _Describer:
-    """Describes objects in the order in which they are first mentioned; a mention is a number."""
+def _say_bytecode(name: str) -> None:
+    if name not in _without_source:
+        logger.log(logging.INFO if _without_source else logging.WARNING, _BYTECODE, name)
+        _without_source.add(name)
 
-    def __init__(self, tensors: Tensors, modules: Modules | None = None, constants: bool = True) -> None:
-        self.constants = constants
-        self.tensors = tensors
-        self.modules = modules
-        self.own: dict[int, str] = {}  # the described module's parts, whose state does not count
-        self.numbers: dict[int, int] = {}
-        self.objects: list[object] = []  # also keeps them alive, so that no id is used twice
-        self.reduced: dict[int, object] = {}
+
+class _Describer(Values):
+    """Functions, classes and modules, each described once."""
 
     def finish(self, root: bytes) -> bytes:
         # Describing one may mention more: the list grows under the loop.
         return encode((root, [encode(self.record(obj)) for obj in self.objects]))
 
-    def refer(self, obj: object) -> int:
-        if id(obj) not in self.numbers:
-            self.numbers[id(obj)] = len(self.objects)
-            self.objects.append(obj)
-        return self.numbers[id(obj)]
-
-    def value(self, value: object) -> bytes | None:
-        """The hook of `encode`: a value that counts with all it holds."""
-        value = unwrap(value)
-        if isinstance(value, types.MethodType):
-            return encode(("method", value.__func__, value.__self__), self.value)
-        if isinstance(value, functools.partial):
-            return encode(("partial", value.func, value.args, value.keywords), self.value)
-        known = isinstance(value, (torch.Tensor, *CODE)) and _owner(value) is None
-        if known or "__wrapped__" in getattr(value, "__dict__", {}):
-            return encode(self.mention(value, ""))
-        array = _array(value)
-        if array is not None:
-            return array
-        if id(value) not in self.numbers:
-            reduced = _reduced(value)
-            if reduced is None:
-                return None
-            self.reduced[id(value)] = reduced
-        return encode(("see", self.refer(value)))
-
     def mention(self, value: object, where: str) -> object:
-        """A value that code reaches: code and immutable values count, what may change does not."""
+        """A value that code reaches; `where` it stands, if what it holds counts too."""
         value = unwrap(value)
         if is_plain(value):
             return "value", encode(value, self.value)
@@ -153,58 +128,53 @@ class _Describer:
         if isinstance(value, CODE):
             return "see", self.refer(value)
         if isinstance(value, types.ModuleType):
-            return "module", of_module(value.__name__)
-        constant = self.constant(value) if where and self.constants else None
+            found = of_module(value.__name__)
+            return ("see", self.refer(value)) if found is None else ("module", found, value.__name__)
+        constant = self.constant(value, where) if where and self.constants else None
         if constant is not None:
             return "constant", constant
-        wrapped = getattr(value, "__dict__", {}).get("__wrapped__")
-        if where and wrapped is None:
-            kind = type_name(type(value))
-            text = "%s, of type %s, may change and is left out of the module hash"
-            _say_once(logging.INFO, text % (where, kind))
-        return "instance", self.refer(type(value)), self.mention(wrapped, where)
-
-    def constant(self, value: object) -> bytes | None:
-        """A list, dict, set or array of plain values is mostly a constant; an empty one is a place for results."""
-        numpy = sys.modules.get("numpy")
-        array = numpy is not None and isinstance(value, numpy.ndarray)
-        if not array and not (isinstance(value, (list, dict, set)) and value):
-            return None
-        try:
-            return encode(value, self.value if array else None)
-        except Unencodable:
-            return None
+        return "instance", self.refer(type(value)), self.mention(attributes_of(value).get("__wrapped__"), where)
 
     def record(self, obj: object) -> object:
-        if id(obj) in self.reduced:
-            return "object", encode(self.reduced[id(obj)], self.value, name=type_name(type(obj)))
+        if id(obj) in self.held:
+            return "object", self.contents(obj)
         if isinstance(obj, types.FunctionType):
             return self.function(obj)
         if isinstance(obj, type):
             return self.class_(obj)
         if isinstance(obj, torch.nn.Module):
             return self.module(obj, state=True)
+        if isinstance(obj, types.ModuleType):
+            return self.imported(obj)
         if isinstance(obj, torch.jit.ScriptFunction):
-            return "script", program(obj, self.tensors)
-        if isinstance(obj, _C_FUNCTIONS):
+            return "script", program(obj)
+        if isinstance(obj, C_FUNCTIONS):
             return self.c_function(obj)
         return type_name(type(obj)), self.wrapper(obj)
+
+    def imported(self, module: types.ModuleType) -> object:
+        """A module of the user's that code uses as a whole, by what it defines or imports."""
+        kinds = (types.ModuleType, torch.Tensor, tuple, frozenset, *PLACES, *CODE)
+        return "module", [
+            (name, self.mention(item, f"{name}, in a module that code uses as a whole"))
+            for name, item in sorted(vars(module).items())
+            if not name.startswith("__") and (isinstance(item, kinds) or is_plain(item))
+        ]
 
     def wrapper(self, obj: object) -> object:
         """What a bound method, a partial or a descriptor holds."""
         where = f"an argument of {type_name(type(obj))}"
         if isinstance(obj, (functools.partial, functools.partialmethod)):
-            keywords = sorted(obj.keywords.items())
             values = [self.mention(item, where) for item in (obj.func, *obj.args)]
-            return values, [(name, self.mention(item, where)) for name, item in keywords]
+            return values, [(name, self.mention(item, where)) for name, item in obj.keywords.items()]
         parts = ("__func__", "__self__", "fget", "fset", "fdel", "func")
         return [self.mention(getattr(obj, part), where) for part in parts if hasattr(obj, part)]
 
     def c_function(self, function: object) -> object:
         name = str(getattr(function, "__qualname__"))  # noqa: B009
-        owner = _owner(function)
-        if owner is not None:
-            return "C method", name, self.mention(owner, f"the object of the method {name}")
+        bound = owner(function)
+        if bound is not None:
+            return "C method", name, self.mention(bound, f"the object of the method {name}")
         home = getattr(function, "__self__", None) or getattr(function, "__objclass__", None)
         module = home.__module__ if isinstance(home, type) else getattr(function, "__module__", "")
         return "C function", of_module(module), name
@@ -226,14 +196,19 @@ class _Describer:
             key: self.mention(item, f"the default of {key} {where}")
             for key, item in sorted((function.__kwdefaults__ or {}).items())
         }
-        return "function", self.code(function), defaults, keywords, self.reach(function, cells)
+        added = [
+            (name, self.mention(item, f"the attribute {name} {where}"))
+            for name, item in sorted(vars(function).items() if self.constants else ())
+            if not name.startswith("_") and not _is_own_attribute(name)
+        ]
+        return "function", self.code(function), defaults, keywords, self.reach(function, cells), added
 
     def code(self, function: types.FunctionType) -> object:
         node = syntax.source_of(function)
         if node is None:
             # Of several lambdas on one line it is not known which is meant: no fault of the source.
             if function.__name__ != "<lambda>" or not syntax.text_of(function):
-                _say_once(logging.WARNING, _BYTECODE % function.__qualname__)
+                _say_bytecode(function.__qualname__)
             return "bytecode", syntax.bytecode(function.__code__)
         scope = function.__globals__
         kept = [item for item in syntax.decorators(node) if not is_our_decorator(item, scope)]
@@ -276,9 +251,13 @@ class _Describer:
         """Take from a module that a function imports itself all that the function may mean."""
         if name in found:
             return
-        found[name] = value
-        if isinstance(value, types.ModuleType) and of_module(value.__name__) is None:
-            for attribute in names & set(vars(value)):
+        used = names & set(vars(value)) if isinstance(value, types.ModuleType) else set()
+        if not used or of_module(getattr(value, "__name__")) is not None:  # noqa: B009
+            found[name] = value
+            return
+        found[name] = None
+        for attribute in used:
+            if not isinstance(vars(value)[attribute], types.ModuleType) or name.count(".") < 20:  # they may be a circle
                 self.search(vars(value)[attribute], f"{name}.{attribute}", names, found)
 
     # Classes
@@ -313,10 +292,15 @@ class _Describer:
     # Modules
 
     def module(self, module: torch.nn.Module, *, state: bool) -> object:
-        return [
-            (name, self.refer(type(part)), self.hooks(part), self.attributes(part, state))
-            for name, part in module.named_modules()
-        ]
+        numbers: dict[int, int] = {}
+        found: list[tuple[object, ...]] = []
+        for path, part in tree(module):
+            if part is None or id(part) in numbers:
+                found.append((path, numbers.get(id(part))))  # used once more
+            elif isinstance(part, torch.nn.Module):
+                numbers[id(part)] = len(found)
+                found.append((path, self.refer(type(part)), self.hooks(part), self.attributes(part, state)))
+        return found
 
     def hooks(self, module: torch.nn.Module) -> object:
         found = []
@@ -334,20 +318,25 @@ class _Describer:
         for name, value in sorted(vars(module).items()):
             if name in _MODULE_ATTRIBUTES or _is_own_attribute(name):
                 continue
-            if state or not (is_plain(value) or isinstance(value, torch.Tensor)):
+            said = settings(value) if state else None
+            if said is not None:
+                found.append((name, encode((self.refer(type(value)), said), self.value, name=name)))
+            elif state and isinstance(value, torch.Tensor):
+                found.append((name, self.weights(value)))
+            elif state or isinstance(value, CODE) or "__wrapped__" in attributes_of(value):
                 found.append((name, self.mention(value, f"{name}, {where}")))
-            if state and hasattr(value, "to_dict"):
-                found.append((name, encode(value.to_dict(), self.value, name=name)))
+            elif not (is_plain(value) or isinstance(value, torch.Tensor)):
+                found.append((name, self.refer(type(value))))  # what it holds is part of the state
         if isinstance(module, torch.jit.ScriptModule):
             read = [(name, encode(item)) for name, item in attributes_read(module) if is_plain(item)]
-            found += [("script", program(module, self.tensors)), ("reads", read)]
+            found += [("script", program(module)), ("reads", read)]
         if state:
             found.append(("training", module.training))
             tensors = [
                 *module.named_parameters(recurse=False),
                 *module.named_buffers(recurse=False),
             ]
-            found += [(name, self.tensors(tensor)) for name, tensor in tensors]
+            found += [(name, self.weights(tensor)) for name, tensor in tensors]
         return found
 
 
@@ -361,39 +350,12 @@ def _is_machinery(cls: type, name: str, member: object) -> bool:
     """Whether Python itself put a member into the class, or a decorator of ours did."""
     if is_added(member) or isinstance(member, _DESCRIPTORS) or name in _ANNOTATIONS:
         return True
+    if name == "_field_defaults" and not member:  # of a named tuple
+        return True
     function = getattr(member, "__func__", member)  # a class holds its __new__ as a staticmethod
+    function = getattr(function, "__wrapped__", function)  # reprlib guards the __repr__ of a dataclass
     if isinstance(function, types.FunctionType):
         record = dataclasses.is_dataclass(cls) or hasattr(cls, "_fields")
         return record and name in _GENERATED and function.__code__.co_filename == "<string>"
     dunder = name.startswith("__") and name.endswith("__")
     return (dunder or name == "_abc_impl") and not isinstance(member, CODE)
-
-
-def _array(value: object) -> bytes | None:
-    """A NumPy array or scalar, unless it holds references to objects."""
-    numpy = sys.modules.get("numpy")
-    if numpy is None or not isinstance(value, (numpy.ndarray, numpy.generic)):
-        return None
-    if value.dtype.hasobject:
-        return None
-    return encode(("array", str(value.dtype), value.shape, value.tobytes()))
-
-
-def _owner(function: object) -> object | None:
-    """The object that a C function is bound to; modules and classes only hold it."""
-    if not isinstance(function, types.BuiltinFunctionType):
-        return None
-    owner = function.__self__
-    return None if isinstance(owner, (types.ModuleType, type)) else owner
-
-
-def _reduced(value: object) -> object | None:
-    """What pickling would keep of an object, None if it cannot be pickled."""
-    try:
-        reduced = value.__reduce_ex__(2)
-    except Exception:  # a class may raise what it likes
-        return None
-    if isinstance(reduced, str):  # the name of a global
-        return [type(value), reduced]
-    parts = list(reduced)
-    return [*parts[:3], *(None if part is None else list(part) for part in parts[3:5]), *parts[5:]]

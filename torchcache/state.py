@@ -275,7 +275,7 @@ class State:
             **{f"attribute {name}": encode(value) for name, value in own.items()},
             **{f"tensor {w.name}": w.encoded() for w in (*self._frozen, *self._live)},
         }
-        self._value: bytes = hashlib.blake2b(encode(self.parts), digest_size=16).digest()
+        self._value: bytes = hashlib.blake2b(encode(dict(sorted(self.parts.items()))), digest_size=16).digest()
 
 
 class Mode:

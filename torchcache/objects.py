@@ -1,0 +1,95 @@
+"""What an object holds, as values that can be encoded: tensors by their bytes, others by what pickling would keep."""
+
+from __future__ import annotations
+
+import copyreg
+import logging
+import os
+import random
+import sys
+import threading
+import types
+import weakref
+from concurrent.futures import Executor
+
+import torch
+
+from torchcache.encoding import encode
+from torchcache.state import digests
+
+OPERATORS = (torch._ops.OpOverload, torch._ops.OpOverloadPacket)
+
+# They say nothing about what is computed, or (generators of random numbers) change as they are used.
+_WITHOUT_VALUE = (
+    *(type(threading.Lock()), type(threading.RLock()), threading.Thread, threading.local, Executor),
+    *(logging.Logger, logging.LoggerAdapter, logging.Handler, type(os.environ)),
+    *(random.Random, torch.Generator, torch.utils.hooks.RemovableHandle),
+)
+
+
+def tensor_bytes(tensor: torch.Tensor) -> bytes:
+    """A tensor by value: the same for equal tensors."""
+    parts = (tensor.dtype, tuple(tensor.shape), digests([tensor])[0])
+    return encode((*parts, _scales(tensor)) if tensor.is_quantized else parts)
+
+
+def _scales(tensor: torch.Tensor) -> tuple[object, ...]:
+    """What the integers of a quantised tensor stand for."""
+    if tensor.qscheme() in (torch.per_tensor_affine, torch.per_tensor_symmetric):
+        return tensor.q_scale(), tensor.q_zero_point()
+    scales = tensor.q_per_channel_scales(), tensor.q_per_channel_zero_points()
+    return tensor.q_per_channel_axis(), *(tuple(item.tolist()) for item in scales)
+
+
+def settings(value: object) -> dict[str, object] | None:
+    """What ``to_dict()`` of a configuration says, by name, if it has such a method that works."""
+    if isinstance(value, (type, torch.Tensor, torch.nn.Module)):
+        return None
+    try:
+        found = value.to_dict()  # type: ignore[attr-defined]
+        return {str(name): found[name] for name in sorted(found, key=str)} if isinstance(found, dict) else None
+    except Exception:  # attributes of the users' classes may raise what they like
+        return None
+
+
+def is_without_value(value: object) -> bool:
+    streams = (sys.stdin, sys.stdout, sys.stderr, sys.__stdin__, sys.__stdout__, sys.__stderr__)
+    numpy_random = type(value).__module__.startswith("numpy.random")
+    return isinstance(value, _WITHOUT_VALUE) or numpy_random or any(value is stream for stream in streams)
+
+
+def array(value: object) -> bytes | None:
+    """A NumPy array or scalar, unless it holds references to objects."""
+    numpy = sys.modules.get("numpy")
+    if numpy is None or not isinstance(value, (numpy.ndarray, numpy.generic)):
+        return None
+    if value.dtype.hasobject:
+        return None
+    return encode(("array", str(value.dtype), value.shape, value.tobytes()))
+
+
+def held(value: object) -> object | None:
+    """What pickling would keep of an object, None if it cannot be pickled."""
+    try:
+        if isinstance(value, types.MappingProxyType):
+            return ["mapping", dict(value)]
+        if isinstance(value, weakref.ref):
+            return ["reference", value()]
+        if isinstance(value, OPERATORS):
+            return ["operator", str(value)]
+        reduce = copyreg.dispatch_table.get(type(value))
+        reduced = value.__reduce_ex__(2) if reduce is None else reduce(value)
+        if isinstance(reduced, str):  # the name of a global
+            return [type(value), reduced]
+        parts = list(reduced)
+        return [*parts[:3], *(None if part is None else list(part) for part in parts[3:5]), *parts[5:]]
+    except Exception:  # a class may raise what it likes
+        return None
+
+
+def owner(function: object) -> object | None:
+    """The object that a C function is bound to; modules and classes only hold it."""
+    if not isinstance(function, types.BuiltinFunctionType):
+        return None
+    found = function.__self__
+    return None if isinstance(found, (types.ModuleType, type)) else found
