@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from torchcache import _ops
 from torchcache.bypass import of_modules
@@ -112,6 +113,7 @@ class State:
             not all(map(is_, map(_get, *self._columns), self._values))
             or list(map(len, self._dicts)) != self._counts
             or list(map(list, self._ordered)) != self._orders
+            or (RemovableHandle.next_id != self._next_hook and self._hooks_added())
             or list(map(_requires_grad, tensors)) != flags
             or (self._attributes and self._attributes_changed())
         ):
@@ -192,7 +194,8 @@ class State:
         dicts, keys, self._values = map(list, zip(*held)) if held else ([], [], [])
         self._columns: Any = dicts, keys, [_ABSENT] * len(held)
         hooks = [m.__dict__.get(name, {}) for m in self._order if m is not self._own for name in _HOOKS]
-        self._dicts = [d for m in self._order for d in (*_holders(m), m.__dict__)] + hooks
+        self._dicts = [d for m in self._order for d in (*_holders(m), m.__dict__)]
+        self._no_hooks, self._next_hook = [d for d in hooks if not d], RemovableHandle.next_id
         self._ordered = [m._modules for m in plain if len(m._modules) > 1] + [d for d in hooks if d]
         self._orders = list(map(list, self._ordered))
         self._counts = self._count()
@@ -249,6 +252,11 @@ class State:
 
     def _count(self) -> list[int]:
         return list(map(len, self._dicts))
+
+    def _hooks_added(self) -> bool:
+        """Asked only when some module of the process has got a hook."""
+        self._next_hook = RemovableHandle.next_id
+        return any(self._no_hooks)
 
     def _attributes_changed(self) -> bool:
         assert self._own is not None

@@ -43,15 +43,21 @@ inline int64_t item_size(const torch::stable::Tensor& t) {
   }
 }
 
-// Whether there is memory behind every element: a storage may have been freed or made smaller under a tensor.
+// Whether there is memory behind the elements from the first one to the `last`, counted in memory.
+inline bool has_bytes(const torch::stable::Tensor& t, int64_t last, int64_t item) {
+  int64_t storage = 0, first = 0;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_storage_offset(t.get(), &first));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_storage_size(t.get(), &storage));
+  return (first + last + 1) * item <= storage;
+}
+
+// The same for every element: a storage may have been freed or made smaller under a tensor.
 inline bool has_bytes(const torch::stable::Tensor& t) {
   if (t.numel() == 0) return true;
-  int64_t storage = 0, last = 0;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_get_storage_offset(t.get(), &last));
-  TORCH_ERROR_CODE_CHECK(aoti_torch_get_storage_size(t.get(), &storage));
   const auto sizes = t.sizes(), strides = t.strides();
+  int64_t last = 0;
   for (size_t d = 0; d < sizes.size(); ++d) last += (sizes[d] - 1) * strides[d];
-  return t.const_data_ptr() != nullptr && (last + 1) * item_size(t) <= storage;
+  return t.const_data_ptr() != nullptr && has_bytes(t, last, item_size(t));
 }
 
 }  // namespace torchcache

@@ -181,6 +181,29 @@ def test_a_frozen_batch_norm_in_a_network_that_trains_keeps_its_statistics() -> 
     assert_alike(lambda: Frozen(nn.Conv2d(2, 3, 3), nn.BatchNorm2d(3), nn.ReLU()), 2, 5, 5)
 
 
+AFTER_A_CONVOLUTION: dict[str, Callable[[], nn.Module]] = {
+    "batch_norm": lambda: nn.BatchNorm2d(4),
+    "group_norm": lambda: nn.GroupNorm(2, 4),
+    "max_pool": lambda: nn.MaxPool2d(2),
+    "avg_pool": lambda: nn.AvgPool2d(2),
+    "adaptive_pool": lambda: nn.AdaptiveAvgPool2d(2),
+    "convolution": lambda: nn.Conv2d(4, 3, 2, groups=1),
+    "transposed": lambda: nn.ConvTranspose2d(4, 2, 2),
+    "prelu": lambda: nn.PReLU(4),
+}
+
+
+@pytest.mark.parametrize("rows", [1, 2])
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+@pytest.mark.parametrize("name", AFTER_A_CONVOLUTION)
+def test_what_follows_a_convolution_is_right_for_one_image_and_for_more(name: str, training: bool, rows: int) -> None:
+    def make() -> nn.Module:
+        return nn.Sequential(nn.Conv2d(3, 4, 3), AFTER_A_CONVOLUTION[name]())
+
+    assert_alike(make, 3, 6, 6, rows=rows, training=training)
+    assert_alike(lambda: Wrapped(make()), 3, 6, 6, rows=rows, training=training)
+
+
 def test_no_grad_and_inference_mode_are_right() -> None:
     for mode in (torch.no_grad, torch.inference_mode):
         for make in (ResNet18, lambda: nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)):

@@ -44,7 +44,8 @@ def convolve(
     """x (B, M, C, …), weight (M, …) as one model has it, bias (M, O) or None → (B, M, O, …)."""
     batch = len(weight)
     channels = x.flatten(1, 2)
-    if channels.dim() == 4 and _channels_last.get():
+    # Not of one image, whose order torch tells by the stride of a dimension of size 1, which may be any.
+    if channels.dim() == 4 and len(channels) > 1 and _channels_last.get():
         channels = channels.contiguous(memory_format=torch.channels_last)
     out = function(
         channels,

@@ -25,8 +25,10 @@ def batch_norm(
     mean, var = (None if t is None else t.view(-1) for t in (running_mean, running_var))
     scale, shift = (None if t is None else t.flatten() for t in (weight, bias))
     channels = x.flatten(1, 2)
-    if training:
-        channels = channels.contiguous()  # for its precision: see convolution.channels_last
+    # For its precision: see convolution.channels_last. One image may lie in that order with a stride of its own for
+    # dimension 0, for which torch's backward in eval mode is wrong.
+    if training or len(channels) == 1:
+        channels = channels.contiguous()
     out = F.batch_norm(channels, mean, var, scale, shift, training, momentum, eps)
     return split_dim(out, 1, x.shape[1])
 
@@ -69,4 +71,18 @@ def _batch_norm(
     return lift(partial(kernel, training, momentum, eps), input, *states)
 
 
-RULES = {F.batch_norm: _batch_norm}
+def _group_norm_kernel(groups: int, eps: float, x: tuple[Tensor, Dim], *states: tuple[Any, Dim]) -> Batched:
+    batch = batch_size(x, *states)
+    weight, bias = (None if t is None else models_first(t, dim, batch) for t, dim in states)
+    return group_norm(models_first(*x, batch), groups, weight, bias, eps), 0
+
+
+def _group_norm(
+    input: Tensor, num_groups: int, weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-5
+) -> Any:
+    if input.dim() < 2 or not any(map(is_batched, (input, weight, bias))):
+        return NotImplemented
+    return lift(partial(_group_norm_kernel, num_groups, eps), input, weight, bias)
+
+
+RULES = {F.batch_norm: _batch_norm, F.group_norm: _group_norm}
