@@ -84,6 +84,8 @@ _FEW_CLASSES = 16
 
 def _cross_entropy(inputs: Tensor, targets: Tensor, reduction: str, ignore_index: int = -100) -> Tensor:
     """The most frequent loss in one call for all models."""
+    if targets.dtype is torch.uint8:
+        targets = targets.long()  # which not every way below takes
     if inputs.dim() == 3 and inputs.shape[2] <= _FEW_CLASSES and inputs.device.type == "cpu":
         loss = F.cross_entropy(inputs.mT, targets, ignore_index=ignore_index, reduction="none")
     else:
@@ -179,8 +181,7 @@ class PerModelLR:
         self._before = [
             (p, p.clone(), factor)
             for group, factor in zip(optimizer.param_groups, self._factors, strict=True)
-            for p in group["params"]
-            if p.grad is not None
+            for p in group["params"]  # also without a gradient: a closure may make it within the step
         ]
 
     @torch.no_grad()

@@ -259,3 +259,25 @@ def test_learning_rates_that_cannot_be_scaled_are_refused() -> None:
         per_model_lr(torch.optim.SGD([p], 0.1), [1.0, 0.5, 2.0])
     with pytest.raises(ValueError, match="0"):
         per_model_lr(torch.optim.SGD([p], 0.0), [1.0, 0.5])
+
+
+def test_targets_may_be_bytes() -> None:
+    inputs, targets = torch.randn(2, 5, 4), torch.randint(0, 4, (2, 5), dtype=torch.uint8)
+    assert torch.equal(batch_loss(inputs, targets), batch_loss(inputs, targets.long()))
+
+
+def test_learning_rates_hold_for_steps_with_a_closure() -> None:
+    batch = BatchModule(torch.nn.Linear(1, 1, bias=False), 2)
+    before = batch.weight.detach().clone()
+    optimizer = torch.optim.SGD(batch.parameters(), 1.0)
+    per_model_lr(optimizer, [0.0, 1.0])
+
+    def closure() -> float:
+        optimizer.zero_grad()
+        loss = batch(torch.ones(2, 1, 1)).sum()
+        loss.backward()
+        return float(loss)
+
+    for step in (1, 2):
+        optimizer.step(closure)
+        assert torch.allclose(before - batch.weight, torch.tensor([0.0, float(step)]).view(2, 1, 1))

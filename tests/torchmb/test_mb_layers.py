@@ -12,6 +12,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 from models_harness import LeNet, Own, ResNet18, Wrapped, assert_alike, indices
 
+from torchmb import BatchModule
+
 Case = tuple[Callable[[], nn.Module], tuple[int, ...]]
 
 
@@ -202,6 +204,18 @@ def test_what_follows_a_convolution_is_right_for_one_image_and_for_more(name: st
 
     assert_alike(make, 3, 6, 6, rows=rows, training=training)
     assert_alike(lambda: Wrapped(make()), 3, 6, 6, rows=rows, training=training)
+
+
+def test_a_forward_sees_whether_its_tensors_require_grad() -> None:
+    def make() -> nn.Module:
+        return Own(
+            lambda m, x: m.l(x) * 2 if m.l(x).requires_grad and m.l.weight.requires_grad else x, l=nn.Linear(4, 4)
+        )
+
+    assert_alike(make, 4)
+    with torch.no_grad():
+        x = torch.randn(2, 3, 4)
+        assert torch.equal(BatchModule(make(), batch=2)(x), x)
 
 
 def test_no_grad_and_inference_mode_are_right() -> None:

@@ -28,4 +28,10 @@ def _rule(function: Callable[[Tensor], Any], x: Tensor) -> Any:
     return values[0]
 
 
+def _requires_grad(x: Tensor) -> Any:
+    """Of the tensor itself: vmap's wrapper says no where autograd records beneath it."""
+    return unwrap(x, current_level())[0].requires_grad if is_batched(x) else NotImplemented
+
+
 RULES: dict[Callable[..., Any], Callable[..., Any]] = {f: partial(_rule, f) for f in NUMBERS}
+RULES[Tensor.requires_grad.__get__] = _requires_grad  # type: ignore[attr-defined]
