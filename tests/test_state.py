@@ -392,3 +392,11 @@ def test_settings_of_submodules_that_are_changed_later_count_and_counters_do_not
     module[0].enabled = True
     assert torch.equal(module(x), 3 * x)
     assert module[0].calls == 2 and module.cache_instance.info().misses == 8
+
+
+def test_compiled_modules_with_one_state_have_one_key() -> None:
+    plain = nn.Linear(2, 2).requires_grad_(False)
+    x = torch.ones(3, 2)
+    compiled = [torch.compile(plain, backend="eager") for _ in range(2)]
+    keys = [torchcache()(module).cache_instance.keys(x) for module in compiled]  # type: ignore[attr-defined]
+    assert torch.equal(*keys)

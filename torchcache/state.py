@@ -25,7 +25,7 @@ from torchcache.encoding import encode, is_plain
 
 # Attributes of every nn.Module that say nothing about what it computes (hooks are part of the code).
 _MODULE_ATTRIBUTES = frozenset(nn.Module().__dict__)
-_OWN_PREFIXES = ("_torchcache", "torchcache_")
+_OWN_PREFIXES = ("_torchcache", "torchcache_", "_torchdynamo_")  # the last counts compilations
 
 # (id of a module's __dict__, name) → the value that is to be described instead of the present one.
 Moved = dict[tuple[int, str], Any]
