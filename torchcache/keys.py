@@ -51,11 +51,10 @@ class Keys:
     def _row_bytes(self, t: Tensor) -> Tensor:
         if t.is_cpu and not (t.is_neg() or t.is_conj() or self._subsample_count or t.dtype in _FOREIGN):
             return t
-        t = t.resolve_conj().resolve_neg()
         if self._subsample_count is not None:
             t = t.flatten(1) if t.dim() > 1 else t.unsqueeze(1)
             t = t[:, :: max(1, t.shape[1] // self._subsample_count)]
-        return _ops.bits(t.cpu())
+        return _ops.hashable(t)
 
 
 def autocast(device_type: str) -> bytes:
