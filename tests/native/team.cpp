@@ -5,13 +5,17 @@
 #include <algorithm>
 #include <cstdint>
 #include <cstring>
+#include <numeric>
+#include <random>
 #include <stdexcept>
 #include <vector>
 
+#include "hash/batch.h"
 #include "hash/digest.h"
 #include "hash/layout.h"
-#include "hash/messages.h"
 #include "hash/plan.h"
+#include "hash/sources.h"
+#include "hash/team.h"
 
 namespace torchcache {
 namespace {
@@ -34,6 +38,8 @@ class LoopTeam {
     for (const Lane& lane : lanes_) values[lane.index] = lane.value;
   }
   static bool writes() { return true; }
+  static void settle() {}
+  static bool last(uint32_t* counter, int64_t n) { return ++*counter == n; }
 
  private:
   Lane lanes_[kLanes];
@@ -42,26 +48,29 @@ class LoopTeam {
 struct Shape {
   int64_t blocks;  // 0: as many as a launch on a device has
   int threads;
+  uint32_t seed;  // of the order in which the teams come
 
-  int64_t blocks_of(const Messages& messages) const {
-    return blocks > 0 ? blocks : blocks_for(messages.count(), threads);
-  }
+  int64_t blocks_of(const Batch& batch) const { return blocks > 0 ? blocks : blocks_for(batch.messages(), threads); }
 };
 
 template <class Source>
-void run(const Messages& messages, Shape shape) {
-  const int64_t blocks = shape.blocks_of(messages);
-  for (int64_t block = 0; block < blocks; ++block)
-    for (int thread = 0; thread < shape.threads; ++thread) {
-      const Place place = place_of(block, thread, blocks, shape.threads);
-      if (place.lane != 0) continue;  // the loop stands for all eight
-      LoopTeam team;
-      digest_messages<Source>(team, messages, place.first, place.step);
-    }
+void run(const Batch& batch, Shape shape) {
+  const int64_t blocks = shape.blocks_of(batch);
+  std::vector<int64_t> order(blocks * shape.threads);
+  std::iota(order.begin(), order.end(), 0);
+  std::shuffle(order.begin(), order.end(), std::mt19937(shape.seed));
+  for (const int64_t number : order) {
+    const Place place =
+        place_of(number / shape.threads, static_cast<int>(number % shape.threads), blocks, shape.threads);
+    if (place.lane != 0) continue;  // the loop over lanes stands for all eight
+    LoopTeam team;
+    digest_batch<Source>(team, batch, place.first, place.step);
+  }
 }
 
-void launch(const Messages& messages, Shape shape) {
-  with_source(messages.rows, [&](auto source) { run<typename decltype(source)::type>(messages, shape); });
+void launch(const Batch& batch, Shape shape) {
+  if (batch.done != nullptr) std::fill_n(batch.done, batch.rows.count, 0);
+  with_source(batch.rows, [&](auto source) { run<typename decltype(source)::type>(batch, shape); });
 }
 
 struct Numbers {
@@ -118,37 +127,31 @@ struct Argument {  // a tensor
 extern "C" {
 
 // Row digests → out [rows, 2]: low, high.
-void team_digests(const Argument* tensor, bool whole, int64_t blocks, int threads, uint64_t* out) {
+void team_digests(const Argument* tensor, bool whole, const Shape* shape, uint64_t* out) {
   const Rows rows = tensor->rows(whole);
   std::vector<Canonical> space(space_for(rows)), digests(rows.count);
-  digest_rows(rows, space.data(), Output{digests.data(), 1, false, {}},
-              [&](const Messages& m) { launch(m, {blocks, threads}); });
+  launch(batch_of(rows, space.data(), digests.data()), *shape);
   write(digests.data(), rows.count, out);
 }
 
 // Keys → out [rows, 2].
-void team_keys(const Argument* tensors, int64_t n, uint64_t low, uint64_t high, int64_t blocks, int threads,
-               uint64_t* out) {
+void team_keys(const Argument* tensors, int64_t n, uint64_t low, uint64_t high, const Shape* shape, uint64_t* out) {
   std::vector<Rows> arguments;
   for (int64_t i = 0; i < n; ++i) arguments.push_back(tensors[i].rows(false));
   std::vector<Canonical> space(space_for_keys(arguments)), keys(arguments[0].count);
-  digest_keys(arguments, {low, high}, space.data(), keys.data(),
-              [&](const Messages& m) { launch(m, {blocks, threads}); });
+  launch_keys(arguments, {low, high}, space.data(), keys.data(), [&](const Batch& b) { launch(b, *shape); });
   write(keys.data(), arguments[0].count, out);
 }
 
-// How often a launch reads each byte → out [rows, bytes]; -1 where it would read past the end of a row. And how often
-// it writes the digest of each message → written [rows, messages].
-int team_reads(int64_t rows, int64_t bytes, int64_t longest, int64_t blocks, int threads, int32_t* out) {
+// How often a launch reads each byte → out [rows, bytes]; -1 where it would read past the end of the rows.
+int team_reads(int64_t rows, int64_t bytes, const Shape* shape, int32_t* out) {
   std::vector<int32_t> counts(rows * bytes);
   std::vector<uint8_t> memory(std::max<int64_t>(1, rows * bytes));
   reads = &counts, first_row = memory.data();
   const Rows all = adjacent_rows(memory.data(), rows, bytes);
-  Messages messages{all, longest, nullptr, 0, false, {}};
-  std::vector<Canonical> digests(messages.count());
-  messages.out = digests.data(), messages.out_stride = messages.per_row();
+  std::vector<Canonical> space(space_for(all)), digests(rows);
   try {
-    run<Counting>(messages, {blocks, threads});
+    run<Counting>(batch_of(all, space.data(), digests.data()), *shape);
   } catch (const std::out_of_range&) {
     return -1;
   }
@@ -158,19 +161,18 @@ int team_reads(int64_t rows, int64_t bytes, int64_t longest, int64_t blocks, int
 
 int64_t team_blocks(int64_t messages, int threads) { return blocks_for(messages, threads); }
 
-// The mapping alone: for each message number its row, begin and size → out [messages, 3], and how many teams take it
-// → takers [messages].
-int64_t team_mapping(int64_t rows, int64_t bytes, int64_t longest, int64_t blocks, int threads, int64_t* out,
-                     int32_t* takers) {
-  const Messages messages{adjacent_rows(nullptr, rows, bytes), longest, nullptr, 0, false, {}};
-  const int64_t count = messages.count(), launched = Shape{blocks, threads}.blocks_of(messages);
+// The mapping alone: for each message number its row, begin and size → out [messages, 3], and which lanes take it, one
+// bit each, and how many threads, times 256 → takers [messages].
+int64_t team_mapping(int64_t rows, int64_t bytes, const Shape* shape, int64_t* out, int32_t* takers) {
+  const Batch batch{adjacent_rows(nullptr, rows, bytes)};
+  const int64_t count = batch.messages(), blocks = shape->blocks_of(batch);
   for (int64_t i = 0; i < count; ++i) {
-    const Message m = message_at(messages, i);
+    const Message m = message_at(batch, i);
     out[3 * i] = m.row, out[3 * i + 1] = m.begin, out[3 * i + 2] = m.size;
   }
-  for (int64_t block = 0; block < launched; ++block)
-    for (int thread = 0; thread < threads; ++thread) {
-      const Place place = place_of(block, thread, launched, threads);
+  for (int64_t block = 0; block < blocks; ++block)
+    for (int thread = 0; thread < shape->threads; ++thread) {
+      const Place place = place_of(block, thread, blocks, shape->threads);
       for (int64_t i = place.first; i < count; i += place.step) takers[i] |= 1 << place.lane, takers[i] += 256;
     }
   return count;
