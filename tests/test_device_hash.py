@@ -45,7 +45,15 @@ def library() -> ctypes.CDLL:
     with tempfile.TemporaryDirectory() as folder:
         compiler = os.environ.get("CXX") or shutil.which("c++") or "g++"
         built = f"{folder}/team.so"
-        flags = ["-std=c++17", "-O1", "-shared", "-fPIC", "-fsanitize=undefined", "-fno-sanitize-recover=all"]
+        flags = [
+            "-std=c++17",
+            "-O1",
+            "-shared",
+            "-fPIC",
+            "-pthread",
+            "-fsanitize=undefined",
+            "-fno-sanitize-recover=all",
+        ]
         source = ROOT / "tests" / "native" / "team.cpp"
         subprocess.run([*compiler.split(), *flags, f"-I{ROOT / 'csrc'}", str(source), "-o", built], check=True)
         found = ctypes.CDLL(built)

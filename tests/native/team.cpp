@@ -1,5 +1,5 @@
-// The device code of the hash, compiled for the host: a team is a loop over its lanes, a launch a loop over its blocks
-// and threads. tests/test_device_hash.py builds and calls this.
+// The device code of the hash, compiled for the host: a team is a loop over its lanes, a launch two threads that share
+// its teams. tests/test_device_hash.py builds and calls this.
 #include "hash/team.h"
 
 #include <algorithm>
@@ -7,7 +7,7 @@
 #include <cstring>
 #include <numeric>
 #include <random>
-#include <stdexcept>
+#include <thread>
 #include <vector>
 
 #include "hash/batch.h"
@@ -39,7 +39,7 @@ class LoopTeam {
   }
   static bool writes() { return true; }
   static void settle() {}
-  static bool last(uint32_t* counter, int64_t n) { return ++*counter == n; }
+  static bool last(uint32_t* counter, int64_t n) { return __atomic_add_fetch(counter, 1, __ATOMIC_ACQ_REL) == n; }
 
  private:
   Lane lanes_[kLanes];
@@ -59,13 +59,18 @@ void run(const Batch& batch, Shape shape) {
   std::vector<int64_t> order(blocks * shape.threads);
   std::iota(order.begin(), order.end(), 0);
   std::shuffle(order.begin(), order.end(), std::mt19937(shape.seed));
-  for (const int64_t number : order) {
-    const Place place =
-        place_of(number / shape.threads, static_cast<int>(number % shape.threads), blocks, shape.threads);
-    if (place.lane != 0) continue;  // the loop over lanes stands for all eight
-    LoopTeam team;
-    digest_batch<Source>(team, batch, place.first, place.step);
-  }
+  const auto work = [&](size_t begin, size_t end) {
+    for (size_t i = begin; i < end; ++i) {
+      const Place place =
+          place_of(order[i] / shape.threads, static_cast<int>(order[i] % shape.threads), blocks, shape.threads);
+      if (place.lane != 0) continue;  // the loop over lanes stands for all eight
+      LoopTeam team;
+      digest_batch<Source>(team, batch, place.first, place.step);
+    }
+  };
+  std::thread other(work, 0, order.size() / 2);
+  work(order.size() / 2, order.size());
+  other.join();
 }
 
 void launch(const Batch& batch, Shape shape) {
@@ -80,11 +85,12 @@ struct Numbers {
   int64_t operator[](size_t i) const { return values[i]; }
 };
 
-// How often each logical byte of each row is read.
-std::vector<int32_t>* reads = nullptr;
-const uint8_t* first_row = nullptr;
-
+// Notes how often each logical byte of each row is read, instead of reading.
 struct Counting {
+  static std::vector<int32_t>* counts;
+  static const uint8_t* memory;
+  static bool outside;
+
   static constexpr int unit() { return 1; }
   const Rows& rows;
   const uint8_t* row;
@@ -92,7 +98,12 @@ struct Counting {
 
   Counting(const Rows& all, const uint8_t* start, int64_t at) : rows(all), row(start), begin(at) {}
   uint64_t part(int64_t position) const {
-    ++reads->at((row - first_row) / rows.stride * rows.bytes + begin + position);
+    if (begin + position >= rows.bytes) {
+      outside = true;
+    } else {
+      const int64_t at = row - memory + begin + position;
+      __atomic_add_fetch(counts->data() + at, 1, __ATOMIC_RELAXED);
+    }
     return 0;
   }
   uint64_t operator()(int64_t position) const {
@@ -100,6 +111,9 @@ struct Counting {
     return 0;
   }
 };
+std::vector<int32_t>* Counting::counts = nullptr;
+const uint8_t* Counting::memory = nullptr;
+bool Counting::outside = false;
 
 void write(const Canonical* digests, int64_t count, uint64_t* out) {
   for (int64_t i = 0; i < count; ++i) {
@@ -143,18 +157,15 @@ void team_keys(const Argument* tensors, int64_t n, uint64_t low, uint64_t high, 
   write(keys.data(), arguments[0].count, out);
 }
 
-// How often a launch reads each byte → out [rows, bytes]; -1 where it would read past the end of the rows.
+// How often a launch reads each byte → out [rows, bytes]; -1 where it would read past the end of a row.
 int team_reads(int64_t rows, int64_t bytes, const Shape* shape, int32_t* out) {
   std::vector<int32_t> counts(rows * bytes);
   std::vector<uint8_t> memory(std::max<int64_t>(1, rows * bytes));
-  reads = &counts, first_row = memory.data();
+  Counting::counts = &counts, Counting::memory = memory.data(), Counting::outside = false;
   const Rows all = adjacent_rows(memory.data(), rows, bytes);
   std::vector<Canonical> space(space_for(all)), digests(rows);
-  try {
-    run<Counting>(batch_of(all, space.data(), digests.data()), *shape);
-  } catch (const std::out_of_range&) {
-    return -1;
-  }
+  run<Counting>(batch_of(all, space.data(), digests.data()), *shape);
+  if (Counting::outside) return -1;
   std::copy(counts.begin(), counts.end(), out);
   return 0;
 }
