@@ -121,9 +121,8 @@ void refuse_capture(cudaStream_t stream) {
   check(cudaStreamIsCapturing(stream, &status), "asking a CUDA stream whether it is captured");
   if (status != cudaStreamCaptureStatusNone)
     throw std::runtime_error(
-        "torchcache: a cached module cannot be part of a CUDA graph, which would replay the rows of the capture for "
-        "any "
-        "input: call it outside of torch.cuda.graph, or set torchcache_enabled = False on it while capturing");
+        "torchcache: a cached module cannot be part of a CUDA graph, which would give the rows of the capture for any "
+        "input: call it outside of torch.cuda.graph, or set torchcache_enabled = False on it for the capture");
 }
 
 // Uninitialized, of the stream that is current: used there in order, it can be given back without waiting.
@@ -236,8 +235,8 @@ class QueuedAnswer : public Answer {
 
   ~QueuedAnswer() override {
     try {
-      wait();  // the transfer must not write into memory of somebody else
-    } catch (const std::exception&) {
+      wait();        // the transfer must not write into memory of somebody else
+    } catch (...) {  // the device is lost; whoever asks next will be told
     }
   }
 

@@ -82,7 +82,7 @@ Digest call_digest(const Tensor& call) {
 std::vector<int32_t> places_of(const std::vector<Tensor>& tensors) {
   std::vector<int32_t> places;
   places.reserve(tensors.size());
-  for (const Tensor& t : tensors) places.push_back(place_of(t));
+  for (const Tensor& t : tensors) places.push_back(device_of(t));
   return places;
 }
 
