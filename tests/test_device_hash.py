@@ -4,22 +4,19 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import os
 import random
-import shutil
 import subprocess
 import tempfile
-from pathlib import Path
 
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from keys_harness import CALL, DTYPES, LEAF, as_pair, row_digest, strided
+from native_harness import CSRC, NATIVE, compiler
 from torch import Tensor
 
 from torchcache import _ops
 
-ROOT = Path(__file__).resolve().parent.parent
 LANES = 8
 
 
@@ -43,7 +40,6 @@ def argument(t: Tensor) -> Argument:
 @functools.cache
 def library() -> ctypes.CDLL:
     with tempfile.TemporaryDirectory() as folder:
-        compiler = os.environ.get("CXX") or shutil.which("c++") or "g++"
         built = f"{folder}/team.so"
         flags = [
             "-std=c++17",
@@ -54,8 +50,7 @@ def library() -> ctypes.CDLL:
             "-fsanitize=undefined",
             "-fno-sanitize-recover=all",
         ]
-        source = ROOT / "tests" / "native" / "team.cpp"
-        subprocess.run([*compiler.split(), *flags, f"-I{ROOT / 'csrc'}", str(source), "-o", built], check=True)
+        subprocess.run([*compiler(), *flags, f"-I{CSRC}", str(NATIVE / "team.cpp"), "-o", built], check=True)
         found = ctypes.CDLL(built)
     long, pointer = ctypes.c_int64, ctypes.c_void_p
     found.team_digests.argtypes = [pointer, ctypes.c_bool, pointer, pointer]
