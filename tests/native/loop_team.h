@@ -63,6 +63,7 @@ void run(const Batch& batch, Shape shape) {
       digest_batch<Source>(team, batch, place.first, place.step);
     }
   };
+  if (batch.messages() < 2) return work(0, order.size());
   std::thread other(work, 0, order.size() / 2);
   work(order.size() / 2, order.size());
   other.join();
