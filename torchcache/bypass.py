@@ -6,8 +6,6 @@ vmap), those of the second say that a cached row would be wrong or would change 
 
 from __future__ import annotations
 
-import random
-import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -70,45 +68,3 @@ def of_modules(modules: Sequence[nn.Module]) -> str | None:
                 "put the module in eval mode, after every model.train() (override train() to keep it there)"
             )
     return None
-
-
-class Noise:
-    """Whether random numbers were drawn since this was made."""
-
-    def __init__(self) -> None:
-        self._torch = _torch_generators()
-        self._python = random.getstate()
-        self._numpy = _numpy_state()
-
-    def drawn(self) -> bool:
-        now = _torch_generators()
-        return (
-            any(not torch.equal(a, b) for a, b in zip(self._torch, now))
-            or random.getstate() != self._python
-            or (self._numpy is not None and _comparable(_numpy_state()) != _comparable(self._numpy))
-        )
-
-    def rewind(self) -> None:
-        """Sets the generators back, so that a second forward draws what the first one drew."""
-        torch.set_rng_state(self._torch[0])
-        random.setstate(self._python)
-        if self._numpy is not None:
-            sys.modules["numpy"].random.set_state(self._numpy)
-        if self._torch[1:]:
-            torch.cuda.set_rng_state_all(self._torch[1:])
-
-
-def _torch_generators() -> list[Tensor]:
-    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []  # type: ignore[no-untyped-call]
-    return [torch.get_rng_state(), *cuda]
-
-
-def _numpy_state() -> Any:
-    """Of NumPy's global generator; None where nobody has imported that."""
-    generator = sys.modules.get("numpy.random")
-    return None if generator is None else generator.get_state()
-
-
-def _comparable(numpy_state: Any) -> Any:
-    name, words, *rest = numpy_state
-    return name, words.tobytes(), rest

@@ -306,7 +306,7 @@ class Cache:
 
     @lazy
     def _computer(self) -> Computer:
-        return Computer(self._once, self._lock, self.options.cache_dtype)
+        return Computer(self._once, self._lock, self.options.cache_dtype, self._fingerprint.generators)
 
     @lazy
     def _binder(self) -> Binder:

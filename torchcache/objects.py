@@ -5,7 +5,6 @@ from __future__ import annotations
 import copyreg
 import logging
 import os
-import random
 import sys
 import threading
 import types
@@ -19,11 +18,11 @@ from torchcache.state import digests
 
 OPERATORS = (torch._ops.OpOverload, torch._ops.OpOverloadPacket)
 
-# They say nothing about what is computed, or (generators of random numbers) change as they are used.
+# They say nothing about what is computed.
 _WITHOUT_VALUE = (
     *(type(threading.Lock()), type(threading.RLock()), threading.Thread, threading.local, Executor),
     *(logging.Logger, logging.LoggerAdapter, logging.Handler, type(os.environ)),
-    *(random.Random, torch.Generator, torch.utils.hooks.RemovableHandle),
+    torch.utils.hooks.RemovableHandle,
 )
 
 
@@ -54,8 +53,7 @@ def settings(value: object) -> dict[str, object] | None:
 
 def is_without_value(value: object) -> bool:
     streams = (sys.stdin, sys.stdout, sys.stderr, sys.__stdin__, sys.__stdout__, sys.__stderr__)
-    numpy_random = type(value).__module__.startswith("numpy.random")
-    return isinstance(value, _WITHOUT_VALUE) or numpy_random or any(value is stream for stream in streams)
+    return isinstance(value, _WITHOUT_VALUE) or any(value is stream for stream in streams)
 
 
 def array(value: object) -> bytes | None:
