@@ -235,7 +235,7 @@ class Cache:
             digest = b"" if state is None else state.digest(probe)
             mode = self._mode.flags(0 if state is None else state.generation)
             reason = self._mode.reason
-        kind = (call.form.description, mode, autocast(call.device.type))
+        kind = (call.form.description, mode, autocast(call.device_type))
         if reason is not None:
             self._computer.refuse(kind, reason)
         return *self._keys.parts(call, kind, digest), kind

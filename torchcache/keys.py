@@ -34,9 +34,12 @@ class Keys:
 
     def parts(self, call: Call, kind: Kind, state: bytes) -> tuple[list[Tensor], Tensor]:
         """What the keys of a call are made of: the tensors to hash, row by row, and the call digest."""
-        return [self._row_bytes(t) for t in call.tensors], self._call_digest(*kind, state)
+        tensors = call.tensors
+        if self._subsample_count is not None or not all(map(_is_plain, tensors)):
+            tensors = [self._row_bytes(t) for t in tensors]
+        return tensors, self._call_digest((*kind, state))
 
-    def _call_digest(self, *parts: bytes) -> Tensor:
+    def _call_digest(self, parts: tuple[bytes, ...]) -> Tensor:
         digest = self._digests.get(parts)
         if digest is None:
             encoded = encode((KEY_FORMAT, *parts))
@@ -49,13 +52,16 @@ class Keys:
         return digest
 
     def _row_bytes(self, t: Tensor) -> Tensor:
-        if t.is_cpu and not (t.is_neg() or t.is_conj() or self._subsample_count or t.dtype in _FOREIGN):
-            return t
         t = t.resolve_conj().resolve_neg()
         if self._subsample_count is not None:
             t = t.flatten(1) if t.dim() > 1 else t.unsqueeze(1)
             t = t[:, :: max(1, t.shape[1] // self._subsample_count)]
         return _ops.bits(t.cpu())
+
+
+def _is_plain(t: Tensor) -> bool:
+    """Whether its bytes are in memory that native code reads, as they count."""
+    return t.is_cpu and not (t.is_neg() or t.is_conj() or t.dtype in _FOREIGN)
 
 
 def autocast(device_type: str) -> bytes:

@@ -112,9 +112,9 @@ class State:
         if (
             not all(map(is_, map(_get, *self._columns), self._values))
             or list(map(len, self._dicts)) != self._counts
-            or list(map(list, self._ordered)) != self._orders
+            or (self._ordered and list(map(list, self._ordered)) != self._orders)
             or (RemovableHandle.next_id != self._next_hook and self._hooks_added())
-            or list(map(_requires_grad, tensors)) != flags
+            or (tensors and list(map(_requires_grad, tensors)) != flags)
             or (self._attributes and self._attributes_changed())
         ):
             self._scan()
@@ -292,20 +292,20 @@ class Mode:
     def __init__(self, modules: Callable[[], list[nn.Module]]) -> None:
         self._list = modules
         self._generation = -1
-        self._flags = b""
+        self._flags = self._told = b""
         self.reason: str | None = None  # why the rows of calls in this mode must not be kept
 
     def flags(self, generation: int) -> bytes:
         """One byte where all flags are the same, else one for each submodule in order."""
         if generation != self._generation:
             self._modules = [m for m in self._list() if hasattr(m, "training")]  # frozen TorchScript has none
-            self._flags, self._generation = b"", generation
+            self._flags, self._told, self._generation = b"", b"", generation
         flags = bytes(map(_is_training, self._modules))
         if flags != self._flags:
             self._flags = flags
+            self._told = flags if any(flags) and not all(flags) else flags[:1]
             self.reason = of_modules(self._modules)
-        first = flags[:1]
-        return first if flags == first * len(flags) else flags
+        return self._told
 
 
 class NativeWatch:
