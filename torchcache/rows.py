@@ -41,7 +41,7 @@ class Leaf:
     def restore(self, rows: Tensor, input_device: torch.device) -> Tensor:
         """Kept rows as the forward would have given them."""
         device = input_device if self.device is None else torch.device(self.device)
-        return rows.to(device=device, dtype=self.dtype)
+        return rows.to(device, non_blocking=device.type == "cuda" and rows.is_pinned()).to(self.dtype)
 
 
 @dataclasses.dataclass(frozen=True)
