@@ -95,7 +95,7 @@ std::tuple<Tensor, Tensor, int64_t> table_lookup(int64_t table, Tensor keys) {
   return {slots, int64_tensor(found.missing), found.layout};
 }
 
-// The leaves of the rows with these keys if every one is in an arena that is known here, else none.
+// The leaves of the rows with these keys if every one is in an arena that can be read here, else none.
 std::vector<Tensor> leaves_of(const MemoryTable& memory, const Lookup& found, const std::vector<int64_t>& slots) {
   if (!found.missing.empty() || found.layout < 0) return {};
   return memory.arenas.gather(found.layout, slots.data(), slots.size());
@@ -128,8 +128,8 @@ void table_insert(int64_t table, Tensor keys, int64_t layout, int64_t first) {
   tables().get(table)->keys.insert(data, count, layout, first);
 }
 
-void table_arenas(int64_t table, int64_t layout, std::vector<Tensor> leaves) {
-  tables().get(table)->arenas.add(layout, std::move(leaves));
+void table_chunk(int64_t table, int64_t layout, int64_t first, std::vector<Tensor> leaves) {
+  tables().get(table)->arenas.add(layout, first, leaves);
 }
 
 std::tuple<int64_t, int64_t> table_find(int64_t table, int64_t low) {
@@ -295,7 +295,7 @@ STABLE_TORCH_LIBRARY(torchcache, m) {
   m.def("table_lookup(int table, Tensor keys) -> (Tensor, Tensor, int)");
   m.def("table_take(int table, Tensor[] rows, Tensor call, int watch) -> (Tensor[], Tensor[], int, int)");
   m.def("table_take_keys(int table, Tensor keys) -> (Tensor[], int)");
-  m.def("table_arenas(int table, int layout, Tensor[] leaves) -> ()");
+  m.def("table_chunk(int table, int layout, int first, Tensor[] leaves) -> ()");
   m.def("table_insert(int table, Tensor keys, int layout, int first) -> ()");
   m.def("table_find(int table, int low) -> (int, int)");
   m.def("table_lows(int table) -> Tensor");
@@ -338,7 +338,7 @@ STABLE_TORCH_LIBRARY_IMPL(torchcache, CompositeImplicitAutograd, m) {
   m.impl("table_lookup", TORCH_BOX(&torchcache::table_lookup));
   m.impl("table_take", TORCH_BOX(&torchcache::table_take));
   m.impl("table_take_keys", TORCH_BOX(&torchcache::table_take_keys));
-  m.impl("table_arenas", TORCH_BOX(&torchcache::table_arenas));
+  m.impl("table_chunk", TORCH_BOX(&torchcache::table_chunk));
   m.impl("table_insert", TORCH_BOX(&torchcache::table_insert));
   m.impl("table_find", TORCH_BOX(&torchcache::table_find));
   m.impl("table_lows", TORCH_BOX(&torchcache::table_lows));

@@ -77,7 +77,7 @@ def table_lookup(table: int, keys: Tensor) -> tuple[Tensor, Tensor, int]:
 
 
 def table_take(table: int, rows: list[Tensor], call: Tensor, watch: int) -> tuple[list[Tensor], list[Tensor], int, int]:
-    """The leaves ``[B, …]`` of a batch of which every row is there and in arenas that the table knows; else none.
+    """The leaves ``[B, …]`` of a batch of which every row is there and in chunks that native code can read; else none.
 
     Then `keys` and `table_lookup` of the batch: keys, slots, first rows of the distinct missing ones. Then the layout,
     and `watch_probe` of the watch, or 0 where that is 0.
@@ -91,9 +91,9 @@ def table_take_keys(table: int, keys: Tensor) -> tuple[list[Tensor], int]:
     return cast("tuple[list[Tensor], int]", _native().table_take_keys.default(table, keys))
 
 
-def table_arenas(table: int, layout: int, leaves: list[Tensor]) -> None:
-    """Makes known where the rows of a layout lie: contiguous CPU tensors ``[capacity, …]``, one for each leaf."""
-    _native().table_arenas.default(table, layout, leaves)
+def table_chunk(table: int, layout: int, first: int, leaves: list[Tensor]) -> None:
+    """Makes known where the rows of a layout from slot `first` on lie: contiguous ``[rows, …]``, one for each leaf."""
+    _native().table_chunk.default(table, layout, first, leaves)
 
 
 def table_insert(table: int, keys: Tensor, layout: int, first: int) -> None:

@@ -14,33 +14,49 @@ constexpr int64_t kBytesPerThread = 512 << 10;  // measured: below, a second thr
 
 }  // namespace
 
-Arenas::Arena::Arena(const Tensor& t)
-    : owner(t), row_bytes(item_size(t)), sizes(t.sizes().begin(), t.sizes().end()), strides(sizes.size(), 1) {
-  if (!t.is_cpu() || !t.is_contiguous() || sizes.empty())
-    throw std::invalid_argument("arenas must be contiguous CPU tensors [capacity, ...]");
-  rows = static_cast<const uint8_t*>(t.const_data_ptr());
-  TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(t.get(), &dtype));
-  for (size_t d = sizes.size(); d-- > 1; row_bytes *= sizes[d]) strides[d - 1] = strides[d] * sizes[d];
+Arena::Arena(const Tensor& chunk)
+    : row_bytes_(item_size(chunk)), sizes_(chunk.sizes().begin(), chunk.sizes().end()), strides_(sizes_.size(), 1) {
+  if (sizes_.empty()) throw std::invalid_argument("chunks must be tensors [rows, ...]");
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(chunk.get(), &dtype_));
+  for (size_t d = sizes_.size(); d-- > 1; row_bytes_ *= sizes_[d]) strides_[d - 1] = strides_[d] * sizes_[d];
+  add(0, chunk);
 }
 
-torch::stable::Tensor Arenas::Arena::gather(const int64_t* slots, int64_t n) const {
-  std::vector<int64_t> shape = sizes;
+void Arena::add(int64_t first, const Tensor& chunk) {
+  if (!chunk.is_contiguous()) throw std::invalid_argument("chunks must be contiguous");
+  chunks_.push_back({first, static_cast<const uint8_t*>(chunk.const_data_ptr()), chunk});
+}
+
+const uint8_t* Arena::row(int64_t slot) const {
+  const Chunk* chunk = &chunks_[0];
+  if (chunks_.size() > 1)
+    chunk = &*--std::upper_bound(chunks_.begin(), chunks_.end(), slot,
+                                 [](int64_t wanted, const Chunk& c) { return wanted < c.first; });
+  return chunk->rows + (slot - chunk->first) * row_bytes_;
+}
+
+torch::stable::Tensor Arena::gather(const int64_t* slots, int64_t n) const {
+  std::vector<int64_t> shape = sizes_;
   shape[0] = n;
   AtenTensorHandle handle;  // not through the dispatcher, which would cost a microsecond
-  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(shape.size()), shape.data(), strides.data(),
-                                                  dtype, aoti_torch_device_type_cpu(), 0, &handle));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(shape.size()), shape.data(), strides_.data(),
+                                                  dtype_, aoti_torch_device_type_cpu(), 0, &handle));
   Tensor result(handle);
   auto* out = static_cast<uint8_t*>(result.mutable_data_ptr());
-  parallel(n, kBytesPerThread / std::max<int64_t>(1, row_bytes), [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) memcpy(out + i * row_bytes, rows + slots[i] * row_bytes, row_bytes);
+  parallel(n, kBytesPerThread / std::max<int64_t>(1, row_bytes_), [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) memcpy(out + i * row_bytes_, row(slots[i]), row_bytes_);
   });
   return result;
 }
 
-void Arenas::add(int64_t layout, const std::vector<Tensor>& leaves) {
-  auto arenas = std::make_shared<const Leaves>(leaves.begin(), leaves.end());
+void Arenas::add(int64_t layout, int64_t first, const std::vector<Tensor>& leaves) {
   std::lock_guard lock(mutex_);
   layouts_.resize(std::max(layouts_.size(), static_cast<size_t>(layout) + 1));
+  // A copy, for others may be reading what is there.
+  auto arenas = layouts_[layout] == nullptr ? std::make_shared<Leaves>(leaves.begin(), leaves.end())
+                                            : std::make_shared<Leaves>(*layouts_[layout]);
+  if (layouts_[layout] != nullptr)
+    for (size_t i = 0; i < leaves.size(); ++i) (*arenas)[i].add(first, leaves[i]);
   layouts_[layout] = std::move(arenas);
 }
 
@@ -52,7 +68,8 @@ std::shared_ptr<const Arenas::Leaves> Arenas::of(int64_t layout) const {
 std::vector<torch::stable::Tensor> Arenas::gather(int64_t layout, const int64_t* slots, size_t n) const {
   std::vector<Tensor> result;
   const auto leaves = of(layout);
-  if (leaves == nullptr) return result;
+  if (leaves == nullptr || !std::all_of(leaves->begin(), leaves->end(), [](const Arena& a) { return a.on_cpu(); }))
+    return result;
   result.reserve(leaves->size());
   for (const Arena& arena : *leaves) result.push_back(arena.gather(slots, static_cast<int64_t>(n)));
   return result;

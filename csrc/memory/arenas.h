@@ -13,29 +13,47 @@
 
 namespace torchcache {
 
-// Layout → one arena [capacity, …] for each leaf. Thread-safe. A row must not be written any more once its slot can be
-// looked up.
+// The rows of one leaf: chunks [rows, …], the first one from slot 0 on.
+class Arena {
+ public:
+  using Tensor = torch::stable::Tensor;
+
+  // std::invalid_argument for a tensor that is not contiguous.
+  explicit Arena(const Tensor& chunk);
+
+  // A chunk whose first row has the slot behind the last one.
+  void add(int64_t first, const Tensor& chunk);
+
+  bool on_cpu() const { return chunks_[0].owner.is_cpu(); }
+  Tensor gather(const int64_t* slots, int64_t n) const;
+
+ private:
+  struct Chunk {
+    int64_t first;  // slot
+    const uint8_t* rows;
+    Tensor owner;
+  };
+
+  const uint8_t* row(int64_t slot) const;
+
+  std::vector<Chunk> chunks_;
+  int64_t row_bytes_;
+  int32_t dtype_;
+  std::vector<int64_t> sizes_, strides_;
+};
+
+// Layout → one arena for each leaf. Thread-safe. A row must not be written any more once its slot can be looked up.
 class Arenas {
  public:
   using Tensor = torch::stable::Tensor;
 
-  // std::invalid_argument for tensors that are not contiguous on the CPU.
-  void add(int64_t layout, const std::vector<Tensor>& leaves);
+  // The rows of a layout from slot `first` on: one tensor for each leaf.
+  void add(int64_t layout, int64_t first, const std::vector<Tensor>& leaves);
 
-  // The rows of these slots as fresh leaves [n, …]; no leaves for a layout that was not added.
+  // The rows of these slots as fresh leaves [n, …]; no leaves for a layout that is unknown or not on the CPU.
   std::vector<Tensor> gather(int64_t layout, const int64_t* slots, size_t n) const;
 
  private:
-  struct Arena {
-    explicit Arena(const Tensor& t);
-    Tensor gather(const int64_t* slots, int64_t n) const;
-
-    Tensor owner;
-    const uint8_t* rows;
-    int64_t row_bytes;
-    int32_t dtype;
-    std::vector<int64_t> sizes, strides;
-  };
   using Leaves = std::vector<Arena>;
 
   std::shared_ptr<const Leaves> of(int64_t layout) const;
