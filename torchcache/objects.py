@@ -14,7 +14,7 @@ from concurrent.futures import Executor
 import torch
 
 from torchcache.encoding import encode
-from torchcache.state import digests
+from torchcache.state import digests, scales
 
 OPERATORS = (torch._ops.OpOverload, torch._ops.OpOverloadPacket)
 
@@ -29,15 +29,7 @@ _WITHOUT_VALUE = (
 def tensor_bytes(tensor: torch.Tensor) -> bytes:
     """A tensor by value: the same for equal tensors."""
     parts = (tensor.dtype, tuple(tensor.shape), digests([tensor])[0])
-    return encode((*parts, _scales(tensor)) if tensor.is_quantized else parts)
-
-
-def _scales(tensor: torch.Tensor) -> tuple[object, ...]:
-    """What the integers of a quantised tensor stand for."""
-    if tensor.qscheme() in (torch.per_tensor_affine, torch.per_tensor_symmetric):
-        return tensor.q_scale(), tensor.q_zero_point()
-    scales = tensor.q_per_channel_scales(), tensor.q_per_channel_zero_points()
-    return tensor.q_per_channel_axis(), *(tuple(item.tolist()) for item in scales)
+    return encode((*parts, scales(tensor)) if tensor.is_quantized else parts)
 
 
 def settings(value: object) -> dict[str, object] | None:

@@ -65,7 +65,8 @@ class _Watched:
 
     def encoded(self) -> bytes:
         t = self.tensor
-        return encode((self.name, t.dtype, tuple(t.shape), str(t.layout))) + self.digest
+        parts = (self.name, t.dtype, tuple(t.shape), str(t.layout))
+        return encode((*parts, scales(t)) if t.is_quantized else parts) + self.digest
 
 
 class State:
@@ -336,6 +337,14 @@ def digests(tensors: list[Tensor]) -> list[bytes]:
     except (RuntimeError, ValueError) as error:  # of a dtype that has no bytes, or without a storage
         raise Unwatchable(str(error)) from error
     return [struct.pack(">qq", high, low) for low, high in pairs]
+
+
+def scales(tensor: torch.Tensor) -> tuple[object, ...]:
+    """What the integers of a quantised tensor stand for."""
+    if tensor.qscheme() in (torch.per_tensor_affine, torch.per_tensor_symmetric):
+        return tensor.q_scale(), tensor.q_zero_point()
+    scales = tensor.q_per_channel_scales(), tensor.q_per_channel_zero_points()
+    return tensor.q_per_channel_axis(), *(tuple(item.tolist()) for item in scales)
 
 
 def _host(t: Tensor) -> Tensor:
