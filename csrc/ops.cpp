@@ -12,9 +12,10 @@
 #include <vector>
 
 #include "handles.h"
-#include "hash/cpu.h"
-#include "hash/dtypes.h"
+#include "hash/device.h"
+#include "hash/keys.h"
 #include "hash/new_tensor.h"
+#include "hash/tensors.h"
 #include "hash/watch.h"
 #include "memory/arenas.h"
 #include "memory/table.h"
@@ -75,12 +76,17 @@ Tensor keys_tensor(const std::vector<Digest>& keys) {
   return result;
 }
 
-Tensor keys(std::vector<Tensor> rows, Tensor call) { return keys_tensor(keys_of_rows(rows, call)); }
+Tensor keys(std::vector<Tensor> rows, Tensor call) { return keys_tensor(see(rows, call, nullptr).keys); }
+Tensor digests_op(std::vector<Tensor> tensors) { return keys_tensor(digests(tensors)); }
+
+std::vector<int64_t> cuda_architectures() {
+  return cuda() == nullptr ? std::vector<int64_t>{} : cuda()->architectures();
+}
 
 // ---- state
 
 int64_t watch_open(std::vector<Tensor> tensors) { return watches().add(std::make_shared<Watch>(std::move(tensors))); }
-int64_t watch_probe(int64_t watch) { return watches().get(watch)->probe(); }
+int64_t watch_probe(int64_t watch) { return probe(*watches().get(watch)); }
 void watch_close(int64_t watch) { watches().remove(watch); }
 
 // ---- memory tier
@@ -101,13 +107,13 @@ std::vector<Tensor> leaves_of(const MemoryTable& memory, const Lookup& found, co
   return memory.arenas.gather(found.layout, slots.data(), slots.size());
 }
 
-// What a hit is made of, in one operation: each more would cost a few microseconds.
+// What a hit is made of, in one operation: each more would cost a few microseconds, and a wait where rows are on a GPU.
 std::tuple<std::vector<Tensor>, std::vector<Tensor>, int64_t, int64_t> table_take(int64_t table,
                                                                                   std::vector<Tensor> rows, Tensor call,
                                                                                   int64_t watch) {
   const std::shared_ptr<MemoryTable> memory = tables().get(table);
-  const int64_t probe = watch == 0 ? 0 : watch_probe(watch);
-  const std::vector<Digest> keys = keys_of_rows(rows, call);
+  const std::shared_ptr<Watch> watched = watch == 0 ? nullptr : watches().get(watch);
+  const auto [keys, probe] = see(rows, call, watched.get());
   std::vector<int64_t> slots(keys.size());
   const Lookup found = memory->keys.lookup(keys.data(), keys.size(), slots.data());
   std::vector<Tensor> leaves = leaves_of(*memory, found, slots);
@@ -279,9 +285,11 @@ void compact_close(int64_t compaction) { compactions().remove(compaction); }
 }  // namespace torchcache
 
 STABLE_TORCH_LIBRARY(torchcache, m) {
-  // Keys. A digest or key is int64 [2]: low half, high half.
+  // Keys. A digest or key is int64 [2]: low half, high half. Rows and tensors may be on CUDA devices, call and results
+  // are on the CPU.
   m.def("keys(Tensor[] rows, Tensor call) -> Tensor");  // rows [B, …] each, call [2] → [B, 2]
   m.def("digests(Tensor[] tensors) -> Tensor");         // N tensors → [N, 2]
+  m.def("cuda_architectures() -> int[]");               // such as 900; none in a library without CUDA
 
   // State. A watch is a set of tensors that are not expected to change.
   m.def("watch_open(Tensor[] tensors) -> int");
@@ -330,7 +338,8 @@ STABLE_TORCH_LIBRARY(torchcache, m) {
 // Implicit: nothing here is differentiable, so autograd's own layer (2 µs a call) is not needed either.
 STABLE_TORCH_LIBRARY_IMPL(torchcache, CompositeImplicitAutograd, m) {
   m.impl("keys", TORCH_BOX(&torchcache::keys));
-  m.impl("digests", TORCH_BOX(&torchcache::digests_cpu));
+  m.impl("digests", TORCH_BOX(&torchcache::digests_op));
+  m.impl("cuda_architectures", TORCH_BOX(&torchcache::cuda_architectures));
   m.impl("watch_open", TORCH_BOX(&torchcache::watch_open));
   m.impl("watch_probe", TORCH_BOX(&torchcache::watch_probe));
   m.impl("watch_close", TORCH_BOX(&torchcache::watch_close));

@@ -3,20 +3,45 @@
 
 #include <torch/csrc/stable/tensor.h>
 
+#include <cstdint>
+#include <memory>
+#include <mutex>
 #include <vector>
+
+#include "fork.h"
+#include "hash/device.h"
+#include "hash/xxh3.h"
 
 namespace torchcache {
 
-// Keeps the tensors alive. `probe` gives the same number as long as nothing it looks at changed.
+// The running value of a probe; order matters.
+struct Mix {
+  uint64_t value = xxh3::kPrime64_1;
+  void operator()(uint64_t word) { value = xxh3::fold(value ^ word, xxh3::kPrime64_3) + xxh3::kPrime64_2; }
+};
+
+// What can be seen without asking a device, and what is left to ask: words whose values are to be mixed in.
+struct Look {
+  uint64_t value = 0;
+  std::vector<std::shared_ptr<const WordList>> lists;  // one for each device
+};
+
+// Keeps the tensors alive. A probe is the same number as long as nothing it looks at changed.
 // It sees replaced storage, changed shapes and updates of whole tensors that no version counter records
-// (`p.data.mul_(0.99)`); an edit of single elements it may miss.
+// (`p.data.mul_(0.99)`); an edit of single elements it may miss. Thread-safe.
 class Watch {
  public:
   explicit Watch(std::vector<torch::stable::Tensor> tensors);
-  int64_t probe() const;
+  Look look() const;
 
  private:
+  using Lists = std::vector<std::shared_ptr<const WordList>>;
+
   std::vector<torch::stable::Tensor> tensors_;  // what they are may change: `p.data = …`, `module.half()`
+  mutable std::mutex mutex_;
+  mutable uint64_t listed_ = 0;  // the look's value that the lists belong to: addresses and shapes are part of it
+  mutable Lists lists_;
+  AtFork at_fork_{[this] { mutex_.lock(); }, [this](bool) { mutex_.unlock(); }};
 };
 
 }  // namespace torchcache

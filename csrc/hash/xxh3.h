@@ -9,8 +9,14 @@
 
 #if defined(__CUDACC__)
 #define TORCHCACHE_HD __host__ __device__ __forceinline__
+#define TORCHCACHE_DEVICE __device__ __forceinline__  // what only runs on a device, or in a test of that
+#define TORCHCACHE_UNROLL _Pragma("unroll")
+#define TORCHCACHE_ROLLED _Pragma("unroll 1")
 #else
 #define TORCHCACHE_HD inline
+#define TORCHCACHE_DEVICE inline
+#define TORCHCACHE_UNROLL _Pragma("GCC unroll 16")
+#define TORCHCACHE_ROLLED
 #endif
 
 namespace torchcache::xxh3 {
@@ -48,7 +54,7 @@ TORCHCACHE_HD uint64_t read64(const uint8_t* p) {
 }
 
 // 8 bytes of the secret from any byte on, as a number.
-constexpr uint64_t secret64(size_t at) {
+TORCHCACHE_HD constexpr uint64_t secret64(size_t at) {
   constexpr uint8_t secret[kSecretSize] = {TORCHCACHE_XXH3_SECRET};
   uint64_t v = 0;
   for (size_t i = 0; i < 8; ++i) v |= static_cast<uint64_t>(secret[at + i]) << (8 * i);

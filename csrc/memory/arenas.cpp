@@ -4,7 +4,7 @@
 #include <cstring>
 #include <stdexcept>
 
-#include "hash/dtypes.h"
+#include "hash/tensors.h"
 #include "parallel.h"
 
 namespace torchcache {

@@ -1,4 +1,4 @@
-// The one list of dtypes: bytes of an element.
+// Tensors as the hash sees them: the one list of dtypes, and where the bytes of rows are.
 #pragma once
 
 #include <torch/csrc/stable/tensor.h>
@@ -7,8 +7,11 @@
 #include <stdexcept>
 #include <string>
 
+#include "hash/layout.h"
+
 namespace torchcache {
 
+// Bytes of an element.
 inline int64_t item_size(const torch::stable::Tensor& t) {
   using torch::headeronly::ScalarType;
   switch (t.scalar_type()) {
@@ -58,6 +61,21 @@ inline bool has_bytes(const torch::stable::Tensor& t) {
   int64_t last = 0;
   for (size_t d = 0; d < sizes.size(); ++d) last += (sizes[d] - 1) * strides[d];
   return t.const_data_ptr() != nullptr && has_bytes(t, last, item_size(t));
+}
+
+constexpr int32_t kCpu = -1;
+
+// Where a tensor is: kCpu, or the index of a CUDA device.
+inline int32_t place_of(const torch::stable::Tensor& t) {
+  if (t.is_cpu()) return kCpu;
+  if (!t.is_cuda()) throw std::invalid_argument("torchcache hashes tensors on the CPU and on CUDA devices");
+  return t.get_device_index();
+}
+
+// Dimension 0 counts the rows, or, with `whole`, the tensor is one row. Alive as long as the tensor is.
+inline Rows rows_of(const torch::stable::Tensor& t, bool whole) {
+  if (!has_bytes(t)) throw std::invalid_argument("there is no memory behind a tensor (was its storage resized?)");
+  return rows_of(t.const_data_ptr(), item_size(t), t.sizes(), t.strides(), whole);
 }
 
 }  // namespace torchcache

@@ -1,0 +1,296 @@
+// The hash on CUDA devices: kernels that hash messages by teams of eight threads, and what is around them: the caller's
+// stream, memory on the device by torch's allocator, pinned memory for the one transfer. Which thread reads what is
+// said in team.h, messages.h and plan.h, which tests run without a device.
+//
+// The CUDA runtime is linked statically, so that the library also loads beside a torch with another one, or with none.
+// The two share the device's primary context, hence streams and memory.
+#include <cuda_runtime.h>
+#include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <algorithm>
+#include <cstdint>
+#include <memory>
+#include <mutex>
+#include <stdexcept>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "hash/device.h"
+#include "hash/messages.h"
+#include "hash/plan.h"
+#include "hash/team.h"
+
+// Of libtorch_cuda. Weak: a torch without CUDA does not have it, and never gets here.
+extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device, void** stream);
+
+namespace torchcache {
+namespace {
+
+using torch::stable::Tensor;
+
+constexpr int kThreads = 128;  // of a block: 16 teams
+
+// ---- kernels
+
+// A lane in each of eight neighbouring threads of a warp.
+class ThreadTeam {
+ public:
+  __device__ explicit ThreadTeam(int lane) : lane_(lane), threads_(0xFFu << (threadIdx.x % 32 / kLanes * kLanes)) {}
+
+  template <class F>
+  __device__ __forceinline__ void each(const F& f) {
+    f(lane_);
+  }
+  __device__ __forceinline__ void exchange() {
+    lane_.value += __shfl_xor_sync(threads_, lane_.sum, 1, kLanes);
+    lane_.sum = 0;
+  }
+  __device__ __forceinline__ void collect(uint64_t values[kLanes]) const {
+    TORCHCACHE_UNROLL
+    for (int i = 0; i < kLanes; ++i) values[i] = __shfl_sync(threads_, lane_.value, i, kLanes);
+  }
+  __device__ __forceinline__ bool writes() const { return lane_.index == 0; }
+
+ private:
+  Lane lane_;
+  unsigned threads_;  // of this team: others of the warp may be elsewhere in the code
+};
+
+template <class Source>
+__global__ void __launch_bounds__(kThreads) digest_kernel(const __grid_constant__ Messages all) {
+  const Place place = place_of(blockIdx.x, threadIdx.x, gridDim.x, kThreads);
+  ThreadTeam team(place.lane);
+  digest_messages<Source>(team, all, place.first, place.step);
+}
+
+__global__ void word_kernel(const Word* words, int64_t count, uint64_t* out) {
+  const int64_t i = blockIdx.x * static_cast<int64_t>(kThreads) + threadIdx.x;
+  if (i >= count) return;
+  const Word word = words[i];
+  uint64_t value = 0;
+  for (uint64_t byte = 0; byte < word.bytes; ++byte) value |= static_cast<uint64_t>(word.at[byte]) << (8 * byte);
+  out[i] = value;
+}
+
+// ---- devices, streams, memory
+
+void check(cudaError_t error, const char* what) {
+  if (error == cudaSuccess) return;
+  (void)cudaGetLastError();  // or the next launch would report it again
+  throw std::runtime_error(std::string("torchcache: ") + what + ": " + cudaGetErrorString(error));
+}
+
+// Makes a device current: for torch, which also goes back without touching other devices, and for the runtime here.
+class Current {
+ public:
+  explicit Current(int32_t device) : guard_(device) { check(cudaSetDevice(device), "choosing a CUDA device"); }
+
+ private:
+  torch::stable::accelerator::DeviceGuard guard_;
+};
+
+cudaStream_t current_stream(int32_t device) {
+  if (aoti_torch_get_current_cuda_stream == nullptr)
+    throw std::runtime_error("torchcache: a CUDA tensor, but this torch is built without CUDA");
+  void* stream = nullptr;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &stream));
+  return static_cast<cudaStream_t>(stream);
+}
+
+void refuse_capture(cudaStream_t stream) {
+  cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
+  check(cudaStreamIsCapturing(stream, &status), "asking a CUDA stream whether it is captured");
+  if (status != cudaStreamCaptureStatusNone)
+    throw std::runtime_error(
+        "torchcache: a cached module cannot be part of a CUDA graph, which would replay the rows of the capture for "
+        "any "
+        "input: call it outside of torch.cuda.graph, or set torchcache_enabled = False on it while capturing");
+}
+
+// Uninitialized, of the stream that is current: used there in order, it can be given back without waiting.
+Tensor device_memory(int32_t device, int64_t words) {
+  const int64_t size = std::max<int64_t>(1, words), stride = 1;
+  AtenTensorHandle handle;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(1, &size, &stride, aoti_torch_dtype_int64(),
+                                                  aoti_torch_device_type_cuda(), device, &handle));
+  return Tensor(handle);
+}
+
+// Pinned memory for answers. What is given back is kept for the next one, for ever: operations may still run in other
+// threads while the process exits.
+class Pinned {
+ public:
+  explicit Pinned(size_t bytes) : buffer_(take(bytes)) {}
+  ~Pinned() {
+    std::lock_guard lock(mutex());
+    spare().push_back(buffer_);
+  }
+  Pinned(const Pinned&) = delete;
+  Pinned& operator=(const Pinned&) = delete;
+
+  uint64_t* words() const { return static_cast<uint64_t*>(buffer_.memory); }
+
+ private:
+  struct Buffer {
+    void* memory;
+    size_t bytes;
+  };
+
+  static std::mutex& mutex() {
+    static auto* instance = new std::mutex;
+    return *instance;
+  }
+  static std::vector<Buffer>& spare() {
+    static auto* instance = new std::vector<Buffer>;
+    return *instance;
+  }
+
+  static Buffer take(size_t bytes) {
+    constexpr size_t kSmallest = 64 << 10;
+    {
+      std::lock_guard lock(mutex());
+      for (Buffer& candidate : spare()) {
+        if (candidate.bytes < bytes) continue;
+        std::swap(candidate, spare().back());
+        const Buffer found = spare().back();
+        spare().pop_back();
+        return found;
+      }
+    }
+    size_t size = kSmallest;
+    while (size < bytes) size *= 2;
+    void* memory = nullptr;
+    check(cudaHostAlloc(&memory, size, cudaHostAllocPortable), "allocating pinned memory");
+    return {memory, size};
+  }
+
+  Buffer buffer_;
+};
+
+// ---- questions and answers
+
+struct ListOnDevice : WordList {
+  ListOnDevice(int32_t where, const std::vector<Word>& words)
+      : WordList(where, words.size()), memory(device_memory(where, static_cast<int64_t>(2 * words.size()))) {
+    if (words.empty()) return;
+    const cudaStream_t stream = current_stream(where);
+    check(cudaMemcpyAsync(memory.mutable_data_ptr(), words.data(), sizeof(Word) * words.size(), cudaMemcpyHostToDevice,
+                          stream),
+          "copying a list of words to a CUDA device");
+    check(cudaStreamSynchronize(stream), "copying a list of words to a CUDA device");  // for readers on any stream
+  }
+
+  Tensor memory;
+};
+
+void launch(const Messages& messages, cudaStream_t stream) {
+  const auto blocks = static_cast<unsigned>(blocks_for(messages.count(), kThreads));
+  if (blocks == 0) return;
+  with_source(messages.rows, [&](auto source) {
+    digest_kernel<typename decltype(source)::type><<<blocks, kThreads, 0, stream>>>(messages);
+  });
+  check(cudaGetLastError(), "starting a hash kernel");
+}
+
+class QueuedAnswer : public Answer {
+ public:
+  QueuedAnswer(int32_t device, Question question) : device_(device), question_(std::move(question)) {
+    if (question_.keyed) {
+      count_ = question_.rows[0].count;
+    } else {
+      for (const Rows& rows : question_.rows) count_ += rows.count;
+    }
+    const int64_t words = 2 * count_ + list_size();
+    if (words == 0) return;
+    const Current current(device);
+    stream_ = current_stream(device);
+    refuse_capture(stream_);
+    pinned_ = std::make_unique<Pinned>(8 * words);
+    const Tensor result = device_memory(device, words), space = device_memory(device, 2 * space_needed());
+    queue(static_cast<Canonical*>(result.mutable_data_ptr()), static_cast<Canonical*>(space.mutable_data_ptr()));
+    waiting_ = true;
+    check(cudaMemcpyAsync(pinned_->words(), result.const_data_ptr(), 8 * words, cudaMemcpyDeviceToHost, stream_),
+          "copying keys to the host");
+  }
+
+  ~QueuedAnswer() override {
+    try {
+      wait();  // the transfer must not write into memory of somebody else
+    } catch (const std::exception&) {
+    }
+  }
+
+  void wait() override {
+    if (!waiting_) return;
+    waiting_ = false;
+    const Current current(device_);
+    check(cudaStreamSynchronize(stream_), "waiting for keys");
+  }
+
+  std::vector<Digest> digests() const override {
+    std::vector<Digest> result(count_);
+    if (count_ == 0) return result;
+    const auto* answer = reinterpret_cast<const Canonical*>(pinned_->words());
+    std::transform(answer, answer + count_, result.begin(), number);
+    return result;
+  }
+
+  const uint64_t* words() const override { return list_size() == 0 ? nullptr : pinned_->words() + 2 * count_; }
+
+ private:
+  int64_t list_size() const { return question_.words == nullptr ? 0 : static_cast<int64_t>(question_.words->count); }
+
+  int64_t space_needed() const { return question_.keyed ? space_for_keys(question_.rows) : space_for(question_.rows); }
+
+  void queue(Canonical* result, Canonical* space) const {
+    const auto start = [this](const Messages& messages) { launch(messages, stream_); };
+    Canonical* next = result;
+    if (question_.keyed) {
+      digest_keys(question_.rows, question_.call, space, result, start);
+      next += count_;
+    } else {
+      for (const Rows& rows : question_.rows) {
+        digest_rows(rows, space, Output{next, 1, false, {}}, start);
+        next += rows.count;
+      }
+    }
+    if (list_size() > 0) look(reinterpret_cast<uint64_t*>(next));
+  }
+
+  void look(uint64_t* out) const {
+    const auto& list = static_cast<const ListOnDevice&>(*question_.words);
+    const auto blocks = static_cast<unsigned>((list_size() + kThreads - 1) / kThreads);
+    word_kernel<<<blocks, kThreads, 0, stream_>>>(static_cast<const Word*>(list.memory.const_data_ptr()), list_size(),
+                                                  out);
+    check(cudaGetLastError(), "starting the kernel that looks at words");
+  }
+
+  int32_t device_;
+  Question question_;
+  int64_t count_ = 0;  // digests
+  cudaStream_t stream_ = nullptr;
+  std::unique_ptr<Pinned> pinned_;
+  bool waiting_ = false;
+};
+
+class Cuda : public Device {
+ public:
+  std::unique_ptr<Answer> ask(int32_t device, Question question) const override {
+    return std::make_unique<QueuedAnswer>(device, std::move(question));
+  }
+
+  std::shared_ptr<const WordList> keep(int32_t device, const std::vector<Word>& words) const override {
+    const Current current(device);
+    refuse_capture(current_stream(device));
+    return std::make_shared<ListOnDevice>(device, words);
+  }
+
+  std::vector<int64_t> architectures() const override { return {__CUDA_ARCH_LIST__}; }
+};
+
+const bool registered = (register_cuda(new Cuda), true);
+
+}  // namespace
+}  // namespace torchcache

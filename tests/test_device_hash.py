@@ -1,0 +1,172 @@
+"""The hash kernels without a GPU: their code, compiled for the host with lanes as loops, gives the CPU's digests."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import os
+import random
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from keys_harness import CALL, DTYPES, LEAF, as_pair, row_digest, strided
+from torch import Tensor
+
+from torchcache import _ops
+
+ROOT = Path(__file__).resolve().parent.parent
+LANES = 8
+
+
+class Argument(ctypes.Structure):
+    """A tensor, for native code: tests/native/team.cpp."""
+
+    _fields_ = (
+        ("data", ctypes.c_void_p),
+        ("item", ctypes.c_int64),
+        ("dims", ctypes.c_int64),
+        ("sizes", ctypes.POINTER(ctypes.c_int64)),
+        ("strides", ctypes.POINTER(ctypes.c_int64)),
+    )
+
+
+def argument(t: Tensor) -> Argument:
+    numbers = ctypes.c_int64 * t.dim()
+    return Argument(t.data_ptr(), t.element_size(), t.dim(), numbers(*t.shape), numbers(*t.stride()))
+
+
+@functools.cache
+def library() -> ctypes.CDLL:
+    with tempfile.TemporaryDirectory() as folder:
+        compiler = os.environ.get("CXX") or shutil.which("c++") or "g++"
+        built = f"{folder}/team.so"
+        flags = ["-std=c++17", "-O1", "-shared", "-fPIC", "-fsanitize=undefined", "-fno-sanitize-recover=all"]
+        source = ROOT / "tests" / "native" / "team.cpp"
+        subprocess.run([*compiler.split(), *flags, f"-I{ROOT / 'csrc'}", str(source), "-o", built], check=True)
+        found = ctypes.CDLL(built)
+    long, pointer = ctypes.c_int64, ctypes.c_void_p
+    found.team_digests.argtypes = [pointer, ctypes.c_bool, long, ctypes.c_int, pointer]
+    found.team_keys.argtypes = [pointer, long, ctypes.c_uint64, ctypes.c_uint64, long, ctypes.c_int, pointer]
+    found.team_reads.argtypes = [long, long, long, long, ctypes.c_int, pointer]
+    found.team_mapping.argtypes = [long, long, long, long, ctypes.c_int, pointer, pointer]
+    found.team_mapping.restype = found.team_blocks.restype = long
+    found.team_blocks.argtypes = [long, ctypes.c_int]
+    return found
+
+
+Shape = tuple[int, int]  # blocks, threads of a block; 0 blocks: as many as on a device
+ON_A_DEVICE: Shape = (0, 128)
+SHAPES = st.tuples(st.integers(0, 9), st.integers(1, 16).map(lambda teams: LANES * teams))
+
+
+def team_digests(t: Tensor, whole: bool, shape: Shape) -> list[list[int]]:
+    out = torch.zeros(1 if whole else len(t), 2, dtype=torch.int64)
+    library().team_digests(ctypes.byref(argument(t)), whole, *shape, out.data_ptr())
+    return out.tolist()
+
+
+def team_keys(tensors: list[Tensor], shape: Shape) -> list[list[int]]:
+    out = torch.zeros(len(tensors[0]), 2, dtype=torch.int64)
+    low, high = (n % 2**64 for n in CALL.tolist())
+    arguments = (Argument * len(tensors))(*map(argument, tensors))
+    library().team_keys(arguments, len(tensors), low, high, *shape, out.data_ptr())
+    return out.tolist()
+
+
+# ---- digests
+
+
+def test_digests_by_teams_equal_xxhash_for_lengths_up_to_9000_bytes() -> None:
+    data = random.Random(0).randbytes(9000)
+    buffer = torch.frombuffer(bytearray(data), dtype=torch.uint8)
+    for n in [*range(1300), *range(1300, 9000, 37), *range(2 * LEAF - 70, 2 * LEAF + 70)]:
+        assert team_digests(buffer[:n], True, ON_A_DEVICE) == [as_pair(row_digest(data[:n]))], n
+
+
+@given(st.integers(0, 3 * LEAF), st.integers(0, 15), SHAPES, st.randoms(use_true_random=False))
+def test_digests_by_teams_equal_xxhash_at_any_address(size: int, shift: int, shape: Shape, rng: random.Random) -> None:
+    data = rng.randbytes(size + shift)
+    buffer = torch.frombuffer(bytearray(data + b" "), dtype=torch.uint8)
+    assert team_digests(buffer[shift : shift + size], True, shape) == [as_pair(row_digest(data[shift:]))]
+
+
+@given(strided(), st.booleans(), SHAPES)
+def test_digests_by_teams_equal_those_of_the_cpu_for_any_strides(x: Tensor, whole: bool, shape: Shape) -> None:
+    expected = _ops.digests([x] if whole else list(x)).tolist()
+    assert team_digests(x, whole, shape) == expected
+
+
+@given(st.sampled_from(DTYPES), st.lists(st.integers(0, 40), min_size=1, max_size=4), SHAPES)
+def test_digests_by_teams_equal_those_of_the_cpu_for_any_dtype(
+    dtype: torch.dtype, sizes: list[int], shape: Shape
+) -> None:
+    x = torch.randint(0, 2, sizes).to(dtype)
+    assert team_digests(x, True, shape) == _ops.digests([x]).tolist()
+
+
+@settings(max_examples=30)
+@given(st.integers(1, 4), st.integers(1, 80_000), SHAPES)
+def test_rows_of_many_leaves_have_the_digests_of_the_cpu(rows: int, size: int, shape: Shape) -> None:
+    x = torch.arange(rows * size).view(rows, size)
+    x = x.to(torch.int32)
+    assert team_digests(x, False, shape) == _ops.digests(list(x)).tolist()
+
+
+@given(st.data(), SHAPES)
+def test_keys_by_teams_equal_those_of_the_cpu(data: st.DataObject, shape: Shape) -> None:
+    batch = data.draw(st.integers(1, 5))
+    rows = [torch.randn(batch, data.draw(st.integers(0, 3000))) for _ in range(data.draw(st.integers(1, 20)))]
+    assert team_keys(rows, shape) == _ops.keys(rows, CALL).tolist()
+
+
+@given(st.data(), strided(), SHAPES)
+def test_keys_by_teams_of_any_strides_equal_those_of_the_cpu(data: st.DataObject, x: Tensor, shape: Shape) -> None:
+    other = torch.randn(len(x), data.draw(st.integers(0, 50)))
+    rows = data.draw(st.permutations([x, other]))
+    assert team_keys(rows, shape) == _ops.keys(rows, CALL).tolist()
+
+
+# ---- which lane reads which bytes
+
+ROWS = st.integers(1, 40)
+BYTES = st.one_of(st.integers(0, 300), st.integers(0, 3 * LEAF))
+LONGEST = st.sampled_from([256, 1024, LEAF, 10 * LEAF])
+
+
+@given(ROWS, BYTES, LONGEST, SHAPES)
+def test_messages_cover_every_byte_of_every_row_once(rows: int, size: int, longest: int, shape: Shape) -> None:
+    most = rows * max(1, -(-size // longest))
+    found = torch.zeros(most, 3, dtype=torch.int64)
+    takers = torch.zeros(most, dtype=torch.int32)
+    count = library().team_mapping(rows, size, longest, *shape, found.data_ptr(), takers.data_ptr())
+    assert count == most
+    if size:
+        begins = [(row, begin) for row in range(rows) for begin in range(0, size, longest)]
+        ends = [min(size, begin + longest) for _, begin in begins]
+        assert found.tolist() == [[row, begin, end - begin] for (row, begin), end in zip(begins, ends)]
+    else:
+        assert found.tolist() == [[row, 0, 0] for row in range(rows)]
+    assert takers.tolist() == [LANES * 256 + 255] * count  # eight threads, each another lane
+
+
+@given(ROWS, BYTES, LONGEST, SHAPES)
+def test_lanes_read_every_byte_once_and_none_past_the_end(rows: int, size: int, longest: int, shape: Shape) -> None:
+    found = torch.zeros(rows, size, dtype=torch.int32)
+    assert library().team_reads(rows, size, longest, *shape, found.data_ptr()) == 0
+    expected = torch.ones(size, dtype=torch.int32)
+    for begin in range(0, size, longest):
+        message = expected[begin : begin + longest]
+        if len(message) >= 256:  # XXH3's last stripe is the last 64 bytes, wherever the one before it ends
+            message[len(message) - 64 : (len(message) - 1) // 64 * 64] += 1
+    assert torch.equal(found, expected.expand(rows, size))
+
+
+@given(st.integers(0, 2**40), st.sampled_from([32, 128, 1024]))
+def test_launches_give_each_message_a_team_up_to_more_than_a_device_runs_at_once(messages: int, threads: int) -> None:
+    teams = threads // LANES
+    assert library().team_blocks(messages, threads) == min(-(-messages // teams), 8192)
