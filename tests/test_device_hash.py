@@ -72,7 +72,7 @@ def team_digests(t: Tensor, whole: bool, shape: Shape) -> list[list[int]]:
 
 def team_keys(tensors: list[Tensor], shape: Shape) -> list[list[int]]:
     out = torch.zeros(len(tensors[0]), 2, dtype=torch.int64)
-    low, high = (n % 2**64 for n in CALL.tolist())
+    low, high = (n % 2**64 for n in CALL)
     arguments = (Argument * len(tensors))(*map(argument, tensors))
     library().team_keys(arguments, len(tensors), low, high, *shape, out.data_ptr())
     return out.tolist()

@@ -1,7 +1,7 @@
 """The native operations, typed: the only file that names ``torch.ops.torchcache``.
 
 The library is loaded at the first use, not at import: it may have to be compiled then (`_build`).
-A digest or key is int64 ``[2]``: low half, high half. Ids name native objects until they are closed.
+A digest or key in a tensor is int64 ``[2]``: low half, high half. Ids name native objects until they are closed.
 """
 
 from __future__ import annotations
@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 
 from torchcache import _build
+
+Digest = tuple[int, int]  # of something on the host: low half, high half, as int64
 
 
 @functools.cache
@@ -39,9 +41,9 @@ def bits(t: Tensor) -> Tensor:
     return t.view(torch.uint8) if t.dtype in FOREIGN_DTYPES else t
 
 
-def keys(rows: list[Tensor], call: Tensor) -> Tensor:
-    """Keys of a batch: rows ``[B, …]`` each, call digest ``[2]`` → int64 ``[B, 2]``."""
-    return cast(Tensor, _native().keys.default(rows, call))
+def keys(rows: list[Tensor], call: Digest) -> Tensor:
+    """Keys of a batch: rows ``[B, …]`` each, call digest → int64 ``[B, 2]``."""
+    return cast(Tensor, _native().keys.default(rows, *call))
 
 
 def digests(tensors: list[Tensor]) -> Tensor:
@@ -76,13 +78,13 @@ def table_lookup(table: int, keys: Tensor) -> tuple[Tensor, Tensor, int]:
     return cast("tuple[Tensor, Tensor, int]", _native().table_lookup.default(table, keys))
 
 
-def table_take(table: int, rows: list[Tensor], call: Tensor, watch: int) -> tuple[list[Tensor], list[Tensor], int, int]:
-    """The leaves ``[B, …]`` of a batch of which every row is there and in chunks that native code can read; else none.
+def table_take(table: int, rows: list[Tensor], call: Digest, watch: int) -> tuple[bool, list[Tensor], int, int]:
+    """True and the leaves ``[B, …]`` of a batch of which every row is there and in chunks that native code can read.
 
-    Then `keys` and `table_lookup` of the batch: keys, slots, first rows of the distinct missing ones. Then the layout,
-    and `watch_probe` of the watch, or 0 where that is 0.
+    Else false and `keys` and `table_lookup` of the batch: keys, slots, first rows of the distinct missing ones. Then
+    the layout, and `watch_probe` of the watch, or 0 where that is 0.
     """
-    taken: tuple[list[Tensor], list[Tensor], int, int] = _direct("table_take")(table, rows, call, watch)
+    taken: tuple[bool, list[Tensor], int, int] = _direct("table_take")(table, rows, *call, watch)
     return taken
 
 

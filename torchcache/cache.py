@@ -236,7 +236,7 @@ class Cache:
             )
         return call
 
-    def _key_parts(self, call: Call, probe: bool = True) -> tuple[list[Tensor], Tensor, Kind]:
+    def _key_parts(self, call: Call, probe: bool = True) -> tuple[list[Tensor], _ops.Digest, Kind]:
         """See `Keys.parts` and `State.digest`; and the kind of the call."""
         with self._lock:
             state = self._state

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from torchcache import _ops
+from torchcache._ops import Digest
 from torchcache.call import Call
 from torchcache.encoding import encode
 
@@ -29,21 +30,22 @@ class Keys:
     def __init__(self, subsample_count: int | None) -> None:
         """With a `subsample_count` only about so many elements of a row are hashed."""
         self._subsample_count = subsample_count
-        self._digests: dict[tuple[bytes, ...], Tensor] = {}
+        self._digests: dict[tuple[bytes, ...], Digest] = {}
         self._lock = threading.Lock()
 
-    def parts(self, call: Call, kind: Kind, state: bytes) -> tuple[list[Tensor], Tensor]:
+    def parts(self, call: Call, kind: Kind, state: bytes) -> tuple[list[Tensor], Digest]:
         """What the keys of a call are made of: the tensors to hash, row by row, and the call digest."""
         tensors = call.tensors
         if self._subsample_count is not None or not all(map(_is_plain, tensors)):
             tensors = [self._row_bytes(t) for t in tensors]
         return tensors, self._call_digest((*kind, state))
 
-    def _call_digest(self, parts: tuple[bytes, ...]) -> Tensor:
+    def _call_digest(self, parts: tuple[bytes, ...]) -> Digest:
         digest = self._digests.get(parts)
         if digest is None:
             encoded = encode((KEY_FORMAT, *parts))
-            digest = _ops.digests([torch.frombuffer(bytearray(encoded), dtype=torch.uint8)])[0]
+            low, high = _ops.digests([torch.frombuffer(bytearray(encoded), dtype=torch.uint8)])[0].tolist()
+            digest = (low, high)
             if len(encoded) <= _LONGEST_REMEMBERED:
                 with self._lock:
                     if len(self._digests) >= _MOST_DIGESTS:

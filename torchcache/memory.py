@@ -35,17 +35,17 @@ class MemoryTier:
             self._held = _Held()
 
     def take(
-        self, rows: list[Tensor], call_digest: Tensor, watch: int = 0
+        self, rows: list[Tensor], call_digest: _ops.Digest, watch: int = 0
     ) -> tuple[tuple[Layout, list[Tensor]] | Found, int]:
         """Layout and leaves ``[B, …]`` of a call (see `Keys.parts`) if all its rows are here, else what was found.
 
         And what a native watch that is not 0 sees on the way.
         """
         held = self._held
-        leaves, lookup, number, seen = _ops.table_take(held.table.id, rows, call_digest, watch)
-        if leaves:
-            return (held.arenas[number].layout, leaves), seen
-        keys, slots, missing = lookup
+        whole, tensors, number, seen = _ops.table_take(held.table.id, rows, call_digest, watch)
+        if whole:
+            return (held.arenas[number].layout, tensors), seen
+        keys, slots, missing = tensors
         found = Found(held.arenas, keys, slots, missing, number)
         if number >= 0 and not found.missing.numel():
             return (held.arenas[number].layout, found.gather(found.slots)), seen
