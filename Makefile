@@ -1,13 +1,16 @@
 # Every task, each with all of its set-up, from a bare Debian or Ubuntu on: make test, demo, lint,
-# bench, sanitize, fuzz, format, clean. What can be chosen:
+# bench, sanitize, fuzz, cuda, bench-cuda, format, clean. What can be chosen:
 #   PYTHON    the interpreter that makes the environment
 #   VENV      the environment; one that has torch already keeps it
 #   TORCH     the torch to install into an environment that has none
+#   CUDA_VENV, CUDA_TORCH the same for `make cuda` and `make bench-cuda`
 #   PIP_ARGS  more arguments for that one installation, e.g. --index-url and an address
 #   FUZZ_RUNS, FUZZ_BYTES how many inputs `make fuzz` tries, and how long they may be
 PYTHON ?= python3
 VENV ?= .venv
 TORCH ?= torch==2.13.0
+CUDA_VENV ?= .venv-cuda
+CUDA_TORCH ?= torch==2.14.1
 PIP_ARGS ?=
 FUZZ_RUNS ?= 1000000
 FUZZ_BYTES ?= 4096
@@ -32,7 +35,7 @@ NATIVE_FLAGS = -std=c++17 -g -O1 -fno-omit-frame-pointer -fno-sanitize-recover=a
 # What runs must be what was installed: never the checkout's own torchcache/.
 export PYTHONSAFEPATH = 1
 
-.PHONY: test demo lint bench format clean system system-clang sanitize fuzz
+.PHONY: test demo lint bench cuda bench-cuda format clean system system-clang sanitize fuzz
 .DELETE_ON_ERROR:
 
 test: $(VENV)/.torchcache-installed
@@ -45,6 +48,16 @@ bench: $(VENV)/.torchcache-installed $(VENV)/.torchcache-demo $(VENV)/.torchcach
 	for file in memory disk first_epoch cached_rows growth peers many_models; do \
 	  PYTHONPATH=benchmarks $(BIN)/python benchmarks/$$file.py || exit; \
 	done
+
+# In an environment of its own, with a torch for CUDA: builds the CUDA sources, which needs nvcc but no GPU, checks the
+# library, and runs what a GPU, if there is one, can show.
+cuda:
+	FORCE_CUDA=1 $(MAKE) VENV=$(CUDA_VENV) TORCH='$(CUDA_TORCH)' $(CUDA_VENV)/.torchcache-installed
+	FORCE_CUDA=1 $(CUDA_VENV)/bin/pytest -rs tests/test_cuda_build.py tests/test_cuda.py tests/test_device_hash.py
+
+bench-cuda:
+	FORCE_CUDA=1 $(MAKE) VENV=$(CUDA_VENV) TORCH='$(CUDA_TORCH)' $(CUDA_VENV)/.torchcache-installed
+	PYTHONPATH=benchmarks $(CUDA_VENV)/bin/python benchmarks/cuda.py
 
 # The store's native tests, once for bytes that are not its own and once for races.
 sanitize: build/native/store_test.address,undefined build/native/store_test.thread
@@ -78,7 +91,7 @@ format: $(VENV)/.torchcache-tools
 	$(BIN)/clang-format -i $(CPP)
 
 clean:
-	rm -rf build dist *.egg-info .venv demo-cache demo.png .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	rm -rf build dist *.egg-info .venv $(CUDA_VENV) demo-cache demo.png .hypothesis .mypy_cache .pytest_cache .ruff_cache
 	find torchcache torchmb tests examples benchmarks -name __pycache__ -prune -exec rm -rf {} +
 
 # Each step leaves a stamp, written last, so that a step that broke off is done again.

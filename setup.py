@@ -15,6 +15,7 @@ from types import ModuleType
 from typing import Any
 
 import setuptools
+from setuptools.command.build_ext import build_ext
 from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).resolve().parent
@@ -66,23 +67,19 @@ def native() -> dict[str, Any]:
     except (ImportError, OSError) as error:
         raise build.BuildError(f"torch is installed but cannot be imported: {error}") from error
     build.check_torch(torch.__version__)
-    from torch.utils.cpp_extension import BuildExtension, CppExtension
+    found = build.installed_torch()
+    print(f"torchcache: building against torch {found.version} in {found.folder}")
+    if cuda := build.cuda_for(found):
+        print(f"torchcache: with CUDA by {cuda.home}, for {', '.join(cuda.codes)}")
 
-    print(f"torchcache: building against torch {torch.__version__} in {Path(torch.__file__).parent}")
-
-    class BuildNative(BuildExtension):
-        def build_extensions(self) -> None:
+    class BuildNative(build_ext):
+        def build_extension(self, extension: Any) -> None:
+            target = Path(self.get_ext_fullpath(extension.name)).absolute()
+            target.parent.mkdir(parents=True, exist_ok=True)
             build.check_toolchain()
-            super().build_extensions()
+            build.compile_library(ROOT / "csrc", found, target)
 
-    extension = CppExtension(
-        "torchcache._C",
-        [os.path.relpath(source) for source in build.sources(ROOT / "csrc")],
-        include_dirs=[str(ROOT / "csrc")],
-        libraries=list(build.LIBRARIES),
-        extra_compile_args=list(build.COMPILE_FLAGS),
-        py_limited_api=True,
-    )
+    extension = setuptools.Extension("torchcache._C", sources=[], py_limited_api=True)
     return {"ext_modules": [extension], "cmdclass": {"build_ext": BuildNative}}
 
 

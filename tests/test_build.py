@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import re
 import select
 import shutil
 import signal
@@ -64,7 +65,7 @@ def surroundings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CXX", str(compiler))
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path / "extensions"))
     monkeypatch.setenv("TMPDIR", str(tmp_path / "tmp"))
-    for variable in ("GATE", "CPPFLAGS", "CXXFLAGS", "LDFLAGS"):
+    for variable in ("GATE", "CPPFLAGS", "CXXFLAGS", "LDFLAGS", "CUDA_HOME", "FORCE_CUDA", "TORCH_CUDA_ARCH_LIST"):
         monkeypatch.delenv(variable, raising=False)
 
 
@@ -246,6 +247,110 @@ def test_sources_that_do_not_compile_are_reported_in_one_line(tmp_path: Path) ->
         compiled(csrc)
 
 
+# ---- CUDA
+
+NVCC = """#!/bin/sh
+case "$1" in
+--version) echo "Cuda compilation tools, release 13.0, V13.0.88" ;;
+--list-gpu-code) printf "sm_75\\nsm_80\\nsm_90\\nsm_120\\n" ;;
+*) echo "nvcc cannot compile here: error" >&2; exit 1 ;;
+esac
+"""
+
+CUDA_TORCH = _build.Torch("2.14.1+cu130", Path("torch"), "13.0", ("sm_50", "sm_80", "sm_90", "sm_120"))
+CPU_TORCH = _build.Torch("2.14.1+cpu", Path("torch"))
+
+
+@pytest.fixture
+def toolkit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A toolkit of version 13.0 in CUDA_HOME."""
+    nvcc = tmp_path / "cuda" / "bin" / "nvcc"
+    nvcc.parent.mkdir(parents=True)
+    nvcc.write_text(NVCC)
+    nvcc.chmod(0o755)
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path / "cuda"))
+    return tmp_path / "cuda"
+
+
+def codes(torch: _build.Torch) -> tuple[str, ...] | None:
+    found = _build.cuda_for(torch)
+    return None if found is None else found.codes
+
+
+def test_cuda_is_built_for_what_torch_was_built_for_and_ptx_of_the_newest(toolkit: Path) -> None:
+    found = _build.cuda_for(CUDA_TORCH)
+    assert found == (toolkit, ("sm_80", "sm_90", "sm_120", "compute_120"))  # nvcc does not know sm_50
+
+
+@pytest.mark.parametrize(
+    ("chosen", "expected"),
+    [
+        ("9.0", ("sm_90",)),
+        ("8.0 9.0a+PTX", ("sm_80", "sm_90a", "compute_90a")),
+        (" 7.5;12.0+PTX ", ("sm_75", "sm_120", "compute_120")),
+        ("", ("sm_80", "sm_90", "sm_120", "compute_120")),
+    ],
+)
+@pytest.mark.usefixtures("toolkit")
+def test_cuda_is_built_for_the_architectures_asked_for(
+    chosen: str, expected: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", chosen)
+    assert codes(CUDA_TORCH) == expected
+
+
+@pytest.mark.usefixtures("toolkit")
+def test_architectures_that_cannot_be_read_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "9.0 hopper")
+    with pytest.raises(_build.BuildError, match=r"TORCH_CUDA_ARCH_LIST must be .* got 'hopper'"):
+        _build.cuda_for(CUDA_TORCH)
+
+
+@pytest.mark.usefixtures("toolkit")
+def test_a_torch_without_cuda_gets_a_library_without_cuda_unless_it_is_forced(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert codes(CPU_TORCH) is None
+    monkeypatch.setenv("FORCE_CUDA", "1")
+    with pytest.raises(_build.BuildError, match="set TORCH_CUDA_ARCH_LIST"):
+        _build.cuda_for(CPU_TORCH)
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "9.0")
+    assert codes(CPU_TORCH) == ("sm_90",)
+
+
+def test_without_a_toolkit_the_library_is_one_for_the_cpu_unless_cuda_is_forced(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path))
+    assert codes(CUDA_TORCH) is None
+    monkeypatch.setenv("FORCE_CUDA", "1")
+    with pytest.raises(_build.BuildError, match=r"there is no CUDA toolkit in .*: set CUDA_HOME"):
+        _build.cuda_for(CUDA_TORCH)
+
+
+@pytest.mark.usefixtures("toolkit")
+def test_a_toolkit_of_another_major_version_is_not_used_and_both_versions_are_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    installed = _build.installed_torch()
+    older = installed._replace(cuda="12.8")
+    library = _build.compile_library(tree(tmp_path / "csrc", 42), older, tmp_path / _build.LIBRARY)
+    assert answer(library) == 42
+    assert re.search(r"is 13\.0, but torch .* was built with 12\.8.*building without CUDA", caplog.text)
+    monkeypatch.setenv("FORCE_CUDA", "1")
+    with pytest.raises(_build.BuildError, match=r"is 13\.0, but torch .* was built with 12\.8"):
+        _build.cuda_for(older)
+
+
+@pytest.mark.usefixtures("toolkit")
+def test_the_sources_of_cuda_are_compiled_by_nvcc_and_its_complaint_is_told(tmp_path: Path) -> None:
+    csrc = tree(tmp_path / "csrc", 42)
+    (csrc / "kernels.cu").write_text("")
+    torch = _build.installed_torch()._replace(cuda="13.0", codes=("sm_90",))
+    with pytest.raises(_build.BuildError, match="nvcc cannot compile here"):
+        _build.compile_on_first_use(csrc, torch)
+    plain = _build.compile_on_first_use(csrc, torch._replace(cuda=None))  # the .cu file is not one of its sources
+    assert answer(plain) == 42
+
+
 def run_command_line(**environment: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, "-W", "ignore", "-m", "torchcache"],
@@ -259,6 +364,7 @@ def test_the_command_line_says_how_the_library_is_there(tmp_path: Path) -> None:
     done = run_command_line()
     assert done.returncode == 0, done.stderr
     assert torch.__version__ in done.stdout
+    assert re.search("^cuda +(not built in|built in for)", done.stdout, re.MULTILINE)
     ahead = _build.ahead()
     assert ("compiled ahead" if ahead else "compiled on first use") in done.stdout
     assert str(ahead or tmp_path / "extensions") in done.stdout

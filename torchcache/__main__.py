@@ -22,7 +22,7 @@ from urllib.parse import unquote, urlparse
 
 import torch
 
-from torchcache import _build, maintenance
+from torchcache import _build, _ops, maintenance
 from torchcache._version import __version__
 from torchcache.export import export
 from torchcache.maintenance import Damage, MaintenanceError, Progress, Summary
@@ -306,6 +306,8 @@ def report() -> int:
     print(f"torch       {torch.__version__}")
     state, status = library_state()
     print(f"library     {state}")
+    if not status:
+        print(f"cuda        {_cuda()}")
     if clash := _build.clash(_source()):
         print(f"warning: {clash}")
     return status
@@ -319,6 +321,14 @@ def library_state() -> tuple[str, int]:
     except (ImportError, OSError) as error:
         return f"missing: {error}", 1
     return f"{'compiled ahead' if path == _build.ahead() else 'compiled on first use'}: {path}", 0
+
+
+def _cuda() -> str:
+    """Which GPUs the native library has code for."""
+    built = ", ".join(f"{number / 100:.1f}" for number in _ops.cuda_architectures())
+    if not built:
+        return "not built in"
+    return f"built in for compute capability {built}"
 
 
 def _source() -> str:

@@ -36,6 +36,7 @@ COMPILE_FLAGS = (
     "-DTORCH_TARGET_VERSION=0x020a000000000000",
 )
 LIBRARIES = ("zstd",)
+CUDA_LIBRARIES = ("cudart_static", "rt", "pthread", "dl")
 INSTALL = (
     "Debian and Ubuntu: sudo apt-get install g++ libzstd-dev; "
     "Fedora: sudo dnf install gcc-c++ libzstd-devel; conda: conda install cxx-compiler zstd"
@@ -49,11 +50,28 @@ class BuildError(ImportError):
     """The native library is not there and cannot be compiled. The message says what to install."""
 
 
+class NoCuda(BuildError):
+    """There is no CUDA toolkit that fits torch. The message says why, or is empty where nobody expects one."""
+
+
 class Torch(NamedTuple):
     """An installed torch: its version and the folder that holds its ``include`` and ``lib``."""
 
     version: str
     folder: Path
+    cuda: str | None = None  # the version of CUDA that it was built with
+    codes: tuple[str, ...] = ()  # what it was built for, such as sm_90
+
+
+class Cuda(NamedTuple):
+    """A CUDA toolkit, and what to compile for: sm_90 is machine code, compute_90 what later GPUs can translate."""
+
+    home: Path
+    codes: tuple[str, ...]
+
+    @property
+    def nvcc(self) -> str:
+        return str(self.home / "bin" / "nvcc")
 
 
 @functools.cache
@@ -82,15 +100,12 @@ def sources_folder() -> Path:
     raise BuildError(f"torchcache's C++ sources are not in {_PACKAGE}: install torchcache again")
 
 
-def sources(csrc: Path) -> list[Path]:
-    """What is compiled, in a fixed order."""
-    return sorted(csrc.rglob("*.cpp"))
-
-
 def installed_torch() -> Torch:
     import torch
 
-    return Torch(torch.__version__, Path(torch.__file__).parent)
+    # torch.cuda.get_arch_list() says the same, but only where there is a GPU.
+    codes = getattr(torch._C, "_cuda_getArchFlags", str)() or ""
+    return Torch(torch.__version__, Path(torch.__file__).parent, torch.version.cuda, tuple(codes.split()))
 
 
 def check_torch(version: str) -> None:
@@ -112,6 +127,60 @@ def check_toolchain() -> None:
         raise BuildError(f"zstd's header or library is missing ({complaint}): install it ({INSTALL})")
     if complaint:
         raise BuildError(f"the C++ compiler does not work ({complaint}); {INSTALL}")
+
+
+def cuda_for(torch: Torch) -> Cuda | None:
+    """What to compile the CUDA sources with; None where the library is to be one for the CPU only.
+
+    Raises:
+        BuildError: FORCE_CUDA=1 and there is no toolkit that fits torch, or TORCH_CUDA_ARCH_LIST cannot be read.
+    """
+    try:
+        return _toolkit(torch)
+    except NoCuda:
+        if _forced():
+            raise
+        return None
+
+
+def _forced() -> bool:
+    return os.environ.get("FORCE_CUDA") == "1"
+
+
+def _toolkit(torch: Torch) -> Cuda:
+    if torch.cuda is None and not _forced():
+        raise NoCuda
+    chosen = os.environ.get("CUDA_HOME") or "/usr/local/cuda"
+    nvcc = Cuda(Path(chosen), ()).nvcc
+    if not os.path.isfile(nvcc):
+        raise NoCuda(f"there is no CUDA toolkit in {chosen}: set CUDA_HOME to one")
+    version = re.search(r"release (\d+)\.(\d+)", _output([nvcc, "--version"]))
+    if version is None:
+        raise NoCuda(f"{nvcc} does not say its version")
+    if torch.cuda is not None and version[1] != torch.cuda.partition(".")[0]:
+        raise NoCuda(
+            f"the CUDA toolkit in {chosen} is {version[1]}.{version[2]}, but torch {torch.version} was built with "
+            f"{torch.cuda}: set CUDA_HOME to one of the same major version"
+        )
+    return Cuda(Path(chosen), _codes(torch, nvcc))
+
+
+def _codes(torch: Torch, nvcc: str) -> tuple[str, ...]:
+    """Those of TORCH_CUDA_ARCH_LIST, else what torch was built for, as far as nvcc knows it, and the newest as PTX."""
+    codes = []
+    for word in re.split(r"[ ;,]+", os.environ.get("TORCH_CUDA_ARCH_LIST", "").strip()):
+        if match := re.fullmatch(r"(\d+)\.(\d[af]?)(\+PTX)?", word):
+            number = match[1] + match[2]
+            codes += [f"sm_{number}"] + [f"compute_{number}"] * bool(match[3])
+        elif word:
+            raise BuildError(f"TORCH_CUDA_ARCH_LIST must be a list such as '8.0 9.0+PTX', got {word!r} in it")
+    if codes:
+        return tuple(codes)
+    known = _output([nvcc, "--list-gpu-code"]).split()
+    numbers = sorted(int(code[3:]) for code in torch.codes if code in known and code[3:].isdecimal())
+    if not numbers:
+        raise NoCuda("torch does not say which GPUs it is for: set TORCH_CUDA_ARCH_LIST, such as '8.0 9.0+PTX'")
+    return (*(f"sm_{number}" for number in numbers), f"compute_{numbers[-1]}")
 
 
 def compile_on_first_use(csrc: Path, torch: Torch) -> Path:
@@ -160,7 +229,8 @@ def clash(source: str) -> str | None:
 def _digest(csrc: Path, torch: Torch) -> str:
     """Names everything that the compiled library depends on."""
     named = hashlib.sha256()
-    words = [*_compile_command(csrc, torch), *_link_flags(), torch.version]
+    words = [word for command in _compile_commands(csrc, torch).values() for word in command]
+    words += [*_link_flags(), torch.version]
     words += [platform.machine(), *platform.libc_ver()]
     named.update("\0".join(words).replace(str(csrc), "csrc").encode())
     for path in sorted(path for path in csrc.rglob("*") if path.is_file()):
@@ -183,12 +253,21 @@ def _alone_in(folder: Path) -> Iterator[None]:
 
 
 def _compile(csrc: Path, torch: Torch, target: Path) -> Path:
-    """Compiles in a folder of its own beside the target and renames into place."""
     _logger.warning(
         "compiling torchcache's native library for torch %s, once, into %s (half a minute)",
         torch.version,
         target.parent,
     )
+    return compile_library(csrc, torch, target)
+
+
+def compile_library(csrc: Path, torch: Torch, target: Path) -> Path:
+    """Compiles in a folder of its own beside the target and renames into place."""
+    try:
+        _toolkit(torch)
+    except NoCuda as reason:
+        if str(reason):
+            _logger.warning("%s; building without CUDA: rows on a GPU will be hashed through the host", reason)
     # A fresh name each time: compilers of a killed process may still be writing in the old folder.
     for left_by_a_kill in target.parent.glob("build-*"):
         shutil.rmtree(left_by_a_kill, ignore_errors=True)
@@ -201,10 +280,18 @@ def _compile(csrc: Path, torch: Torch, target: Path) -> Path:
 
 def _objects(csrc: Path, torch: Torch, work: str) -> list[str]:
     """Compiles every source, several at a time."""
-    command = _compile_command(csrc, torch)
-    objects = {f"{work}/{number}.o": source for number, source in enumerate(sources(csrc))}
+    commands = _compile_commands(csrc, torch)
+    # Those of CUDA first: they take longest.
+    sources = [path for suffix in sorted(commands, reverse=True) for path in sorted(csrc.rglob(f"*{suffix}"))]
+    objects = {f"{work}/{number}.o": source for number, source in enumerate(sources)}
+    threads = {".cu": [f"--threads={_jobs()}"]}  # one for each kind of GPU
     with concurrent.futures.ThreadPoolExecutor(_jobs()) as pool:
-        done = [pool.submit(_must, [*command, "-c", str(source), "-o", result]) for result, source in objects.items()]
+        done = [
+            pool.submit(
+                _must, [*commands[source.suffix], *threads.get(source.suffix, []), "-c", str(source), "-o", result]
+            )
+            for result, source in objects.items()
+        ]
         for one in done:
             one.result()
     return list(objects)
@@ -212,13 +299,28 @@ def _objects(csrc: Path, torch: Torch, work: str) -> list[str]:
 
 def _link(objects: list[str], torch: Torch, result: Path) -> None:
     # No run path: torch is in the process before this library is.
-    torch_flags = [f"-L{torch.folder / 'lib'}", "-ltorch", "-ltorch_cpu", "-lc10"]
-    _must([*_compiler(), "-shared", *objects, "-o", str(result), *torch_flags, *_link_flags()])
+    flags = [f"-L{torch.folder / 'lib'}", "-ltorch", "-ltorch_cpu", "-lc10", *_link_flags()]
+    if cuda := cuda_for(torch):
+        # Its runtime is our own, and must neither give its symbols to torch's nor take that one's.
+        flags += ["-Wl,--exclude-libs,libcudart_static.a", f"-L{cuda.home / 'lib64'}", f"-L{cuda.home / 'lib'}"]
+        flags += [f"-l{name}" for name in CUDA_LIBRARIES]
+    _must([*_compiler(), "-shared", *objects, "-o", str(result), *flags])
 
 
-def _compile_command(csrc: Path, torch: Torch) -> list[str]:
-    paths = [f"-I{csrc}", "-isystem", f"{torch.folder / 'include'}"]
-    return [*_compiler(), *COMPILE_FLAGS, "-fPIC", *paths, *_words("CPPFLAGS"), *_words("CXXFLAGS")]
+def _compile_commands(csrc: Path, torch: Torch) -> dict[str, list[str]]:
+    """How a file is compiled, by its suffix."""
+    paths = [f"-I{csrc}", "-isystem", f"{torch.folder / 'include'}", *_words("CPPFLAGS")]
+    commands = {".cpp": [*_compiler(), *COMPILE_FLAGS, "-fPIC", *paths, *_words("CXXFLAGS")]}
+    if cuda := cuda_for(torch):
+        for_the_host = [flag for flag in COMPILE_FLAGS if flag.startswith(("-f", "-g"))]
+        flags = [flag for flag in COMPILE_FLAGS if flag not in for_the_host]
+        flags += ["-Xcompiler", ",".join(["-fPIC", *for_the_host])]
+        compiler = _compiler()
+        if len(compiler) == 1:  # nvcc takes no more than a name
+            flags += ["-ccbin", *compiler]
+        targets = [f"-gencode=arch={re.sub('^sm', 'compute', code)},code={code}" for code in cuda.codes]
+        commands[".cu"] = [cuda.nvcc, *flags, *targets, *paths]
+    return commands
 
 
 def _link_flags() -> list[str]:
@@ -261,6 +363,14 @@ def _run(command: list[str]) -> str:
     lines = done.stdout.strip().splitlines() or [f"exit status {done.returncode}"]
     complaints = (line for line in lines if "error" in line or "cannot find" in line)
     return next(complaints, lines[-1]).strip()
+
+
+def _output(command: list[str]) -> str:
+    """What a program prints; "" where it fails."""
+    done = subprocess.run(
+        command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+    )
+    return done.stdout if done.returncode == 0 else ""
 
 
 def _must(command: list[str]) -> None:

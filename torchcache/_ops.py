@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from torchcache import _build
+from torchcache.logs import logger
 
 Digest = tuple[int, int]  # of something on the host: low half, high half, as int64
 
@@ -41,13 +42,46 @@ def bits(t: Tensor) -> Tensor:
     return t.view(torch.uint8) if t.dtype in FOREIGN_DTYPES else t
 
 
+def hashable(t: Tensor) -> Tensor:
+    """The same bytes where and as the native code takes them: on the CPU where it cannot read the tensor's device."""
+    t = t.resolve_conj().resolve_neg()
+    if not t.is_cpu and not (t.is_cuda and cuda_architectures()):
+        if t.is_cuda:
+            _warn_of_the_way_through_the_host()
+        t = t.cpu()
+    return bits(t)
+
+
+@functools.cache
+def cuda_architectures() -> tuple[int, ...]:
+    """100 × the compute capabilities that the library has code for, such as 900; none if it is one for the CPU only."""
+    return tuple(_native().cuda_architectures.default())
+
+
+@functools.cache
+def _warn_of_the_way_through_the_host() -> None:
+    logger.warning(
+        "tensors on a GPU are copied to the host to be hashed: torchcache's native library was built without CUDA; to "
+        "have them hashed where they are, install torchcache again (pip install --force-reinstall --no-deps .) where "
+        "CUDA_HOME is a CUDA toolkit %s; python -m torchcache says what is built in",
+        (torch.version.cuda or "").partition(".")[0],
+    )
+
+
 def keys(rows: list[Tensor], call: Digest) -> Tensor:
-    """Keys of a batch: rows ``[B, …]`` each, call digest → int64 ``[B, 2]``."""
+    """Keys of a batch: rows ``[B, …]`` each, call digest → int64 ``[B, 2]``.
+
+    Rows may be on CUDA devices if there are `cuda_architectures` (see `hashable`); keys are on the CPU. What was queued
+    on the current stream comes first; one transfer and one wait for each device.
+
+    Raises:
+        RuntimeError: the current stream captures a CUDA graph.
+    """
     return cast(Tensor, _native().keys.default(rows, *call))
 
 
 def digests(tensors: list[Tensor]) -> Tensor:
-    """Digest of each tensor as if it were one row → int64 ``[N, 2]``."""
+    """Digest of each tensor as if it were one row → int64 ``[N, 2]`` on the CPU, wherever the tensors are."""
     return cast(Tensor, _native().digests.default(tensors))
 
 
@@ -57,7 +91,10 @@ def watch_open(tensors: list[Tensor]) -> int:
 
 
 def watch_probe(watch: int) -> int:
-    """A number that stays the same while addresses, shapes and a few words of the tensors do."""
+    """A number that stays the same while addresses, shapes and a few words of the tensors do.
+
+    One wait for each CUDA device with tensors of the watch; none if it rides along with `table_take` of rows there.
+    """
     return cast(int, _native().watch_probe.default(watch))
 
 

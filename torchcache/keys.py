@@ -54,11 +54,10 @@ class Keys:
         return digest
 
     def _row_bytes(self, t: Tensor) -> Tensor:
-        t = t.resolve_conj().resolve_neg()
         if self._subsample_count is not None:
             t = t.flatten(1) if t.dim() > 1 else t.unsqueeze(1)
             t = t[:, :: max(1, t.shape[1] // self._subsample_count)]
-        return _ops.bits(t.cpu())
+        return _ops.hashable(t)
 
 
 def _is_plain(t: Tensor) -> bool:

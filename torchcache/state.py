@@ -333,7 +333,7 @@ def _take_digests(watched: list[_Watched]) -> None:
 def digests(tensors: list[Tensor]) -> list[bytes]:
     """16 bytes for each tensor: the digest of its bytes."""
     try:
-        pairs = _ops.digests([_host(t) for t in tensors]).tolist() if tensors else []
+        pairs = _ops.digests([_one_row(t) for t in tensors]).tolist() if tensors else []
     except (RuntimeError, ValueError) as error:  # of a dtype that has no bytes, or without a storage
         raise Unwatchable(str(error)) from error
     return [struct.pack(">qq", high, low) for low, high in pairs]
@@ -347,11 +347,11 @@ def scales(tensor: torch.Tensor) -> tuple[object, ...]:
     return tensor.q_per_channel_axis(), *(tuple(item.tolist()) for item in scales)
 
 
-def _host(t: Tensor) -> Tensor:
+def _one_row(t: Tensor) -> Tensor:
     t = t.detach()
     if t.layout is not torch.strided or t.is_quantized:
         t = t.to_dense() if not t.is_quantized else t.int_repr()
-    return _ops.bits(t.resolve_conj().resolve_neg().cpu())
+    return _ops.hashable(t)
 
 
 def _plain_view(t: Tensor) -> Tensor:

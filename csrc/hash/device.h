@@ -54,7 +54,7 @@ class Device {
   virtual ~Device() = default;
   virtual std::unique_ptr<Answer> ask(int32_t device, Question question) const = 0;
   virtual std::shared_ptr<const WordList> keep(int32_t device, const std::vector<Word>& words) const = 0;
-  // 10 × the compute capabilities that there is code for, such as 900.
+  // 100 × the compute capabilities that there is code for, such as 900.
   virtual std::vector<int64_t> architectures() const = 0;
 };
 

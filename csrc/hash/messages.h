@@ -98,6 +98,10 @@ struct Together {
   }
 };
 
+TORCHCACHE_APART const uint8_t* located(const Rows& rows, const uint8_t* row, int64_t position) {
+  return rows.locate(row, position);
+}
+
 // A message of a row that does not.
 struct Scattered {
   const Rows& rows;
@@ -109,7 +113,7 @@ struct Scattered {
       : rows(all), row(start), begin(at), bytes(all.unit()) {}
   TORCHCACHE_DEVICE int unit() const { return bytes; }
   TORCHCACHE_DEVICE uint64_t part(int64_t position) const {
-    const uint8_t* p = rows.locate(row, begin + position);
+    const uint8_t* p = located(rows, row, begin + position);
     switch (bytes) {
       case 1:
         return read_unit<1>(p);
@@ -123,8 +127,8 @@ struct Scattered {
   }
   TORCHCACHE_DEVICE uint64_t operator()(int64_t position) const {
     uint64_t word = 0;
-    TORCHCACHE_ROLLED  // where a unit lies is a lot of code
-        for (int i = 0; i < 8; i += bytes) word |= part(position + i) << (8 * i);
+    TORCHCACHE_ROLLED
+    for (int i = 0; i < 8; i += bytes) word |= part(position + i) << (8 * i);
     return word;
   }
 };
