@@ -106,12 +106,14 @@ std::tuple<Tensor, Tensor, int64_t> table_lookup(int64_t table, Tensor keys) {
 }
 
 // The leaves of the rows with these keys if every one is in an arena that can be read here, else none.
-std::vector<Tensor> leaves_of(const MemoryTable& memory, const Lookup& found, const std::vector<int64_t>& slots) {
+std::vector<Tensor> leaves_of(const MemoryTable& memory, const Lookup& found, const std::vector<int64_t>& slots,
+                              bool pinned) {
   if (!found.missing.empty() || found.layout < 0) return {};
-  return memory.arenas.gather(found.layout, slots.data(), slots.size());
+  return memory.arenas.gather(found.layout, slots.data(), slots.size(), pinned);
 }
 
 // What a hit is made of, in one operation: each more would cost a few microseconds, and a wait where rows are on a GPU.
+// What goes on to one is gathered in pinned memory.
 std::tuple<bool, std::vector<Tensor>, int64_t, int64_t> table_take(int64_t table, std::vector<Tensor> rows, int64_t low,
                                                                    int64_t high, int64_t watch) {
   const std::shared_ptr<MemoryTable> memory = tables().get(table);
@@ -119,7 +121,7 @@ std::tuple<bool, std::vector<Tensor>, int64_t, int64_t> table_take(int64_t table
   const auto [keys, probe] = see(rows, digest_of(low, high), watched.get());
   std::vector<int64_t> slots(keys.size());
   const Lookup found = memory->keys.lookup(keys.data(), keys.size(), slots.data());
-  std::vector<Tensor> leaves = leaves_of(*memory, found, slots);
+  std::vector<Tensor> leaves = leaves_of(*memory, found, slots, /*pinned=*/rows[0].is_cuda());
   if (!leaves.empty()) return {true, std::move(leaves), found.layout, probe};
   return {false, {keys_tensor(keys), int64_tensor(slots), int64_tensor(found.missing)}, found.layout, probe};
 }
@@ -129,7 +131,7 @@ std::tuple<std::vector<Tensor>, int64_t> table_take_keys(int64_t table, Tensor k
   const auto [data, count] = as_keys(keys);
   std::vector<int64_t> slots(count);
   const Lookup found = memory->keys.lookup(data, count, slots.data());
-  return {leaves_of(*memory, found, slots), found.layout};
+  return {leaves_of(*memory, found, slots, /*pinned=*/false), found.layout};
 }
 
 void table_insert(int64_t table, Tensor keys, int64_t layout, int64_t first) {

@@ -4,22 +4,17 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import os
 import random
-import shutil
-import subprocess
-import tempfile
-from pathlib import Path
 
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from keys_harness import CALL, DTYPES, LEAF, as_pair, row_digest, strided
+from native_harness import built
 from torch import Tensor
 
 from torchcache import _ops
 
-ROOT = Path(__file__).resolve().parent.parent
 LANES = 8
 
 
@@ -42,13 +37,7 @@ def argument(t: Tensor) -> Argument:
 
 @functools.cache
 def library() -> ctypes.CDLL:
-    with tempfile.TemporaryDirectory() as folder:
-        compiler = os.environ.get("CXX") or shutil.which("c++") or "g++"
-        built = f"{folder}/team.so"
-        flags = ["-std=c++17", "-O1", "-shared", "-fPIC", "-fsanitize=undefined", "-fno-sanitize-recover=all"]
-        source = ROOT / "tests" / "native" / "team.cpp"
-        subprocess.run([*compiler.split(), *flags, f"-I{ROOT / 'csrc'}", str(source), "-o", built], check=True)
-        found = ctypes.CDLL(built)
+    found = built("team.cpp")
     long, pointer = ctypes.c_int64, ctypes.c_void_p
     found.team_digests.argtypes = [pointer, ctypes.c_bool, long, ctypes.c_int, pointer]
     found.team_keys.argtypes = [pointer, long, ctypes.c_uint64, ctypes.c_uint64, long, ctypes.c_int, pointer]

@@ -114,12 +114,13 @@ class _Held:
         number = self._numbers.get(layout)
         if number is None:
             number = self._numbers[layout] = len(self.arenas)
-            self.arenas.append(RowArena(layout, device, limit, self._know(layout, number)))
+            self.arenas.append(RowArena(layout, device, limit, self._know(layout, number, device)))
         return number
 
-    def _know(self, layout: Layout, number: int) -> Know:
+    def _know(self, layout: Layout, number: int, device: torch.device) -> Know:
         """Native code gathers itself, where it can."""
-        if any(leaf.stored in _ops.FOREIGN_DTYPES for leaf in layout.leaves):
+        foreign = any(leaf.stored in _ops.FOREIGN_DTYPES for leaf in layout.leaves)
+        if foreign or device.type not in ("cpu", "cuda"):
             return lambda first, chunk: None
         return functools.partial(self.table.know, number)
 

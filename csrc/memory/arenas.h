@@ -24,8 +24,12 @@ class Arena {
   // A chunk whose first row has the slot behind the last one.
   void add(int64_t first, const Tensor& chunk);
 
-  bool on_cpu() const { return chunks_[0].owner.is_cpu(); }
-  Tensor gather(const int64_t* slots, int64_t n) const;
+  // Whether this library can read there.
+  bool is_readable() const;
+
+  // The rows of these slots as a fresh tensor [n, …] on the device of the chunks; on the CPU in pinned memory if
+  // wanted.
+  Tensor gather(const int64_t* slots, int64_t n, bool pinned) const;
 
  private:
   struct Chunk {
@@ -35,8 +39,11 @@ class Arena {
   };
 
   const uint8_t* row(int64_t slot) const;
+  Tensor new_rows(int64_t n) const;
+  Tensor new_pinned(int64_t n) const;
 
   std::vector<Chunk> chunks_;
+  int32_t place_;  // see place_of
   int64_t row_bytes_;
   int32_t dtype_;
   std::vector<int64_t> sizes_, strides_;
@@ -50,8 +57,8 @@ class Arenas {
   // The rows of a layout from slot `first` on: one tensor for each leaf.
   void add(int64_t layout, int64_t first, const std::vector<Tensor>& leaves);
 
-  // The rows of these slots as fresh leaves [n, …]; no leaves for a layout that is unknown or not on the CPU.
-  std::vector<Tensor> gather(int64_t layout, const int64_t* slots, size_t n) const;
+  // The rows of these slots as fresh leaves [n, …], see Arena; no leaves for a layout that is unknown or not readable.
+  std::vector<Tensor> gather(int64_t layout, const int64_t* slots, size_t n, bool pinned) const;
 
  private:
   using Leaves = std::vector<Arena>;
