@@ -28,7 +28,7 @@ class RowArena:
 
     def __init__(self, layout: Layout, device: torch.device, limit: int, know: Know) -> None:
         self.layout = layout
-        self._device = device
+        self.device = device
         self._capacity = max(1, limit // layout.row_bytes if layout.row_bytes else 2**40)  # in rows, as all below
         self._know = know
         self._chunks: list[list[Tensor]] = []
@@ -51,15 +51,15 @@ class RowArena:
     def gather(self, slots: Tensor) -> list[Tensor]:
         """Rows of these slots (int64 ``[N]``, on the CPU) as fresh leaves ``[N, …]`` on the device."""
         if len(self._chunks) == 1:
-            there = slots.to(self._device)
+            there = slots.to(self.device)
             return [select(kept, there) for kept in self._chunks[0]]
         outputs = [self._empty(leaf, len(slots)) for leaf in self.layout.leaves]
         starts = torch.tensor(self._starts, device="cpu")
         number = torch.bucketize(slots, starts, right=True) - 1
         for chunk in torch.unique(number).tolist():
             where = (number == chunk).nonzero().squeeze(1)
-            rows = (slots.index_select(0, where) - self._starts[chunk]).to(self._device)
-            where = where.to(self._device)
+            rows = (slots.index_select(0, where) - self._starts[chunk]).to(self.device)
+            where = where.to(self.device)
             for kept, out in zip(self._chunks[chunk], outputs):
                 movable(out).index_copy_(0, where, movable(select(kept, rows)))
         return outputs
@@ -76,7 +76,7 @@ class RowArena:
             done += here
 
     def _grow(self) -> None:
-        rows, chunk = self._capacity, self._reserve() if not self._chunks and self._device.type == "cpu" else None
+        rows, chunk = self._capacity, self._reserve() if not self._chunks and self.device.type == "cpu" else None
         if chunk is None:
             least = max(1, _CHUNK_BYTES // max(1, self.layout.row_bytes))
             rows = max(1, min(self._capacity - self._allocated, max(least, self._allocated // _GROWTH)))
@@ -98,7 +98,7 @@ class RowArena:
 
     def _empty(self, leaf: Leaf, rows: int) -> Tensor:
         with torch.inference_mode(False):
-            return torch.empty((rows, *leaf.shape), dtype=leaf.stored, device=self._device)
+            return torch.empty((rows, *leaf.shape), dtype=leaf.stored, device=self.device)
 
 
 def _reserve(leaf: Leaf, capacity: int) -> Tensor | None:

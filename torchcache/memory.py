@@ -25,14 +25,18 @@ class MemoryTier:
         self.device = torch.device(device)
         self.limit = limit
         self._lock = threading.Lock()
-        self.clear()
+        self._begin()
+
+    def _begin(self) -> None:
+        self.bytes = 0
+        self.rows = 0
+        self.full = False
+        self._held = _Held()
 
     def clear(self) -> None:
         with self._lock:
-            self.bytes = 0
-            self.rows = 0
-            self.full = False
-            self._held = _Held()
+            self._held.synchronize()
+            self._begin()
 
     def take(
         self, rows: list[Tensor], call_digest: _ops.Digest, watch: int = 0
@@ -42,6 +46,8 @@ class MemoryTier:
         And what a native watch that is not 0 sees on the way.
         """
         held = self._held
+        if held.written:
+            held.wait_for_writes()
         whole, tensors, number, seen = _ops.table_take(held.table.id, rows, call_digest, watch)
         if whole:
             return (held.arenas[number].layout, tensors), seen
@@ -54,12 +60,14 @@ class MemoryTier:
     def take_keys(self, keys: Tensor) -> tuple[Layout, list[Tensor]] | None:
         """Layout and leaves ``[B, …]`` of the rows with these keys, if that is one step: all here, of one layout."""
         held = self._held
+        held.wait_for_writes()
         leaves, number = held.table.take_keys(keys)
         return (held.arenas[number].layout, leaves) if leaves else None
 
     def lookup(self, keys: Tensor) -> Found:
         """Which of the rows with these keys (int64 ``[B, 2]``) are here."""
         held = self._held
+        held.wait_for_writes()
         return Found(held.arenas, keys, *held.table.lookup(keys))
 
     def put(self, keys: Tensor, layout: Layout, leaves: list[Tensor]) -> None:
@@ -78,18 +86,21 @@ class MemoryTier:
             first = held.arenas[number].append(
                 leaves if whole else [select(t, new.to(t.device)) for t in leaves], len(new)
             )
+            held.note_write(number)
             held.table.insert(keys if whole else keys.index_select(0, new), number, first)
             self.bytes += len(new) * layout.row_bytes
             self.rows += len(new)
 
     def _device_for(self, leaves: list[Tensor]) -> torch.device:
         """Which of the GPUs, where that was left open: the one of the rows that come first."""
-        first = leaves[0].device
-        return first if self.device.index is None and first.type == self.device.type else self.device
+        if self.device.type != "cuda" or self.device.index is not None:
+            return self.device
+        return leaves[0].device if leaves[0].is_cuda else torch.device("cuda", torch.cuda.current_device())
 
     def find(self, low: int) -> tuple[Layout, list[Tensor]] | None:
         """A copy of the row whose key has that low half: its layout and leaves ``[1, …]``."""
         held = self._held
+        held.wait_for_writes()
         number, slot = held.table.find(low)
         if number < 0:
             return None
@@ -108,6 +119,28 @@ class _Held:
         self.table = _Table()
         self.arenas: list[RowArena] = []  # by the number of their layout
         self._numbers: dict[Layout, int] = {}
+        self.written: list[tuple[torch.device, torch.cuda.Event]] = []  # on GPUs, and perhaps not there yet
+
+    def note_write(self, number: int) -> None:
+        """After rows were copied to an arena, and before anybody can find them."""
+        device = self.arenas[number].device
+        if device.type == "cuda":
+            self.written = [*self._unfinished(), (device, torch.cuda.current_stream(device).record_event())]
+
+    def wait_for_writes(self) -> None:
+        """Has what is queued next on the current streams come after what other streams write."""
+        if self.written:
+            self.written = self._unfinished()
+            for device, event in self.written:
+                torch.cuda.current_stream(device).wait_event(event)
+
+    def synchronize(self) -> None:
+        """Before the arenas go: what still reads them, on whatever stream, ends first."""
+        for device in {arena.device for arena in self.arenas if arena.device.type == "cuda"}:
+            torch.cuda.synchronize(device)
+
+    def _unfinished(self) -> list[tuple[torch.device, torch.cuda.Event]]:
+        return [(device, event) for device, event in self.written if not event.query()]  # type: ignore[no-untyped-call]
 
     def number(self, layout: Layout, device: torch.device, limit: int) -> int:
         """The number of a layout, whose arenas are made when it is new."""
