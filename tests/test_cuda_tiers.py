@@ -1,4 +1,4 @@
-"""The tiers beside a GPU: rows in its memory, rows that go to the host behind the training step, rows that come back."""
+"""The tiers beside a GPU: rows in its memory, rows that go to the host behind the training step, and come back."""
 
 from __future__ import annotations
 
