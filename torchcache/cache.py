@@ -23,9 +23,10 @@ from torchcache.keys import Keys, Kind, autocast
 from torchcache.lazy import lazy
 from torchcache.logs import Once, logger
 from torchcache.memory import Found, MemoryTier, RowView
+from torchcache.mode import Mode
 from torchcache.options import Options
 from torchcache.rows import Layout
-from torchcache.state import Mode, State, Uninitialized, Unwatchable
+from torchcache.state import State, Uninitialized, Unwatchable
 from torchcache.tiers import Tiers
 
 Forward = Callable[..., Any]
