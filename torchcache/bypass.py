@@ -15,6 +15,9 @@ from torch.utils._device import DeviceContext
 
 from torchcache.call import Call
 
+_grad_enabled = torch.is_grad_enabled
+_strided = torch.strided
+_forward_ad = torch.autograd.forward_ad
 _tracing_state = torch._C._get_tracing_state
 _is_compiling = torch.compiler.is_compiling
 _functorch_level = torch._C._functorch.peek_interpreter_stack
@@ -25,13 +28,13 @@ _function_mode_stack: Any = torch.overrides._get_current_function_mode_stack
 
 def of_call(call: Call) -> str | None:
     """Silent ones: the caller asked for something that a cache cannot give."""
-    grad = torch.is_grad_enabled()
+    grad = _grad_enabled()
     for t in call.tensors:
         if grad and t.requires_grad:
             return "an input requires grad"
-        if t.layout is not torch.strided or t.is_quantized or t.is_meta:
+        if t.layout is not _strided or t.is_quantized or t.is_meta:
             return f"an input has no plain bytes ({t.layout}, {t.device})"
-    if torch.autograd.forward_ad._current_level >= 0 and any(map(_is_dual, call.tensors)):
+    if _forward_ad._current_level >= 0 and any(map(_is_dual, call.tensors)):
         return "an input carries a forward-mode tangent"
     return None
 

@@ -15,6 +15,9 @@ from torchcache.encoding import encode
 KEY_FORMAT = 1
 
 _FOREIGN = _ops.FOREIGN_DTYPES
+_FLOAT = torch.float32
+_default_dtype = torch.get_default_dtype
+_autocast_enabled = torch.is_autocast_enabled
 
 _LONGEST_REMEMBERED = 64 << 10  # bytes of a description whose digest is remembered
 _MOST_DIGESTS = 4096  # remembered call digests; a state that changes on every call must not pile them up
@@ -70,9 +73,9 @@ def autocast(device_type: str) -> bytes:
 
     On every device the same dtypes give the same bytes.
     """
-    default = torch.get_default_dtype()
-    enabled = torch.is_autocast_enabled(device_type)
-    if not enabled and default is torch.float32:
+    default = _default_dtype()
+    enabled = _autocast_enabled(device_type)
+    if not enabled and default is _FLOAT:
         return b""
     dtype = torch.get_autocast_dtype(device_type) if enabled else None
-    return encode(dtype) if default is torch.float32 else encode((dtype, default))
+    return encode(dtype) if default is _FLOAT else encode((dtype, default))
