@@ -26,7 +26,7 @@ BIN = $(VENV)/bin
 PIP = $(BIN)/python -m pip --disable-pip-version-check
 SOURCES := $(shell find csrc torchcache torchmb -type f -not -name '*.pyc' -not -name '*.so') \
   setup.py pyproject.toml MANIFEST.in $(wildcard README.md)
-CPP = $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu')
+CPP = $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 # The store and what it needs: no torch.
 STORE := $(wildcard csrc/store/*.cpp) csrc/hash/digest.cpp csrc/fork.cpp
 STORE_HEADERS := $(wildcard csrc/*.h csrc/store/*.h csrc/hash/*.h tests/native/*.h)

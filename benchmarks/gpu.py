@@ -67,7 +67,7 @@ def read_limit() -> float:
 def keys(shape: tuple[int, ...], limit: float) -> None:
     size = 4 * torch.Size(shape).numel()
     following = in_turn(lambda: torch.randn(shape, device="cuda"), size)
-    call = torch.zeros(2, dtype=torch.int64)
+    call = (0, 0)
     print(f"\nkeys of {shape} f32, {size / 1e6:.0f} MB")
     print_line("limit: reading it", size / limit / 1e9, size, limit)
     print_line("torch: sum", gpu_seconds(lambda: following().sum()), size, limit)
@@ -108,7 +108,7 @@ def unchanged_state() -> None:
     watch = NativeWatch(tensors)
     one = torch.zeros(1, device="cuda")
     x = torch.randn(64, 1000, device="cuda")
-    call = torch.zeros(2, dtype=torch.int64)
+    call = (0, 0)
     empty = _ops.table_open()
     table(
         f"seeing that nothing changed, {len(tensors)} tensors",
@@ -130,7 +130,7 @@ def hits(name: str, x: Tensor, device: str) -> None:
     module(x)
     rows = torch.randn(len(x), FEATURES, device="cuda")
     order = torch.randperm(len(x), device="cuda")
-    call = torch.zeros(2, dtype=torch.int64)
+    call = (0, 0)
 
     def timed(work: Callable[[], object]) -> Callable[[], None]:
         def to_the_end() -> None:

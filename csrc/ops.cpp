@@ -76,7 +76,11 @@ Tensor keys_tensor(const std::vector<Digest>& keys) {
   return result;
 }
 
-Tensor keys(std::vector<Tensor> rows, Tensor call) { return keys_tensor(see(rows, call, nullptr).keys); }
+Digest digest_of(int64_t low, int64_t high) { return {static_cast<uint64_t>(low), static_cast<uint64_t>(high)}; }
+
+Tensor keys(std::vector<Tensor> rows, int64_t low, int64_t high) {
+  return keys_tensor(see(rows, digest_of(low, high), nullptr).keys);
+}
 Tensor digests_op(std::vector<Tensor> tensors) { return keys_tensor(digests(tensors)); }
 
 std::vector<int64_t> cuda_architectures() {
@@ -101,24 +105,25 @@ std::tuple<Tensor, Tensor, int64_t> table_lookup(int64_t table, Tensor keys) {
   return {slots, int64_tensor(found.missing), found.layout};
 }
 
-// The leaves of the rows with these keys if every one is in an arena that is known here, else none.
-std::vector<Tensor> leaves_of(const MemoryTable& memory, const Lookup& found, const std::vector<int64_t>& slots) {
+// The leaves of the rows with these keys if every one is in an arena that can be read here, else none.
+std::vector<Tensor> leaves_of(const MemoryTable& memory, const Lookup& found, const std::vector<int64_t>& slots,
+                              bool pinned) {
   if (!found.missing.empty() || found.layout < 0) return {};
-  return memory.arenas.gather(found.layout, slots.data(), slots.size());
+  return memory.arenas.gather(found.layout, slots.data(), slots.size(), pinned);
 }
 
 // What a hit is made of, in one operation: each more would cost a few microseconds, and a wait where rows are on a GPU.
-std::tuple<std::vector<Tensor>, std::vector<Tensor>, int64_t, int64_t> table_take(int64_t table,
-                                                                                  std::vector<Tensor> rows, Tensor call,
-                                                                                  int64_t watch) {
+// What goes on to one is gathered in pinned memory.
+std::tuple<bool, std::vector<Tensor>, int64_t, int64_t> table_take(int64_t table, std::vector<Tensor> rows, int64_t low,
+                                                                   int64_t high, int64_t watch) {
   const std::shared_ptr<MemoryTable> memory = tables().get(table);
   const std::shared_ptr<Watch> watched = watch == 0 ? nullptr : watches().get(watch);
-  const auto [keys, probe] = see(rows, call, watched.get());
+  const auto [keys, probe] = see(rows, digest_of(low, high), watched.get());
   std::vector<int64_t> slots(keys.size());
   const Lookup found = memory->keys.lookup(keys.data(), keys.size(), slots.data());
-  std::vector<Tensor> leaves = leaves_of(*memory, found, slots);
-  if (!leaves.empty()) return {std::move(leaves), {}, found.layout, probe};
-  return {{}, {keys_tensor(keys), int64_tensor(slots), int64_tensor(found.missing)}, found.layout, probe};
+  std::vector<Tensor> leaves = leaves_of(*memory, found, slots, /*pinned=*/rows[0].is_cuda());
+  if (!leaves.empty()) return {true, std::move(leaves), found.layout, probe};
+  return {false, {keys_tensor(keys), int64_tensor(slots), int64_tensor(found.missing)}, found.layout, probe};
 }
 
 std::tuple<std::vector<Tensor>, int64_t> table_take_keys(int64_t table, Tensor keys) {
@@ -126,7 +131,7 @@ std::tuple<std::vector<Tensor>, int64_t> table_take_keys(int64_t table, Tensor k
   const auto [data, count] = as_keys(keys);
   std::vector<int64_t> slots(count);
   const Lookup found = memory->keys.lookup(data, count, slots.data());
-  return {leaves_of(*memory, found, slots), found.layout};
+  return {leaves_of(*memory, found, slots, /*pinned=*/false), found.layout};
 }
 
 void table_insert(int64_t table, Tensor keys, int64_t layout, int64_t first) {
@@ -134,8 +139,8 @@ void table_insert(int64_t table, Tensor keys, int64_t layout, int64_t first) {
   tables().get(table)->keys.insert(data, count, layout, first);
 }
 
-void table_arenas(int64_t table, int64_t layout, std::vector<Tensor> leaves) {
-  tables().get(table)->arenas.add(layout, std::move(leaves));
+void table_chunk(int64_t table, int64_t layout, int64_t first, std::vector<Tensor> leaves) {
+  tables().get(table)->arenas.add(layout, first, leaves);
 }
 
 std::tuple<int64_t, int64_t> table_find(int64_t table, int64_t low) {
@@ -287,23 +292,23 @@ void compact_close(int64_t compaction) { compactions().remove(compaction); }
 STABLE_TORCH_LIBRARY(torchcache, m) {
   // Keys. A digest or key is int64 [2]: low half, high half. Rows and tensors may be on CUDA devices, call and results
   // are on the CPU.
-  m.def("keys(Tensor[] rows, Tensor call) -> Tensor");  // rows [B, …] each, call [2] → [B, 2]
-  m.def("digests(Tensor[] tensors) -> Tensor");         // N tensors → [N, 2]
-  m.def("cuda_architectures() -> int[]");               // such as 900; none in a library without CUDA
+  m.def("keys(Tensor[] rows, int low, int high) -> Tensor");  // rows [B, …] each, the call digest → [B, 2]
+  m.def("digests(Tensor[] tensors) -> Tensor");               // N tensors → [N, 2]
+  m.def("cuda_architectures() -> int[]");                     // such as 900; none in a library without CUDA
 
   // State. A watch is a set of tensors that are not expected to change.
   m.def("watch_open(Tensor[] tensors) -> int");
   m.def("watch_probe(int watch) -> int");
   m.def("watch_close(int watch) -> ()");
 
-  // Memory tier. lookup gives slots [B], distinct missing rows [M], layout; find gives layout, slot. take gives the
-  // leaves [B, …] of a batch of which every row is there, else none and keys [B, 2], slots, missing rows; and the
-  // layout.
+  // Memory tier. lookup gives slots [B], distinct missing rows [M], layout; find gives layout, slot. take gives true
+  // and the leaves [B, …] of a batch of which every row is there, else false and keys [B, 2], slots, missing rows; then
+  // the layout and the watch's probe.
   m.def("table_open() -> int");
   m.def("table_lookup(int table, Tensor keys) -> (Tensor, Tensor, int)");
-  m.def("table_take(int table, Tensor[] rows, Tensor call, int watch) -> (Tensor[], Tensor[], int, int)");
+  m.def("table_take(int table, Tensor[] rows, int low, int high, int watch) -> (bool, Tensor[], int, int)");
   m.def("table_take_keys(int table, Tensor keys) -> (Tensor[], int)");
-  m.def("table_arenas(int table, int layout, Tensor[] leaves) -> ()");
+  m.def("table_chunk(int table, int layout, int first, Tensor[] leaves) -> ()");
   m.def("table_insert(int table, Tensor keys, int layout, int first) -> ()");
   m.def("table_find(int table, int low) -> (int, int)");
   m.def("table_lows(int table) -> Tensor");
@@ -347,7 +352,7 @@ STABLE_TORCH_LIBRARY_IMPL(torchcache, CompositeImplicitAutograd, m) {
   m.impl("table_lookup", TORCH_BOX(&torchcache::table_lookup));
   m.impl("table_take", TORCH_BOX(&torchcache::table_take));
   m.impl("table_take_keys", TORCH_BOX(&torchcache::table_take_keys));
-  m.impl("table_arenas", TORCH_BOX(&torchcache::table_arenas));
+  m.impl("table_chunk", TORCH_BOX(&torchcache::table_chunk));
   m.impl("table_insert", TORCH_BOX(&torchcache::table_insert));
   m.impl("table_find", TORCH_BOX(&torchcache::table_find));
   m.impl("table_lows", TORCH_BOX(&torchcache::table_lows));

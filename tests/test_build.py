@@ -30,7 +30,8 @@ print(_build.compile_on_first_use(Path(sys.argv[4]), torch), flush=True)
 # Loads the library, which is found now, and uses it.
 COMPUTE = """
 import torch
-found = _build.compile_on_first_use(Path(sys.argv[4]), _build.installed_torch())
+without_cuda = _build.installed_torch()._replace(cuda=None, codes=())
+found = _build.compile_on_first_use(Path(sys.argv[4]), without_cuda)
 torch.ops.load_library(str(found))
 print(torch.ops.torchcache.digests([torch.zeros(3)]).shape)
 """

@@ -196,7 +196,7 @@ def test_nothing_is_left_on_the_first_device_by_work_on_the_last() -> None:
 
         last = torch.device("cuda", torch.cuda.device_count() - 1)
         x = torch.ones(8, 3000, device=last)
-        _ops.keys([x], torch.zeros(2, dtype=torch.int64))
+        _ops.keys([x], (0, 0))
         print(torch.cuda.memory_allocated(0), torch._C._cuda_hasPrimaryContext(0))
     """
     done = subprocess.run([sys.executable, "-c", textwrap.dedent(script)], capture_output=True, text=True, check=True)

@@ -287,3 +287,37 @@ def test_replicas_share_the_cache() -> None:
     module(X)
     assert torch.equal(replica(X), X * 2)
     assert replica.cache_instance is module.cache_instance and module.calls == 1
+
+
+def test_a_forward_that_init_chooses_is_cached() -> None:
+    @torchcache()
+    class Choosing(nn.Module):
+        def __init__(self, double: bool) -> None:
+            super().__init__()
+            self.calls = 0
+            if double:
+                self.forward = self.doubled
+
+        def doubled(self, x: Tensor) -> Tensor:
+            self.calls += 1
+            return x * 2
+
+        def forward(self, x: Tensor) -> Tensor:  # type: ignore[no-redef]
+            self.calls += 1
+            return x + 1
+
+    for module, right in ((Choosing(True), X * 2), (Choosing(False), X + 1)):
+        for twin in (module, copy.deepcopy(module)):
+            before = twin.calls
+            assert torch.equal(twin(X), right) and torch.equal(twin(X), right)
+            assert twin.calls == before + 1 and twin.cache_instance.info().memory_hits == 3
+
+
+@pytest.mark.parametrize("kind", [staticmethod, classmethod])
+def test_a_forward_of_the_class_is_refused_before_anything_is_changed(kind: Callable[..., object]) -> None:
+    class Odd(nn.Module):
+        forward = kind(lambda *args: args[-1])
+
+    with pytest.raises(TypeError, match=r"forward of .*Odd must be a method of its instances"):
+        torchcache()(Odd)
+    assert not hasattr(Odd, "cache_instance") and torch.equal(Odd()(X), X)

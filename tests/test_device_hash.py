@@ -5,14 +5,12 @@ from __future__ import annotations
 import ctypes
 import functools
 import random
-import subprocess
-import tempfile
 
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from keys_harness import CALL, DTYPES, LEAF, as_pair, row_digest, strided
-from native_harness import CSRC, NATIVE, compiler
+from native_harness import built
 from torch import Tensor
 
 from torchcache import _ops
@@ -39,19 +37,7 @@ def argument(t: Tensor) -> Argument:
 
 @functools.cache
 def library() -> ctypes.CDLL:
-    with tempfile.TemporaryDirectory() as folder:
-        built = f"{folder}/team.so"
-        flags = [
-            "-std=c++17",
-            "-O1",
-            "-shared",
-            "-fPIC",
-            "-pthread",
-            "-fsanitize=undefined",
-            "-fno-sanitize-recover=all",
-        ]
-        subprocess.run([*compiler(), *flags, f"-I{CSRC}", str(NATIVE / "team.cpp"), "-o", built], check=True)
-        found = ctypes.CDLL(built)
+    found = built("team.cpp")
     long, pointer = ctypes.c_int64, ctypes.c_void_p
     found.team_digests.argtypes = [pointer, ctypes.c_bool, pointer, pointer]
     found.team_keys.argtypes = [pointer, long, ctypes.c_uint64, ctypes.c_uint64, pointer, pointer]
@@ -84,7 +70,7 @@ def team_digests(t: Tensor, whole: bool, shape: Shape) -> list[list[int]]:
 
 def team_keys(tensors: list[Tensor], shape: Shape) -> list[list[int]]:
     out = torch.zeros(len(tensors[0]), 2, dtype=torch.int64)
-    low, high = (n % 2**64 for n in CALL.tolist())
+    low, high = (n % 2**64 for n in CALL)
     arguments = (Argument * len(tensors))(*map(argument, tensors))
     library().team_keys(arguments, len(tensors), low, high, ctypes.byref(shape), out.data_ptr())
     return out.tolist()

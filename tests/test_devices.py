@@ -63,7 +63,7 @@ def on(device: int, t: Tensor) -> Tensor:
 
 
 def see(rows: list[Tensor], watch: int = 0) -> tuple[Tensor, int]:
-    keys, probe = operations().see(rows, CALL, watch)
+    keys, probe = operations().see(rows, *CALL, watch)
     return keys, probe
 
 

@@ -400,3 +400,21 @@ def test_compiled_modules_with_one_state_have_one_key() -> None:
     compiled = [torch.compile(plain, backend="eager") for _ in range(2)]
     keys = [torchcache()(module).cache_instance.keys(x) for module in compiled]  # type: ignore[attr-defined]
     assert torch.equal(*keys)
+
+
+def test_quantised_tensors_differ_by_what_their_integers_stand_for() -> None:
+    class Quantised(nn.Module):
+        def __init__(self, scale: float) -> None:
+            super().__init__()
+            self.register_buffer(
+                "table", torch.quantize_per_tensor(torch.tensor([2.0, 4.0]) * scale, scale, 0, torch.qint8)
+            )
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x[:, :2] * self.table.dequantize()
+
+    first, second = torchcache()(Quantised(0.5)), torchcache()(Quantised(1.0))
+    assert torch.equal(first.table.int_repr(), second.table.int_repr())
+    assert keys(first) != keys(second)
+    first.table = second.table
+    assert keys(first) == keys(second)

@@ -210,3 +210,25 @@ def test_two_modules_of_one_class_with_other_attributes_share_no_rows(tmp_path: 
     for slope in (0.1, 0.9, 0.1):
         module = torchcache(**options)(nn.Sequential(nn.LeakyReLU(slope)))
         assert torch.equal(module(x), nn.functional.leaky_relu(x, slope))
+
+
+def test_an_output_of_a_class_that_wants_more_than_its_fields_is_computed_on_every_call(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    @dataclasses.dataclass
+    class Wanting:
+        rows: Tensor
+        scale: dataclasses.InitVar[float]
+
+        def __post_init__(self, scale: float) -> None:
+            self.rows = self.rows * scale
+
+    class Net(nn.Module):
+        def forward(self, x: Tensor) -> Wanting:
+            return Wanting(x, 2.0)
+
+    module, x = torchcache()(Net()), torch.randn(4, 3)
+    for _ in range(2):
+        assert torch.equal(module(x).rows, x * 2)
+    (said,) = (r.getMessage() for r in caplog.records if r.levelno == logging.WARNING)
+    assert "cannot be made anew from its fields" in said and "scale" in said

@@ -1,7 +1,7 @@
 """The native operations, typed: the only file that names ``torch.ops.torchcache``.
 
 The library is loaded at the first use, not at import: it may have to be compiled then (`_build`).
-A digest or key is int64 ``[2]``: low half, high half. Ids name native objects until they are closed.
+A digest or key in a tensor is int64 ``[2]``: low half, high half. Ids name native objects until they are closed.
 """
 
 from __future__ import annotations
@@ -14,6 +14,8 @@ from torch import Tensor
 
 from torchcache import _build
 from torchcache.logs import logger
+
+Digest = tuple[int, int]  # of something on the host: low half, high half, as int64
 
 
 @functools.cache
@@ -66,16 +68,16 @@ def _warn_of_the_way_through_the_host() -> None:
     )
 
 
-def keys(rows: list[Tensor], call: Tensor) -> Tensor:
-    """Keys of a batch: rows ``[B, …]`` each, call digest ``[2]`` → int64 ``[B, 2]``.
+def keys(rows: list[Tensor], call: Digest) -> Tensor:
+    """Keys of a batch: rows ``[B, …]`` each, call digest → int64 ``[B, 2]``.
 
-    Rows may be on CUDA devices if there are `cuda_architectures` (see `hashable`); call and keys are on the CPU. What
-    was queued on the current stream comes first; one transfer and one wait for each device.
+    Rows may be on CUDA devices if there are `cuda_architectures` (see `hashable`); keys are on the CPU. What was queued
+    on the current stream comes first; one transfer and one wait for each device.
 
     Raises:
         RuntimeError: the current stream captures a CUDA graph.
     """
-    return cast(Tensor, _native().keys.default(rows, call))
+    return cast(Tensor, _native().keys.default(rows, *call))
 
 
 def digests(tensors: list[Tensor]) -> Tensor:
@@ -113,13 +115,13 @@ def table_lookup(table: int, keys: Tensor) -> tuple[Tensor, Tensor, int]:
     return cast("tuple[Tensor, Tensor, int]", _native().table_lookup.default(table, keys))
 
 
-def table_take(table: int, rows: list[Tensor], call: Tensor, watch: int) -> tuple[list[Tensor], list[Tensor], int, int]:
-    """The leaves ``[B, …]`` of a batch of which every row is there and in arenas that the table knows; else none.
+def table_take(table: int, rows: list[Tensor], call: Digest, watch: int) -> tuple[bool, list[Tensor], int, int]:
+    """True and the leaves ``[B, …]`` of a batch of which every row is there and in chunks that native code can read.
 
-    Then `keys` and `table_lookup` of the batch: keys, slots, first rows of the distinct missing ones. Then the layout,
-    and `watch_probe` of the watch, or 0 where that is 0.
+    Else false and `keys` and `table_lookup` of the batch: keys, slots, first rows of the distinct missing ones. Then
+    the layout, and `watch_probe` of the watch, or 0 where that is 0.
     """
-    taken: tuple[list[Tensor], list[Tensor], int, int] = _direct("table_take")(table, rows, call, watch)
+    taken: tuple[bool, list[Tensor], int, int] = _direct("table_take")(table, rows, *call, watch)
     return taken
 
 
@@ -128,9 +130,9 @@ def table_take_keys(table: int, keys: Tensor) -> tuple[list[Tensor], int]:
     return cast("tuple[list[Tensor], int]", _native().table_take_keys.default(table, keys))
 
 
-def table_arenas(table: int, layout: int, leaves: list[Tensor]) -> None:
-    """Makes known where the rows of a layout lie: contiguous CPU tensors ``[capacity, …]``, one for each leaf."""
-    _native().table_arenas.default(table, layout, leaves)
+def table_chunk(table: int, layout: int, first: int, leaves: list[Tensor]) -> None:
+    """Makes known where the rows of a layout from slot `first` on lie: contiguous ``[rows, …]``, one for each leaf."""
+    _native().table_chunk.default(table, layout, first, leaves)
 
 
 def table_insert(table: int, keys: Tensor, layout: int, first: int) -> None:

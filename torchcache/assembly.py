@@ -47,6 +47,6 @@ def others(some: Tensor, count: int) -> tuple[Tensor, Tensor]:
 def _concatenate(parts: tuple[Tensor, ...]) -> Tensor:
     if len(parts) == 1:
         return parts[0]
-    device = parts[-1].device
+    device = next((p.device for p in parts if not p.is_cpu), parts[0].device)
     with torch.autocast(device.type, enabled=False):  # which would have cat change dtypes
         return torch.cat([p.to(device) for p in parts])

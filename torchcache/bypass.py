@@ -6,8 +6,6 @@ vmap), those of the second say that a cached row would be wrong or would change 
 
 from __future__ import annotations
 
-import random
-import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -17,6 +15,9 @@ from torch.utils._device import DeviceContext
 
 from torchcache.call import Call
 
+_grad_enabled = torch.is_grad_enabled
+_strided = torch.strided
+_forward_ad = torch.autograd.forward_ad
 _tracing_state = torch._C._get_tracing_state
 _is_compiling = torch.compiler.is_compiling
 _functorch_level = torch._C._functorch.peek_interpreter_stack
@@ -27,13 +28,13 @@ _function_mode_stack: Any = torch.overrides._get_current_function_mode_stack
 
 def of_call(call: Call) -> str | None:
     """Silent ones: the caller asked for something that a cache cannot give."""
-    grad = torch.is_grad_enabled()
+    grad = _grad_enabled()
     for t in call.tensors:
         if grad and t.requires_grad:
             return "an input requires grad"
-        if t.layout is not torch.strided or t.is_quantized or t.is_meta:
+        if t.layout is not _strided or t.is_quantized or t.is_meta:
             return f"an input has no plain bytes ({t.layout}, {t.device})"
-    if torch.autograd.forward_ad._current_level >= 0 and any(map(_is_dual, call.tensors)):
+    if _forward_ad._current_level >= 0 and any(map(_is_dual, call.tensors)):
         return "an input carries a forward-mode tangent"
     return None
 
@@ -70,45 +71,3 @@ def of_modules(modules: Sequence[nn.Module]) -> str | None:
                 "put the module in eval mode, after every model.train() (override train() to keep it there)"
             )
     return None
-
-
-class Noise:
-    """Whether random numbers were drawn since this was made."""
-
-    def __init__(self) -> None:
-        self._torch = _torch_generators()
-        self._python = random.getstate()
-        self._numpy = _numpy_state()
-
-    def drawn(self) -> bool:
-        now = _torch_generators()
-        return (
-            any(not torch.equal(a, b) for a, b in zip(self._torch, now))
-            or random.getstate() != self._python
-            or (self._numpy is not None and _comparable(_numpy_state()) != _comparable(self._numpy))
-        )
-
-    def rewind(self) -> None:
-        """Sets the generators back, so that a second forward draws what the first one drew."""
-        torch.set_rng_state(self._torch[0])
-        random.setstate(self._python)
-        if self._numpy is not None:
-            sys.modules["numpy"].random.set_state(self._numpy)
-        if self._torch[1:]:
-            torch.cuda.set_rng_state_all(self._torch[1:])
-
-
-def _torch_generators() -> list[Tensor]:
-    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []  # type: ignore[no-untyped-call]
-    return [torch.get_rng_state(), *cuda]
-
-
-def _numpy_state() -> Any:
-    """Of NumPy's global generator; None where nobody has imported that."""
-    generator = sys.modules.get("numpy.random")
-    return None if generator is None else generator.get_state()
-
-
-def _comparable(numpy_state: Any) -> Any:
-    name, words, *rest = numpy_state
-    return name, words.tobytes(), rest

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from torchcache import _ops, bypass, temporary
+from torchcache import _ops, bypass, staging, temporary
 from torchcache.assembly import gather, others, output
 from torchcache.call import Binder, Call
 from torchcache.compute import Computer, Uncacheable
@@ -18,19 +18,18 @@ from torchcache.counts import CacheInfo, Counts
 from torchcache.disk import DiskTier
 from torchcache.explain import Asked, Explanation, differing, key_parts, meta, since_directory
 from torchcache.fingerprint import Fingerprint
+from torchcache.keeper import Keeper
 from torchcache.keys import Keys, Kind, autocast
 from torchcache.lazy import lazy
 from torchcache.logs import Once, logger
 from torchcache.memory import Found, MemoryTier, RowView
+from torchcache.mode import Mode
 from torchcache.options import Options
 from torchcache.rows import Layout
-from torchcache.state import Mode, State, Uninitialized, Unwatchable
+from torchcache.state import State, Uninitialized, Unwatchable
 from torchcache.tiers import Tiers
 
 Forward = Callable[..., Any]
-
-
-_FULL = "the %s cache is full: new rows are computed but not kept; raise %s to keep more"
 
 
 class Cache:
@@ -87,28 +86,34 @@ class Cache:
     @property
     def cache(self) -> Mapping[int, Any]:
         """The rows in memory by the low 64 bits of their keys (as int64); values are copies of outputs ``[1, …]``."""
+        staging.land()
         return RowView(self._memory)
 
     @property
     def is_memory_cache_full(self) -> bool:
+        staging.land()
         return self._memory.full
 
     @property
     def is_persistent_cache_full(self) -> bool:
+        staging.land()
         return self._disk is not None and self._disk.stats().full
 
     @property
     def memory_cache_size(self) -> int:
         """Bytes of rows in memory."""
+        staging.land()
         return self._memory.bytes
 
     @property
     def persistent_cache_size(self) -> int:
         """Bytes of the files that this process has written, and of the rows that wait to be written."""
+        staging.land()
         return 0 if self._disk is None else self._disk.stats().bytes_written
 
     def info(self) -> CacheInfo:
         """Counters, in the manner of ``functools.lru_cache``."""
+        staging.land()
         counts = self._counts
         disk = None if self._disk is None else self._disk.stats()
         return CacheInfo(
@@ -145,6 +150,7 @@ class Cache:
         """
         call = self._bound(args, kwargs)
         rows, digest, kind = self._key_parts(call)
+        staging.land()
         found = self._memory.lookup(_ops.keys(rows, digest))
         absent = found.keys[found.slots < 0]
         on_disk = 0 if self._disk is None or not len(absent) else self._disk.count(absent)
@@ -157,11 +163,13 @@ class Cache:
 
     def flush(self) -> None:
         """Returns when every row kept so far is in a file."""
+        staging.land()
         if self._disk is not None:
             self._disk.flush()
 
     def clear(self, persistent: bool = False) -> None:
         """Forgets the rows in memory; with `persistent` also removes those of this module hash on disk."""
+        staging.land()
         self._memory.clear()
         if persistent and self._disk is not None:
             self._disk.remove_rows()
@@ -170,7 +178,7 @@ class Cache:
         """Flushes, and frees the memory. The cache can be used again: it then starts as a new one would."""
         self.flush()
         with self._lock:
-            for name in ("_disk", "_memory", "_state"):
+            for name in ("_keeper", "_disk", "_memory", "_state"):
                 self.__dict__.pop(name, None)
 
     # ---- one call
@@ -205,6 +213,7 @@ class Cache:
         The look at the bytes of the state rides along; where they have changed, all is done again.
         """
         rows, digest, kind = self._key_parts(call, probe=False)
+        staging.land()
         if self._computer.refuses(kind):
             return None, kind
         state = self._state
@@ -228,14 +237,14 @@ class Cache:
             )
         return call
 
-    def _key_parts(self, call: Call, probe: bool = True) -> tuple[list[Tensor], Tensor, Kind]:
+    def _key_parts(self, call: Call, probe: bool = True) -> tuple[list[Tensor], _ops.Digest, Kind]:
         """See `Keys.parts` and `State.digest`; and the kind of the call."""
         with self._lock:
             state = self._state
             digest = b"" if state is None else state.digest(probe)
             mode = self._mode.flags(0 if state is None else state.generation)
             reason = self._mode.reason
-        kind = (call.form.description, mode, autocast(call.device.type))
+        kind = (call.form.description, mode, autocast(call.device_type))
         if reason is not None:
             self._computer.refuse(kind, reason)
         return *self._keys.parts(call, kind, digest), kind
@@ -260,11 +269,7 @@ class Cache:
 
     def _keep(self, keys: Tensor, layout: Layout, leaves: list[Tensor], on_disk: bool) -> None:
         self._warn_of_parameters()
-        self._keep_in_memory(keys, layout, leaves)
-        if self._disk is not None and not on_disk:
-            self._disk.put(keys, layout, leaves)
-            if self._disk.stats().full:
-                self._once.warn("disk full", _FULL, "disk", "max_persistent_cache_size")
+        self._keeper.keep(keys, layout, leaves, on_disk)
 
     def _warn_of_parameters(self) -> None:
         if self._state is not None and (names := self._state.live_names):
@@ -274,15 +279,6 @@ class Cache:
                 "them in full; freeze them by requires_grad_(False), or leave what is trained out of the cached module",
                 ", ".join(names[:3]) + (f" and {len(names) - 3} others" if len(names) > 3 else ""),
             )
-
-    def _keep_in_memory(self, keys: Tensor, layout: Layout, leaves: list[Tensor]) -> None:
-        try:
-            self._memory.put(keys, layout, leaves)
-        except (RuntimeError, MemoryError) as error:
-            self._memory.full = True
-            self._once.warn("memory", "rows cannot be kept in memory: %s", error)
-        if self._memory.full and self._memory.limit:
-            self._once.warn("memory full", _FULL, "memory", "max_memory_cache_size")
 
     def _count(self, memory: int, disk: int, misses: int) -> None:
         counts = self._counts
@@ -306,7 +302,7 @@ class Cache:
 
     @lazy
     def _computer(self) -> Computer:
-        return Computer(self._once, self._lock, self.options.cache_dtype)
+        return Computer(self._once, self._lock, self.options.cache_dtype, self._fingerprint.generators)
 
     @lazy
     def _binder(self) -> Binder:
@@ -323,6 +319,10 @@ class Cache:
     @lazy
     def _state(self) -> State | None:
         return self._fingerprint.state()
+
+    @lazy
+    def _keeper(self) -> Keeper:
+        return Keeper(self._memory, self._disk, self._once)
 
     @lazy
     def _memory(self) -> MemoryTier:
@@ -366,7 +366,7 @@ class _Assembly:
         parts: list[list[Tensor]] = []  # leaves of the missing rows
         place: Tensor | None = None  # [M] of each of those in the parts; None: they are in order
         absent: Tensor | None = None  # those of them that no tier has; None: all
-        on_disk = None if cache._disk is None else cache._disk.fetch(keys, layout)
+        on_disk = None if cache._disk is None else cache._disk.fetch(keys, layout, pin=call.device_type == "cuda")
         if on_disk is not None:
             where, layout, leaves = on_disk
             cache._keep(keys.index_select(0, where), layout, leaves, on_disk=True)

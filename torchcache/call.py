@@ -45,7 +45,7 @@ class Form:
 class Call:
     """The bound arguments of one call."""
 
-    __slots__ = ("args", "batch", "device", "form", "kwargs", "tensors")
+    __slots__ = ("args", "batch", "form", "kwargs", "tensors")
 
     def __init__(self, args: tuple[Any, ...], kwargs: dict[str, Any], tensors: list[Tensor], form: Form) -> None:
         self.args = args
@@ -53,7 +53,15 @@ class Call:
         self.tensors = tensors  # [B, …] each, in signature order
         self.form = form
         self.batch = form.batch
-        self.device = tensors[0].device
+
+    @property
+    def device(self) -> torch.device:
+        return self.tensors[0].device
+
+    @property
+    def device_type(self) -> str:
+        first = self.tensors[0]
+        return "cpu" if first.is_cpu else first.device.type  # to name a device takes longer than to ask for one
 
     def take(self, rows: Tensor, copy: bool) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """The same arguments with only these rows (int64, ascending, on the CPU) of every tensor.

@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from torchcache.bypass import Noise
 from torchcache.call import Call, Indivisible
 from torchcache.keys import Kind
 from torchcache.logs import Once
+from torchcache.noise import Generators, Noise
 from torchcache.rows import Layout, UnsupportedOutput, select, split
 from torchcache.state import State
 
@@ -32,8 +32,15 @@ class Uncacheable(Exception):
 class Computer:
     """Remembers which kinds of calls must not be kept."""
 
-    def __init__(self, once: Once, lock: threading.RLock, cache_dtype: torch.dtype | None) -> None:
+    def __init__(
+        self,
+        once: Once,
+        lock: threading.RLock,
+        cache_dtype: torch.dtype | None,
+        generators: Callable[[], Generators],
+    ) -> None:
         self._once = once
+        self._generators = generators
         self._lock = lock
         self._cache_dtype = cache_dtype
         self._refused: set[Kind] = set()
@@ -52,7 +59,7 @@ class Computer:
         self, forward: Callable[..., Any], call: Call, rows: Tensor, kind: Kind, state: State | None
     ) -> tuple[Layout, list[Tensor]]:
         """Layout and leaves of these rows of the call (int64 ``[M]``). Raises Uncacheable if they must not be kept."""
-        noise = Noise()
+        noise = Noise(self._generators)
         before = None if state is None else state.before_forward()
         everything = len(rows) == call.batch
         args, kwargs = call.args, call.kwargs
@@ -65,10 +72,10 @@ class Computer:
         output = forward(*args, **kwargs)
         if versions is not None and versions == call.versions():
             self._leave_inputs.add(kind)
-        changed = False
+        changed = noise.made()
         if state is not None and before is not None:
             with self._lock:
-                changed = not state.after_forward(before)
+                changed |= not state.after_forward(before)
         if noise.drawn():
             self.refuse(kind, _NOISE)
         elif changed and kind in self._changed:

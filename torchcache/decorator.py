@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import inspect
 import os
 import threading
 import types
@@ -176,6 +177,9 @@ def _patch_class(cls: type[nn.Module], options: Options) -> None:
         original(self, *args, **kwargs)
         if outermost:
             _options_of(self, options)  # wrong torchcache_ attributes are told now, not at the first call
+            own = self.__dict__.get("forward")
+            if own is not None and not hasattr(own, _ORIGINAL):
+                self.__dict__["forward"] = _InstanceForward(self, own, options)
 
     setattr(__init__, _ORIGINAL, original)
     cls.__init__ = __init__  # type: ignore[method-assign]
@@ -200,6 +204,8 @@ def _patch_instance(module: T, options: Options) -> T:
 
 def _patch_forward(cls: type[nn.Module], options: Options | None) -> None:
     """Gives the class one forward that dispatches. Without options it acts for marked instances only."""
+    if isinstance(inspect.getattr_static(cls, "forward", None), (staticmethod, classmethod)):
+        raise TypeError(f"the forward of {cls.__qualname__} must be a method of its instances, not of the class")
     with _lock:
         forward = cls.__dict__.get("forward")
         if forward is None or not hasattr(forward, _ORIGINAL):
@@ -246,10 +252,10 @@ def _call(module: nn.Module, forward: Forward, original: Forward, args: tuple[An
 class _InstanceForward:
     """The forward of an instance that had one of its own (a compiled module, a patched one)."""
 
-    def __init__(self, module: nn.Module, original: Forward) -> None:
+    def __init__(self, module: nn.Module, original: Forward, options: Options | None = None) -> None:
         self.module = module
         self.original = original
-        self._torchcache_options = None
+        self._torchcache_options = options
         setattr(self, _ORIGINAL, original)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:

@@ -45,29 +45,35 @@ class DiskTier:
         self._layouts: dict[str, Layout | None] = {}
         self._report()
 
-    def fetch(self, keys: Tensor, layout: Layout | None) -> tuple[Tensor, Layout, list[Tensor]] | None:
+    def fetch(
+        self, keys: Tensor, layout: Layout | None, pin: bool = False
+    ) -> tuple[Tensor, Layout, list[Tensor]] | None:
         """Rows that are here: their places in `keys` (int64 ``[F]``), their layout, their leaves ``[F, …]``.
 
         Args:
             keys: int64 ``[M, 2]``.
             layout: what the rows must have, if that is known.
+            pin: read into pinned memory, for rows that go on to a GPU.
         """
         try:
-            return self._fetch(keys, layout)
+            return self._fetch(keys, layout, pin)
         except (RuntimeError, OSError, MemoryError, ValueError) as error:
             self._said.warn("read", "reading failed, the rows are computed again: %s", error)
             return None
         finally:
             self._report()
 
-    def _fetch(self, keys: Tensor, wanted: Layout | None) -> tuple[Tensor, Layout, list[Tensor]] | None:
+    def _fetch(self, keys: Tensor, wanted: Layout | None, pin: bool) -> tuple[Tensor, Layout, list[Tensor]] | None:
         present, text = self._store.call(_ops.store_find, keys)
         layout = self._layout(text) if text else None
         if layout is None or (wanted is not None and layout != wanted):
             return None
         where = present.nonzero().squeeze(1)
         wanted_keys = keys if len(where) == len(keys) else keys.index_select(0, where)
-        leaves = [torch.empty((len(where), *leaf.shape), dtype=leaf.stored, device="cpu") for leaf in layout.leaves]
+        leaves = [
+            torch.empty((len(where), *leaf.shape), dtype=leaf.stored, device="cpu", pin_memory=pin)
+            for leaf in layout.leaves
+        ]
         verified = self._store.call(_ops.store_read, wanted_keys, text, [_ops.bits(t) for t in leaves])
         if not verified.all():
             good = verified.nonzero().squeeze(1)

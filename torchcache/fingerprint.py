@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torchcache import source
 from torchcache.encoding import Unencodable, encode, is_plain
 from torchcache.logs import logger
+from torchcache.noise import Generators, is_generator
 from torchcache.objects import OPERATORS, settings, tensor_bytes
 from torchcache.options import Options
 from torchcache.state import Moved, State
@@ -50,6 +51,7 @@ class Fingerprint:
         self.name = type(target).__qualname__ if isinstance(target, nn.Module) else forward.__qualname__
         self._modules: dict[str, nn.Module] = {}
         self._tensors: dict[str, Tensor] = {}
+        self._generators: Generators = {}
         self.fixed = options.persistent_module_hash is not None
         self._known: dict[int, tuple[nn.Module, dict[str, bytes]]] = {}  # what modules held when first seen, by id
         self._class_code: dict[type, bytes] = {}
@@ -93,6 +95,15 @@ class Fingerprint:
         """Every module whose training flag may matter."""
         return [m for _, m in self._named_modules()]
 
+    def generators(self) -> Generators:
+        """Those of random numbers that the forward may draw from: what its code reaches, attributes of modules."""
+        return self._generators | {
+            f"{path}.{name}": value
+            for path, module in self._named_modules()
+            for name in module.__dict__.keys() - _MODULE_ATTRIBUTES
+            if is_generator(value := module.__dict__[name])
+        }
+
     def _roots(self) -> dict[str, nn.Module]:
         own = {"": self._target} if isinstance(self._target, nn.Module) else {}
         return {**own, **self._modules}
@@ -114,12 +125,22 @@ class Fingerprint:
         todo += self._modules.values()
         parts = []
         for what in todo:
-            parts.append(
-                source.describe(what, tensors=self._reached_tensor, modules=self._reached_module, constants=constants)
-            )
+            parts.append(source.describe(what, **self._reached, constants=constants))
             todo += list(self._modules.values())[known:]
             known = len(self._modules)
         return encode(tuple(parts))
+
+    @property
+    def _reached(self) -> dict[str, Any]:
+        """What is told of the tensors, modules and generators that code or values reach."""
+        return {
+            "tensors": self._reached_tensor,
+            "modules": self._reached_module,
+            "generators": self._reached_generator,
+        }
+
+    def _reached_generator(self, generator: object) -> None:
+        _name_of(generator, self._generators, "generator")
 
     def _reached_tensor(self, tensor: Tensor) -> bytes:
         return _name_of(tensor, self._tensors, "tensor").encode()
@@ -157,7 +178,7 @@ class Fingerprint:
     def _contents_of(self, module: nn.Module, path: str, alike: dict[int, bytes]) -> dict[str, bytes]:
         kind = type(module)
         if kind not in self._class_code:
-            self._class_code[kind] = source.describe(kind, tensors=self._reached_tensor, modules=self._reached_module)
+            self._class_code[kind] = source.describe(kind, **self._reached)
         contents = {"": self._class_code[kind]}
         for name, value in sorted(module.__dict__.items()):
             if _has_contents(name, value):
@@ -169,10 +190,9 @@ class Fingerprint:
     def _encoded(self, value: Any, what: str) -> bytes:
         said = settings(value)
         unknown = functools.partial(self._unknown, what)
-        reached: dict[str, Any] = {"tensors": self._reached_tensor, "modules": self._reached_module}
         try:
             whole = value if said is None else (type(value), said)
-            return source.describe_value(whole, unknown=unknown, **reached, name=what)
+            return source.describe_value(whole, unknown=unknown, **self._reached, name=what)
         except Exception:  # whatever the objects of others raise when they are looked at
             return unknown(value)
 

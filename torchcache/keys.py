@@ -8,12 +8,16 @@ import torch
 from torch import Tensor
 
 from torchcache import _ops
+from torchcache._ops import Digest
 from torchcache.call import Call
 from torchcache.encoding import encode
 
 KEY_FORMAT = 1
 
 _FOREIGN = _ops.FOREIGN_DTYPES
+_FLOAT = torch.float32
+_default_dtype = torch.get_default_dtype
+_autocast_enabled = torch.is_autocast_enabled
 
 _LONGEST_REMEMBERED = 64 << 10  # bytes of a description whose digest is remembered
 _MOST_DIGESTS = 4096  # remembered call digests; a state that changes on every call must not pile them up
@@ -29,18 +33,22 @@ class Keys:
     def __init__(self, subsample_count: int | None) -> None:
         """With a `subsample_count` only about so many elements of a row are hashed."""
         self._subsample_count = subsample_count
-        self._digests: dict[tuple[bytes, ...], Tensor] = {}
+        self._digests: dict[tuple[bytes, ...], Digest] = {}
         self._lock = threading.Lock()
 
-    def parts(self, call: Call, kind: Kind, state: bytes) -> tuple[list[Tensor], Tensor]:
+    def parts(self, call: Call, kind: Kind, state: bytes) -> tuple[list[Tensor], Digest]:
         """What the keys of a call are made of: the tensors to hash, row by row, and the call digest."""
-        return [self._row_bytes(t) for t in call.tensors], self._call_digest(*kind, state)
+        tensors = call.tensors
+        if self._subsample_count is not None or not all(map(_is_plain, tensors)):
+            tensors = [self._row_bytes(t) for t in tensors]
+        return tensors, self._call_digest((*kind, state))
 
-    def _call_digest(self, *parts: bytes) -> Tensor:
+    def _call_digest(self, parts: tuple[bytes, ...]) -> Digest:
         digest = self._digests.get(parts)
         if digest is None:
             encoded = encode((KEY_FORMAT, *parts))
-            digest = _ops.digests([torch.frombuffer(bytearray(encoded), dtype=torch.uint8)])[0]
+            low, high = _ops.digests([torch.frombuffer(bytearray(encoded), dtype=torch.uint8)])[0].tolist()
+            digest = (low, high)
             if len(encoded) <= _LONGEST_REMEMBERED:
                 with self._lock:
                     if len(self._digests) >= _MOST_DIGESTS:
@@ -49,12 +57,15 @@ class Keys:
         return digest
 
     def _row_bytes(self, t: Tensor) -> Tensor:
-        if t.is_cpu and not (t.is_neg() or t.is_conj() or self._subsample_count or t.dtype in _FOREIGN):
-            return t
         if self._subsample_count is not None:
             t = t.flatten(1) if t.dim() > 1 else t.unsqueeze(1)
             t = t[:, :: max(1, t.shape[1] // self._subsample_count)]
         return _ops.hashable(t)
+
+
+def _is_plain(t: Tensor) -> bool:
+    """Whether its bytes are in memory that native code reads, as they count."""
+    return t.is_cpu and not (t.is_neg() or t.is_conj() or t.dtype in _FOREIGN)
 
 
 def autocast(device_type: str) -> bytes:
@@ -62,9 +73,9 @@ def autocast(device_type: str) -> bytes:
 
     On every device the same dtypes give the same bytes.
     """
-    default = torch.get_default_dtype()
-    enabled = torch.is_autocast_enabled(device_type)
-    if not enabled and default is torch.float32:
+    default = _default_dtype()
+    enabled = _autocast_enabled(device_type)
+    if not enabled and default is _FLOAT:
         return b""
     dtype = torch.get_autocast_dtype(device_type) if enabled else None
-    return encode(dtype) if default is torch.float32 else encode((dtype, default))
+    return encode(dtype) if default is _FLOAT else encode((dtype, default))

@@ -1,12 +1,8 @@
-"""The memory tier: one arena for each leaf of a layout, and a native table from keys to slots.
-
-A hit is one gather a leaf. An arena is reserved whole and costs nothing until it is touched; where
-the system refuses that much address space, or off the CPU, it grows in chunks.
-"""
+"""The memory tier: an arena for each layout, and a native table from keys to slots. A hit is one gather a leaf."""
 
 from __future__ import annotations
 
-import mmap
+import functools
 import threading
 import weakref
 from collections.abc import Iterator, Mapping
@@ -16,12 +12,10 @@ import torch
 from torch import Tensor
 
 from torchcache import _ops
-from torchcache.rows import Layout, Leaf, movable, select
+from torchcache.arenas import Know, RowArena
+from torchcache.rows import Layout, select
 
 MIXED = -2  # the layout of a lookup that found rows of several
-
-_CHUNK_BYTES = 64 << 20
-_MAP_NORESERVE = 0x4000  # Linux; Python's mmap does not name it
 
 
 class MemoryTier:
@@ -31,27 +25,33 @@ class MemoryTier:
         self.device = torch.device(device)
         self.limit = limit
         self._lock = threading.Lock()
-        self.clear()
+        self._begin()
+
+    def _begin(self) -> None:
+        self.bytes = 0
+        self.rows = 0
+        self.full = False
+        self._held = _Held()
 
     def clear(self) -> None:
         with self._lock:
-            self.bytes = 0
-            self.rows = 0
-            self.full = False
-            self._held = _Held()
+            self._held.synchronize()
+            self._begin()
 
     def take(
-        self, rows: list[Tensor], call_digest: Tensor, watch: int = 0
+        self, rows: list[Tensor], call_digest: _ops.Digest, watch: int = 0
     ) -> tuple[tuple[Layout, list[Tensor]] | Found, int]:
         """Layout and leaves ``[B, …]`` of a call (see `Keys.parts`) if all its rows are here, else what was found.
 
         And what a native watch that is not 0 sees on the way.
         """
         held = self._held
-        leaves, lookup, number, seen = _ops.table_take(held.table.id, rows, call_digest, watch)
-        if leaves:
-            return (held.arenas[number].layout, leaves), seen
-        keys, slots, missing = lookup
+        if held.written:
+            held.wait_for_writes()
+        whole, tensors, number, seen = _ops.table_take(held.table.id, rows, call_digest, watch)
+        if whole:
+            return (held.arenas[number].layout, tensors), seen
+        keys, slots, missing = tensors
         found = Found(held.arenas, keys, slots, missing, number)
         if number >= 0 and not found.missing.numel():
             return (held.arenas[number].layout, found.gather(found.slots)), seen
@@ -60,12 +60,14 @@ class MemoryTier:
     def take_keys(self, keys: Tensor) -> tuple[Layout, list[Tensor]] | None:
         """Layout and leaves ``[B, …]`` of the rows with these keys, if that is one step: all here, of one layout."""
         held = self._held
+        held.wait_for_writes()
         leaves, number = held.table.take_keys(keys)
         return (held.arenas[number].layout, leaves) if leaves else None
 
     def lookup(self, keys: Tensor) -> Found:
         """Which of the rows with these keys (int64 ``[B, 2]``) are here."""
         held = self._held
+        held.wait_for_writes()
         return Found(held.arenas, keys, *held.table.lookup(keys))
 
     def put(self, keys: Tensor, layout: Layout, leaves: list[Tensor]) -> None:
@@ -79,18 +81,26 @@ class MemoryTier:
                 new = new[:fits]
             if not len(new):
                 return
-            number = held.number(layout, self.device, self.limit - self.bytes)
+            number = held.number(layout, self._device_for(leaves), self.limit - self.bytes)
             whole = len(new) == len(keys)
             first = held.arenas[number].append(
                 leaves if whole else [select(t, new.to(t.device)) for t in leaves], len(new)
             )
+            held.note_write(number)
             held.table.insert(keys if whole else keys.index_select(0, new), number, first)
             self.bytes += len(new) * layout.row_bytes
             self.rows += len(new)
 
+    def _device_for(self, leaves: list[Tensor]) -> torch.device:
+        """Which of the GPUs, where that was left open: the one of the rows that come first."""
+        if self.device.type != "cuda" or self.device.index is not None:
+            return self.device
+        return leaves[0].device if leaves[0].is_cuda else torch.device("cuda", torch.cuda.current_device())
+
     def find(self, low: int) -> tuple[Layout, list[Tensor]] | None:
         """A copy of the row whose key has that low half: its layout and leaves ``[1, …]``."""
         held = self._held
+        held.wait_for_writes()
         number, slot = held.table.find(low)
         if number < 0:
             return None
@@ -107,19 +117,45 @@ class _Held:
 
     def __init__(self) -> None:
         self.table = _Table()
-        self.arenas: list[_RowArena] = []  # by the number of their layout
+        self.arenas: list[RowArena] = []  # by the number of their layout
         self._numbers: dict[Layout, int] = {}
+        self.written: list[tuple[torch.device, torch.cuda.Event]] = []  # on GPUs, and perhaps not there yet
+
+    def note_write(self, number: int) -> None:
+        """After rows were copied to an arena, and before anybody can find them."""
+        device = self.arenas[number].device
+        if device.type == "cuda":
+            self.written = [*self._unfinished(), (device, torch.cuda.current_stream(device).record_event())]
+
+    def wait_for_writes(self) -> None:
+        """Has what is queued next on the current streams come after what other streams write."""
+        if self.written:
+            self.written = self._unfinished()
+            for device, event in self.written:
+                torch.cuda.current_stream(device).wait_event(event)
+
+    def synchronize(self) -> None:
+        """Before the arenas go: what still reads them, on whatever stream, ends first."""
+        for device in {arena.device for arena in self.arenas if arena.device.type == "cuda"}:
+            torch.cuda.synchronize(device)
+
+    def _unfinished(self) -> list[tuple[torch.device, torch.cuda.Event]]:
+        return [(device, event) for device, event in self.written if not event.query()]  # type: ignore[no-untyped-call]
 
     def number(self, layout: Layout, device: torch.device, limit: int) -> int:
         """The number of a layout, whose arenas are made when it is new."""
         number = self._numbers.get(layout)
         if number is None:
-            arena = _RowArena(layout, device, limit)
             number = self._numbers[layout] = len(self.arenas)
-            self.arenas.append(arena)
-            if (whole := arena.whole()) is not None:
-                self.table.know(number, whole)
+            self.arenas.append(RowArena(layout, device, limit, self._know(layout, number, device)))
         return number
+
+    def _know(self, layout: Layout, number: int, device: torch.device) -> Know:
+        """Native code gathers itself, where it can."""
+        foreign = any(leaf.stored in _ops.FOREIGN_DTYPES for leaf in layout.leaves)
+        if foreign or device.type not in ("cpu", "cuda"):
+            return lambda first, chunk: None
+        return functools.partial(self.table.know, number)
 
 
 class Found:
@@ -130,7 +166,7 @@ class Found:
 
     __slots__ = ("_arenas", "_number", "keys", "missing", "slots")
 
-    def __init__(self, arenas: list[_RowArena], keys: Tensor, slots: Tensor, missing: Tensor, number: int) -> None:
+    def __init__(self, arenas: list[RowArena], keys: Tensor, slots: Tensor, missing: Tensor, number: int) -> None:
         self._arenas = arenas
         self.keys = keys
         self.slots = slots
@@ -164,8 +200,8 @@ class _Table:
     def take_keys(self, keys: Tensor) -> tuple[list[Tensor], int]:
         return _ops.table_take_keys(self.id, keys)
 
-    def know(self, layout: int, arenas: list[Tensor]) -> None:
-        _ops.table_arenas(self.id, layout, arenas)
+    def know(self, layout: int, first: int, chunk: list[Tensor]) -> None:
+        _ops.table_chunk(self.id, layout, first, chunk)
 
     def insert(self, keys: Tensor, layout: int, first: int) -> None:
         _ops.table_insert(self.id, keys.contiguous(), layout, first)
@@ -175,98 +211,6 @@ class _Table:
 
     def lows(self) -> list[int]:
         return _ops.table_lows(self.id).tolist()
-
-
-class _RowArena:
-    """Rows of one layout, in as many arenas as it has leaves."""
-
-    def __init__(self, layout: Layout, device: torch.device, limit: int) -> None:
-        self.layout = layout
-        capacity = max(1, limit // layout.row_bytes if layout.row_bytes else 2**40)
-        self._leaves = [_Arena(leaf, device, capacity) for leaf in layout.leaves]
-        self._used = 0
-
-    def append(self, leaves: list[Tensor], count: int) -> int:
-        """Copies rows behind the last; gives the slot of the first. Nothing is taken where it raises."""
-        first = self._used
-        for arena, rows in zip(self._leaves, leaves):
-            arena.write(first, rows)
-        self._used += count
-        return first
-
-    def gather(self, slots: Tensor) -> list[Tensor]:
-        return [arena.gather(slots) for arena in self._leaves]
-
-    def whole(self) -> list[Tensor] | None:
-        """The arenas as one tensor each, if native code may gather from those for ever."""
-        tensors = [arena.whole for arena in self._leaves if arena.whole is not None]
-        native = all(leaf.stored not in _ops.FOREIGN_DTYPES for leaf in self.layout.leaves)
-        return tensors if native and len(tensors) == len(self._leaves) else None
-
-
-class _Arena:
-    """Rows of one leaf on one device: chunks of equally many rows, on the CPU usually one."""
-
-    def __init__(self, leaf: Leaf, device: torch.device, capacity: int) -> None:
-        self._leaf = leaf
-        self._device = device
-        self._chunks: list[Tensor] = []
-        self.whole = _reserve(leaf, capacity) if device.type == "cpu" else None
-        if self.whole is not None:
-            self._chunks.append(self.whole)
-            self._chunk_rows = capacity
-        else:
-            self._chunk_rows = max(1, min(capacity, _CHUNK_BYTES // max(1, leaf.row_bytes)))
-
-    def write(self, first: int, rows: Tensor) -> None:
-        done = 0
-        for chunk, at, count in self._spans(first, len(rows)):
-            while chunk >= len(self._chunks):
-                self._chunks.append(self._new_chunk())
-            with torch.no_grad():
-                self._chunks[chunk][at : at + count].copy_(rows[done : done + count])
-            done += count
-
-    def gather(self, slots: Tensor) -> Tensor:
-        if self._device.type != "cpu":
-            slots = slots.to(self._device)
-        if len(self._chunks) == 1:
-            return select(self._chunks[0], slots)
-        out = torch.empty((len(slots), *self._leaf.shape), dtype=self._leaf.stored, device=self._device)
-        number = slots.div(self._chunk_rows, rounding_mode="floor")
-        for chunk in torch.unique(number).tolist():
-            where = (number == chunk).nonzero().squeeze(1)
-            rows = select(self._chunks[chunk], slots[where] - chunk * self._chunk_rows)
-            movable(out).index_copy_(0, where, movable(rows))
-        return out
-
-    def _spans(self, first: int, count: int) -> Iterator[tuple[int, int, int]]:
-        """(chunk, row in it, rows) that hold the slots first … first + count - 1."""
-        while count:
-            chunk, at = divmod(first, self._chunk_rows)
-            here = min(count, self._chunk_rows - at)
-            yield chunk, at, here
-            first, count = first + here, count - here
-
-    def _new_chunk(self) -> Tensor:
-        with torch.inference_mode(False):
-            return torch.empty((self._chunk_rows, *self._leaf.shape), dtype=self._leaf.stored, device=self._device)
-
-
-def _reserve(leaf: Leaf, capacity: int) -> Tensor | None:
-    """Address space for all rows, without memory behind it until it is touched; None where that is refused."""
-    size = capacity * leaf.row_bytes
-    if size == 0 or not hasattr(mmap, "MAP_ANONYMOUS"):
-        return None
-    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_NORESERVE
-    try:
-        # Private: a forked child must not write into its parent. Never closed: the tensor keeps it alive.
-        memory = mmap.mmap(-1, size, flags=flags)
-        with torch.inference_mode(False):
-            flat = torch.frombuffer(memory, dtype=leaf.stored)
-    except (OSError, ValueError, OverflowError):
-        return None
-    return flat.view(capacity, *leaf.shape)
 
 
 class RowView(Mapping[int, Any]):

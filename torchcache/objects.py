@@ -5,7 +5,6 @@ from __future__ import annotations
 import copyreg
 import logging
 import os
-import random
 import sys
 import threading
 import types
@@ -15,30 +14,22 @@ from concurrent.futures import Executor
 import torch
 
 from torchcache.encoding import encode
-from torchcache.state import digests
+from torchcache.state import digests, scales
 
 OPERATORS = (torch._ops.OpOverload, torch._ops.OpOverloadPacket)
 
-# They say nothing about what is computed, or (generators of random numbers) change as they are used.
+# They say nothing about what is computed.
 _WITHOUT_VALUE = (
     *(type(threading.Lock()), type(threading.RLock()), threading.Thread, threading.local, Executor),
     *(logging.Logger, logging.LoggerAdapter, logging.Handler, type(os.environ)),
-    *(random.Random, torch.Generator, torch.utils.hooks.RemovableHandle),
+    torch.utils.hooks.RemovableHandle,
 )
 
 
 def tensor_bytes(tensor: torch.Tensor) -> bytes:
     """A tensor by value: the same for equal tensors."""
     parts = (tensor.dtype, tuple(tensor.shape), digests([tensor])[0])
-    return encode((*parts, _scales(tensor)) if tensor.is_quantized else parts)
-
-
-def _scales(tensor: torch.Tensor) -> tuple[object, ...]:
-    """What the integers of a quantised tensor stand for."""
-    if tensor.qscheme() in (torch.per_tensor_affine, torch.per_tensor_symmetric):
-        return tensor.q_scale(), tensor.q_zero_point()
-    scales = tensor.q_per_channel_scales(), tensor.q_per_channel_zero_points()
-    return tensor.q_per_channel_axis(), *(tuple(item.tolist()) for item in scales)
+    return encode((*parts, scales(tensor)) if tensor.is_quantized else parts)
 
 
 def settings(value: object) -> dict[str, object] | None:
@@ -54,8 +45,7 @@ def settings(value: object) -> dict[str, object] | None:
 
 def is_without_value(value: object) -> bool:
     streams = (sys.stdin, sys.stdout, sys.stderr, sys.__stdin__, sys.__stdout__, sys.__stderr__)
-    numpy_random = type(value).__module__.startswith("numpy.random")
-    return isinstance(value, _WITHOUT_VALUE) or numpy_random or any(value is stream for stream in streams)
+    return isinstance(value, _WITHOUT_VALUE) or any(value is stream for stream in streams)
 
 
 def array(value: object) -> bytes | None:

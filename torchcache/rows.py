@@ -41,7 +41,7 @@ class Leaf:
     def restore(self, rows: Tensor, input_device: torch.device) -> Tensor:
         """Kept rows as the forward would have given them."""
         device = input_device if self.device is None else torch.device(self.device)
-        return rows.to(device=device, dtype=self.dtype)
+        return rows.to(device, non_blocking=device.type == "cuda" and rows.is_pinned()).to(self.dtype)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -148,6 +148,7 @@ def split(
             f"the output is not batched: for {batch} rows of input every output tensor must have {batch} rows "
             f"in dimension 0, got {shapes}"
         )
+    _check_rebuilds(tree, tensors)
     leaves = []
     kept = []
     for t in tensors:
@@ -159,6 +160,14 @@ def split(
         rows = t.detach().resolve_conj().resolve_neg().to(stored)
         kept.append(rows.clone() if _is_alias(t, rows, inputs) else rows)
     return Layout(tree, tuple(leaves)), kept
+
+
+def _check_rebuilds(tree: Tree, tensors: list[Tensor]) -> None:
+    """A class may want more than its fields; better told now than in the middle of a later hit."""
+    try:
+        _build(tree, iter(tensors))
+    except Exception as error:  # a class of the user's may raise what it likes
+        raise UnsupportedOutput(f"an output of this class cannot be made anew from its fields: {error}") from error
 
 
 def _is_alias(output: Tensor, rows: Tensor, inputs: list[Tensor]) -> bool:

@@ -33,7 +33,7 @@ from torchcache.origin import (
     unwrap,
 )
 from torchcache.torchscript import attributes_read, program
-from torchcache.values import C_FUNCTIONS, CODE, PLACES, Modules, Tensors, Unknown, Values, logger
+from torchcache.values import C_FUNCTIONS, CODE, PLACES, Generators, Modules, Tensors, Unknown, Values, logger
 
 _HOOKS = ("_forward_pre_hooks", "_forward_hooks")
 _MODULE_ATTRIBUTES = frozenset(vars(torch.nn.Module()))
@@ -47,16 +47,23 @@ _BYTECODE = (
 )
 
 
-def describe(obj: object, *, tensors: Tensors, modules: Modules | None = None, constants: bool = True) -> bytes:
+def describe(
+    obj: object,
+    *,
+    tensors: Tensors,
+    modules: Modules | None = None,
+    generators: Generators | None = None,
+    constants: bool = True,
+) -> bytes:
     """What `obj`, a class, a module, a function or another callable, computes.
 
     Of a module: the classes, hooks and functions of it and its submodules, not their state. Tensors
     that functions reach are given to `tensors`, which says what they hold, modules to `modules`;
-    without it they count with their state. `constants`: whether containers and objects that code
-    reaches count, by what they hold; empty containers do not.
+    without it they count with their state. `generators` is given those of random numbers, which do not count.
+    `constants`: whether containers and objects that code reaches count, by what they hold; empty containers do not.
     """
     describer = _Describer(tensors, modules, constants=constants)
-    describer.unknown = describer.leave_out
+    describer.unknown, describer.generators = describer.leave_out, generators
     if not isinstance(obj, torch.nn.Module):
         return describer.finish(encode(obj, describer.value, name="the callable"))
     for name, module in tree(obj):
@@ -70,6 +77,7 @@ def describe_value(
     tensors: Tensors,
     modules: Modules | None = None,
     weights: Tensors | None = None,
+    generators: Generators | None = None,
     unknown: Unknown | None = None,
     name: str = "value",
 ) -> bytes:
@@ -80,7 +88,7 @@ def describe_value(
     what the tensors of modules hold, if not `tensors`.
     """
     describer = _Describer(tensors, modules, weights)
-    describer.unknown = unknown
+    describer.unknown, describer.generators = unknown, generators
     return describer.finish(encode(value, describer.value, name=name))
 
 

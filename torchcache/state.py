@@ -1,4 +1,4 @@
-"""State of what computes: weights, buffers, plain tensor attributes, and the mode of every submodule.
+"""State of what computes: weights, buffers, plain tensor attributes.
 
 A digest of everything is taken once. After that each call takes a cheap look (identities, version
 counters, and natively addresses, shapes and a few words of every tensor), and only what changed is
@@ -20,7 +20,6 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from torchcache import _ops
-from torchcache.bypass import of_modules
 from torchcache.encoding import encode, is_plain
 
 # Attributes of every nn.Module that say nothing about what it computes (hooks are part of the code).
@@ -34,7 +33,6 @@ _ABSENT = object()
 _get = dict.get
 _requires_grad = attrgetter("requires_grad")
 _get_version = attrgetter("_version")
-_is_training = attrgetter("training")
 _CONTAINERS = ("_parameters", "_buffers", "_modules")
 _HOOKS = ("_forward_pre_hooks", "_forward_hooks")  # of submodules: those of the module itself run outside the cache
 
@@ -65,7 +63,8 @@ class _Watched:
 
     def encoded(self) -> bytes:
         t = self.tensor
-        return encode((self.name, t.dtype, tuple(t.shape), str(t.layout))) + self.digest
+        parts = (self.name, t.dtype, tuple(t.shape), str(t.layout))
+        return encode((*parts, scales(t)) if t.is_quantized else parts) + self.digest
 
 
 class State:
@@ -108,13 +107,14 @@ class State:
         Without the probe, who uses them must probe the `watch` and ask whether it is `still` so.
         """
         # map() over prepared lists: this runs on every call, and a loop would take three times as long.
-        tensors, flags = self._flags
         if (
             not all(map(is_, map(_get, *self._columns), self._values))
-            or list(map(len, self._dicts)) != self._counts
-            or list(map(list, self._ordered)) != self._orders
+            or any(self._empty)
+            or list(map(len, self._filled)) != self._counts
+            or (self._ordered and list(map(list, self._ordered)) != self._orders)
             or (RemovableHandle.next_id != self._next_hook and self._hooks_added())
-            or list(map(_requires_grad, tensors)) != flags
+            or any(map(_requires_grad, self._frozen_tensors))
+            or (self._live and list(map(_requires_grad, self._live_tensors)) != self._live_flags)
             or (self._attributes and self._attributes_changed())
         ):
             self._scan()
@@ -170,8 +170,9 @@ class State:
                 self._fixed.setdefault(name, own[name])
                 self._attributes[name] = now
         self._leave_out_moved_settings()
-        self._counts = self._count()
-        return self.digest() == value
+        self._note_sizes()
+        # A probe on a GPU would wait for the forward. What only that would see counts from the next call on.
+        return self.digest(probe=not any(t.is_cuda for t in self._frozen_tensors)) == value
 
     # ---- scanning
 
@@ -198,14 +199,15 @@ class State:
         self._no_hooks, self._next_hook = [d for d in hooks if not d], RemovableHandle.next_id
         self._ordered = [m._modules for m in plain if len(m._modules) > 1] + [d for d in hooks if d]
         self._orders = list(map(list, self._ordered))
-        self._counts = self._count()
+        self._note_sizes()
         watched = [_Watched(name, t) for name, t in self._tensors.items()]
         watched += [_Watched(name, value) for name, _, _, value in slots if isinstance(value, Tensor)]
         for w in watched:
             _check(w)
         self._live: list[_Watched] = [w for w in watched if w.is_live]
         self._frozen: list[_Watched] = [w for w in watched if not w.is_live]
-        self._flags = [w.tensor for w in watched], [w.tensor.requires_grad for w in watched]
+        self._live_tensors = [w.tensor for w in self._live]
+        self._live_flags = list(map(_requires_grad, self._live_tensors))
         self._frozen_tensors = [w.tensor for w in self._frozen]
         self._versions = _versions(self._frozen_tensors)
         _take_digests(watched)
@@ -250,8 +252,10 @@ class State:
             self._moved[id(dicts[i]), keys[i]] = self._values[i]
             del dicts[i], keys[i], absent[i], self._values[i]
 
-    def _count(self) -> list[int]:
-        return list(map(len, self._dicts))
+    def _note_sizes(self) -> None:
+        self._empty = [d for d in self._dicts if not d]
+        self._filled = [d for d in self._dicts if d]
+        self._counts = list(map(len, self._filled))
 
     def _hooks_added(self) -> bool:
         """Asked only when some module of the process has got a hook."""
@@ -286,28 +290,6 @@ class State:
         self._value: bytes = hashlib.blake2b(encode(dict(sorted(self.parts.items()))), digest_size=16).digest()
 
 
-class Mode:
-    """The training flags of modules, and whether cached rows could be right in that mode."""
-
-    def __init__(self, modules: Callable[[], list[nn.Module]]) -> None:
-        self._list = modules
-        self._generation = -1
-        self._flags = b""
-        self.reason: str | None = None  # why the rows of calls in this mode must not be kept
-
-    def flags(self, generation: int) -> bytes:
-        """One byte where all flags are the same, else one for each submodule in order."""
-        if generation != self._generation:
-            self._modules = [m for m in self._list() if hasattr(m, "training")]  # frozen TorchScript has none
-            self._flags, self._generation = b"", generation
-        flags = bytes(map(_is_training, self._modules))
-        if flags != self._flags:
-            self._flags = flags
-            self.reason = of_modules(self._modules)
-        first = flags[:1]
-        return first if flags == first * len(flags) else flags
-
-
 class NativeWatch:
     """A native watch that is closed with its owner."""
 
@@ -336,6 +318,14 @@ def digests(tensors: list[Tensor]) -> list[bytes]:
     except (RuntimeError, ValueError) as error:  # of a dtype that has no bytes, or without a storage
         raise Unwatchable(str(error)) from error
     return [struct.pack(">qq", high, low) for low, high in pairs]
+
+
+def scales(tensor: torch.Tensor) -> tuple[object, ...]:
+    """What the integers of a quantised tensor stand for."""
+    if tensor.qscheme() in (torch.per_tensor_affine, torch.per_tensor_symmetric):
+        return tensor.q_scale(), tensor.q_zero_point()
+    scales = tensor.q_per_channel_scales(), tensor.q_per_channel_zero_points()
+    return tensor.q_per_channel_axis(), *(tuple(item.tolist()) for item in scales)
 
 
 def _one_row(t: Tensor) -> Tensor:

@@ -15,13 +15,12 @@ import tempfile
 import threading
 from multiprocessing import util
 from pathlib import Path
-from typing import IO
 
 _PREFIX = "torchcache-"
 _OWNER = ".owner"
 
 _lock = threading.Lock()
-_made: dict[int, tuple[Path, IO[str]]] = {}  # by process, so that a forked child has none of its own
+_made: dict[int, tuple[Path, int]] = {}  # and the lock, by process, so that a forked child has none of its own
 
 
 def directory() -> Path:
@@ -33,10 +32,10 @@ def directory() -> Path:
         return next(iter(_made.values()))[0]
 
 
-def _make() -> tuple[Path, IO[str]]:
+def _make() -> tuple[Path, int]:
     path = Path(tempfile.mkdtemp(prefix=_PREFIX))
     new = path / (_OWNER + ".new")
-    owner = open(new, "w")  # noqa: SIM115  held, and locked, as long as the process lives
+    owner = os.open(new, os.O_CREAT | os.O_WRONLY | os.O_CLOEXEC, 0o600)  # locked as long as the process lives
     fcntl.flock(owner, fcntl.LOCK_EX)
     new.rename(path / _OWNER)  # only now, so that nobody finds it unlocked
     # Children of multiprocessing leave without atexit; their parent leaves through both, which is harmless.

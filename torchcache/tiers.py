@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from torchcache import staging
 from torchcache.assembly import gather
 from torchcache.disk import DiskTier
 from torchcache.memory import Found, MemoryTier
@@ -51,6 +52,7 @@ class Tiers:
 
     def missing(self, keys: Tensor) -> Tensor:
         """Places in `keys` (int64 ``[B, 2]``) of the distinct rows that no tier has. What is on disk is read."""
+        staging.land()
         found, _, place, _ = self._find(keys)
         return found.missing.index_select(0, (place < 0).nonzero().squeeze(1))
 
@@ -61,6 +63,7 @@ class Tiers:
             MissingRows: no tier has all of them.
             ValueError: they have several layouts, so they cannot be one batch.
         """
+        staging.land()
         layout, leaves = self._memory.take_keys(keys) or self._fetch(keys)
         device = self._memory.device
         return layout, [t.to(device=device, dtype=leaf.dtype) for leaf, t in zip(layout.leaves, leaves)]

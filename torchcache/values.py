@@ -12,6 +12,7 @@ from collections.abc import Callable
 import torch
 
 from torchcache.encoding import Unencodable, encode, type_name
+from torchcache.noise import is_generator
 from torchcache.objects import array, held, is_without_value, owner
 from torchcache.origin import attributes_of, of_module, unwrap
 from torchcache.torchscript import script_object
@@ -19,6 +20,7 @@ from torchcache.torchscript import script_object
 Tensors = Callable[[torch.Tensor], bytes]
 Modules = Callable[[torch.nn.Module], bytes]
 Unknown = Callable[[object], bytes]
+Generators = Callable[[object], None]
 
 logger = logging.getLogger("torchcache")
 
@@ -56,6 +58,7 @@ class Values(ABC):
         self.modules = modules
         self.weights = weights or tensors
         self.unknown: Unknown | None = None
+        self.generators: Generators | None = None
         self.where = ""  # what is being described holds the constant
         self.own: dict[int, str] = {}  # the described module's parts, whose state does not count
         self.numbers: dict[int, int] = {}
@@ -86,6 +89,10 @@ class Values(ABC):
         known = isinstance(value, (torch.Tensor, types.ModuleType, *CODE)) and owner(value) is None
         if known or "__wrapped__" in attributes_of(value):
             return encode(self.mention(value, ""))
+        if is_generator(value):  # it changes as it is used
+            if self.generators is not None:
+                self.generators(value)
+            return encode(("without value", type_name(type(value))))
         if is_without_value(value):
             return encode(("without value", type_name(type(value))))
         return array(value) or self.instance(value)
@@ -106,7 +113,7 @@ class Values(ABC):
     def whole(self, held_by_object: object) -> bytes | None:
         """What an object of a library holds: of one that cannot be encoded, the rest means nothing."""
         inner = type(self)(self.tensors, self.modules, self.weights)
-        inner.own = self.own
+        inner.own, inner.generators = self.own, self.generators
         try:
             return inner.finish(encode(held_by_object, inner.value))
         except Unencodable:

@@ -13,7 +13,6 @@
 namespace torchcache {
 namespace {
 
-using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
 // The devices of a call: each is asked before one is waited for.
@@ -71,13 +70,6 @@ class Devices {
   std::map<int32_t, Taken> digests_;
 };
 
-Digest call_digest(const Tensor& call) {
-  if (call.numel() != 2 || call.scalar_type() != ScalarType::Long || !call.is_cpu())
-    throw std::invalid_argument("the call digest must be int64 [2] on the CPU");
-  const auto* halves = static_cast<const int64_t*>(call.const_data_ptr());
-  return {static_cast<uint64_t>(halves[0]), static_cast<uint64_t>(halves[1])};
-}
-
 // Where each tensor is.
 std::vector<int32_t> places_of(const std::vector<Tensor>& tensors) {
   std::vector<int32_t> places;
@@ -101,9 +93,8 @@ std::vector<std::vector<Digest>> digests_of_each(const std::vector<Tensor>& tens
 
 }  // namespace
 
-Seen see(const std::vector<Tensor>& rows, const Tensor& call, const Watch* watch) {
+Seen see(const std::vector<Tensor>& rows, Digest call, const Watch* watch) {
   if (rows.empty()) throw std::invalid_argument("keys needs at least one tensor");
-  const Digest prefix = call_digest(call);
   const int64_t batch = rows[0].dim() > 0 ? rows[0].size(0) : 0;
   const std::vector<int32_t> places = places_of(rows);
   Devices devices;
@@ -113,7 +104,7 @@ Seen see(const std::vector<Tensor>& rows, const Tensor& call, const Watch* watch
     if (places[i] != kCpu) devices.question(places[i]).rows.push_back(rows_of(rows[i], /*whole=*/false));
   }
   Question* only = devices.only(rows.size());
-  if (only != nullptr) only->keyed = true, only->call = prefix;
+  if (only != nullptr) only->keyed = true, only->call = call;
   const Look look = watch == nullptr ? Look{} : watch->look();
   devices.look_at(look);
   devices.ask();
@@ -122,7 +113,7 @@ Seen see(const std::vector<Tensor>& rows, const Tensor& call, const Watch* watch
     devices.wait();
     keys = devices.take(places[0], static_cast<size_t>(batch));
   } else {
-    keys = keys_of_digests(prefix, digests_of_each(rows, places, /*whole=*/false, devices), batch);
+    keys = keys_of_digests(call, digests_of_each(rows, places, /*whole=*/false, devices), batch);
   }
   return {std::move(keys), devices.probe(look)};
 }

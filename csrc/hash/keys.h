@@ -18,8 +18,8 @@ struct Seen {
 
 // Keys of a batch: H(call ‖ row digest of each argument); and a probe of the watch, unless that is null. Each device is
 // asked once. Keys are made where all arguments are, or on the CPU if those are in several places.
-//   rows: tensors [B, …], any dtype, any strides     call: int64 [2] on the CPU, low and high half of the call digest
-Seen see(const std::vector<torch::stable::Tensor>& rows, const torch::stable::Tensor& call, const Watch* watch);
+//   rows: tensors [B, …], any dtype, any strides     call: the call digest
+Seen see(const std::vector<torch::stable::Tensor>& rows, Digest call, const Watch* watch);
 
 // Digest of each tensor as if it were one row.
 std::vector<Digest> digests(const std::vector<torch::stable::Tensor>& tensors);

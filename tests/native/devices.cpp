@@ -118,7 +118,8 @@ int64_t watch_open(std::vector<Tensor> tensors) {
   return static_cast<int64_t>(watches.size());
 }
 
-std::tuple<Tensor, int64_t> see_op(std::vector<Tensor> rows, Tensor call, int64_t watch) {
+std::tuple<Tensor, int64_t> see_op(std::vector<Tensor> rows, int64_t low, int64_t high, int64_t watch) {
+  const Digest call{static_cast<uint64_t>(low), static_cast<uint64_t>(high)};
   const auto [keys, probe] = see(rows, call, watch == 0 ? nullptr : watches.at(watch).get());
   return {tensor_of(keys), probe};
 }
@@ -149,7 +150,7 @@ extern "C" AOTITorchError aoti_torch_get_device_index(AtenTensorHandle tensor, i
 
 STABLE_TORCH_LIBRARY(torchcache_devices, m) {
   m.def("place(Tensor t, int device) -> ()");  // float64 or int64, contiguous
-  m.def("see(Tensor[] rows, Tensor call, int watch) -> (Tensor, int)");
+  m.def("see(Tensor[] rows, int low, int high, int watch) -> (Tensor, int)");
   m.def("digests(Tensor[] tensors) -> Tensor");
   m.def("watch_open(Tensor[] tensors) -> int");
   m.def("probe(int watch) -> int");

@@ -1,0 +1,183 @@
+"""Random numbers are never frozen in a cache, whichever generator they come from, and with one warning."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import logging
+import random
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy
+import pytest
+import torch
+from torch import Tensor, nn
+
+from torchcache import torchcache
+
+X = torch.arange(6.0).view(3, 2)
+
+
+def rows(module: nn.Module) -> int:
+    return module.cache_instance.info().memory_rows  # type: ignore[no-any-return, union-attr]
+
+
+class Noisy(nn.Module):
+    def __init__(self, draw: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.draw = draw
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.draw(x)
+
+
+@pytest.fixture
+def warnings(caplog: pytest.LogCaptureFixture) -> Iterator[Callable[[], list[str]]]:
+    caplog.set_level(logging.WARNING, "torchcache")
+    yield lambda: [r.getMessage() for r in caplog.records if r.name == "torchcache"]
+
+
+@pytest.mark.parametrize(
+    "draw",
+    [
+        lambda x: torch.dropout(x, 0.5, True),
+        lambda x: x + torch.randn_like(x),
+        lambda x: x + random.random(),
+        lambda x: x + numpy.random.rand(),
+    ],
+)
+def test_noise_is_never_cached_and_warned_of_once(
+    draw: Callable[[Tensor], Tensor], warnings: Callable[[], list[str]]
+) -> None:
+    module, plain = torchcache()(Noisy(draw)), Noisy(draw)
+    x = torch.ones(4, 1000)  # equal rows: noise must differ between them as without the cache
+    for seed in range(3):
+        torch.manual_seed(seed)
+        random.seed(seed)
+        numpy.random.seed(seed)
+        got = module(x)
+        torch.manual_seed(seed)
+        random.seed(seed)
+        numpy.random.seed(seed)
+        assert torch.equal(got, plain(x))
+    assert rows(module) == 0
+    assert len(warnings()) == 1 and "random numbers" in warnings()[0]
+
+
+class Holder:
+    """An object of the user's with a generator in it."""
+
+    def __init__(self, generator: Any) -> None:
+        self.held = {"generator": [generator]}
+
+
+def uniform(generator: Any) -> float:
+    if isinstance(generator, torch.Generator):
+        return float(torch.rand((), generator=generator))
+    return float(generator.random_sample() if hasattr(generator, "random_sample") else generator.random())
+
+
+def own_generators() -> list[Any]:
+    return [
+        torch.Generator().manual_seed(3),
+        random.Random(3),
+        numpy.random.default_rng(3),
+        numpy.random.Generator(numpy.random.MT19937(3)),
+        numpy.random.RandomState(3),
+    ]
+
+
+class OwnGenerator(nn.Module):
+    def __init__(self, generator: Any, place: str) -> None:
+        super().__init__()
+        self.place = place
+        if place == "attribute":
+            self.generator = generator
+        elif place == "submodule":
+            self.part = nn.Identity()
+            self.part.generator = generator
+        elif place == "container":
+            self.generators = [None, {"here": generator}]
+        elif place == "object":
+            self.holder = Holder(generator)
+        elif place == "closure":
+            self.draw = lambda: uniform(generator)
+        elif place == "method":
+            self.draw = functools.partial(uniform, generator)
+        else:
+            self.later = lambda: copy.deepcopy(generator)
+
+    def get(self) -> float:
+        if self.place == "first call" and not hasattr(self, "generator"):
+            self.generator = self.later()
+        if hasattr(self, "draw"):
+            return self.draw()
+        if self.place == "submodule":
+            return uniform(self.part.generator)
+        if self.place == "container":
+            return uniform(self.generators[1]["here"])
+        if self.place == "object":
+            return uniform(self.holder.held["generator"][0])
+        return uniform(self.generator)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.get()
+
+
+@pytest.mark.parametrize("place", ["attribute", "submodule", "container", "object", "closure", "method", "first call"])
+@pytest.mark.parametrize("kind", range(len(own_generators())))
+def test_noise_of_a_generator_of_ones_own_is_never_cached(
+    place: str, kind: int, warnings: Callable[[], list[str]]
+) -> None:
+    module = torchcache()(OwnGenerator(own_generators()[kind], place))
+    plain = OwnGenerator(own_generators()[kind], place)
+    for _ in range(4):
+        assert torch.equal(module(X), plain(X))
+    assert rows(module) == 0
+    assert len(warnings()) == 1 and "random numbers" in warnings()[0]
+
+
+GENERATOR = random.Random(3)
+
+
+def test_noise_of_a_global_generator_of_ones_own_is_never_cached(warnings: Callable[[], list[str]]) -> None:
+    @torchcache()
+    def noisy(x: Tensor) -> Tensor:
+        return x + GENERATOR.random()
+
+    assert not torch.equal(noisy(X), noisy(X))
+    assert len(warnings()) == 1 and "random numbers" in warnings()[0]
+
+
+def test_a_second_forward_draws_what_the_first_one_drew() -> None:
+    class Half(nn.Module):
+        """Where rows of an earlier call are found, it first runs for the others alone."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.generator = torch.Generator().manual_seed(3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x + torch.rand(x.shape, generator=self.generator) if x.sum() > 100 else x + 0
+
+    module, plain = torchcache()(Half()), Half()
+    module(X)
+    loud = torch.cat([X, X + 1000])
+    assert torch.equal(module(loud), plain(loud))
+
+
+def test_a_generator_that_every_forward_makes_anew_from_a_seed_is_no_noise() -> None:
+    class Seeded(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.generator: Any = None
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.generator = torch.Generator().manual_seed(3)
+            return x + torch.rand((), generator=self.generator)
+
+    module, plain = torchcache()(Seeded()), Seeded()
+    for _ in range(4):
+        assert torch.equal(module(X), plain(X))
+    assert rows(module) == len(X)
