@@ -152,21 +152,20 @@ def test_keys_do_not_wait_for_other_streams() -> None:
 def test_threads_on_streams_of_their_own_get_their_own_keys() -> None:
     batches = [torch.randn(50, 3000) for _ in range(8)]
     expected = [_ops.keys([x], CALL) for x in batches]
-    wrong: list[int] = []
+    right: list[int] = []
 
     def work(number: int) -> None:
         with torch.cuda.stream(torch.cuda.Stream()):
             x = batches[number].to(GPU)
-            for _ in range(50):
-                if not torch.equal(_ops.keys([x], CALL), expected[number]):
-                    wrong.append(number)
+            if all(torch.equal(_ops.keys([x], CALL), expected[number]) for _ in range(50)):
+                right.append(number)
 
     threads = [threading.Thread(target=work, args=(number,)) for number in range(len(batches))]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    assert not wrong
+    assert sorted(right) == list(range(len(batches)))
 
 
 @needs_native
