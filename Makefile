@@ -57,7 +57,7 @@ cuda:
 
 bench-cuda:
 	FORCE_CUDA=1 $(MAKE) VENV=$(CUDA_VENV) TORCH='$(CUDA_TORCH)' $(CUDA_VENV)/.torchcache-installed
-	PYTHONPATH=benchmarks $(CUDA_VENV)/bin/python benchmarks/cuda.py
+	PYTHONPATH=benchmarks $(CUDA_VENV)/bin/python benchmarks/gpu.py
 
 # The store's native tests, once for bytes that are not its own and once for races.
 sanitize: build/native/store_test.address,undefined build/native/store_test.thread

@@ -46,9 +46,8 @@ inline void refuse_capture(cudaStream_t stream) {
   check(cudaStreamIsCapturing(stream, &status), "asking a CUDA stream whether it is captured");
   if (status != cudaStreamCaptureStatusNone)
     throw std::runtime_error(
-        "torchcache: a cached module cannot be part of a CUDA graph, which would replay the rows of the capture for "
-        "any "
-        "input: call it outside of torch.cuda.graph, or set torchcache_enabled = False on it while capturing");
+        "torchcache: a cached module cannot be part of a CUDA graph, which would give the rows of the capture for any "
+        "input: call it outside of torch.cuda.graph, or set torchcache_enabled = False on it for the capture");
 }
 
 // Uninitialized, of the stream that is current: used there in order, it can be given back without waiting.

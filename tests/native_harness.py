@@ -1,23 +1,28 @@
-"""Device code compiled for the host, to be called from tests."""
+"""Where the native parts of tests are, and what compiles them."""
 
 from __future__ import annotations
 
 import ctypes
 import os
+import shlex
 import shutil
 import subprocess
 import tempfile
 from pathlib import Path
 
-_ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parent.parent
+CSRC = ROOT / "csrc"
+NATIVE = ROOT / "tests" / "native"
+
+
+def compiler() -> list[str]:
+    return shlex.split(os.environ.get("CXX", "")) or [shutil.which("c++") or "g++"]
 
 
 def built(source: str) -> ctypes.CDLL:
-    """The library of tests/native/`source`; what is undefined in C++ ends the process."""
-    compiler = os.environ.get("CXX") or shutil.which("c++") or "g++"
-    flags = ["-std=c++17", "-O1", "-shared", "-fPIC", "-fsanitize=undefined", "-fno-sanitize-recover=all"]
+    """The library of tests/native/`source`: device code for the host. What is undefined in C++ ends the process."""
+    flags = ["-std=c++17", "-O1", "-shared", "-fPIC", "-pthread", "-fsanitize=undefined", "-fno-sanitize-recover=all"]
     with tempfile.TemporaryDirectory() as folder:
         library = f"{folder}/device.so"
-        path = str(_ROOT / "tests" / "native" / source)
-        subprocess.run([*compiler.split(), *flags, f"-I{_ROOT / 'csrc'}", path, "-o", library], check=True)
+        subprocess.run([*compiler(), *flags, f"-I{CSRC}", str(NATIVE / source), "-o", library], check=True)
         return ctypes.CDLL(library)

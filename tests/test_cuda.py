@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import subprocess
 import sys
 import textwrap
@@ -216,6 +217,22 @@ def test_keys_during_the_capture_of_a_graph_are_an_error_that_says_what_to_do() 
     graph.replay()  # the capture went on
     assert torch.equal(y, x + 1)
     assert torch.equal(_ops.keys([x], CALL), expected)
+
+
+def test_a_module_in_a_captured_graph_computes_in_every_replay() -> None:
+    plain = nn.LayerNorm(16).requires_grad_(False).to(GPU)
+    module = torchcache()(copy.deepcopy(plain))
+    x = torch.randn(8, 16, device=GPU)
+    module(x)  # its rows are in the cache now, and must not come back below
+    plain(x)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = module(x)
+    for _ in range(3):
+        x.copy_(torch.randn(8, 16))
+        graph.replay()
+        torch.testing.assert_close(y, plain(x))
 
 
 # ---- state

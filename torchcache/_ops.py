@@ -46,7 +46,7 @@ def hashable(t: Tensor) -> Tensor:
     """The same bytes where and as the native code takes them: on the CPU where it cannot read the tensor's device."""
     t = t.resolve_conj().resolve_neg()
     if not t.is_cpu and not (t.is_cuda and cuda_architectures()):
-        if t.is_cuda:
+        if t.is_cuda and torch.version.cuda:
             _warn_of_the_way_through_the_host()
         t = t.cpu()
     return bits(t)

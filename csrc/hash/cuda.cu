@@ -1,6 +1,6 @@
 // The hash on CUDA devices: kernels that hash messages by teams of eight threads, and what is around them: the caller's
 // stream, memory on the device by torch's allocator, pinned memory for the one transfer. Which thread reads what is
-// said in team.h, messages.h and plan.h, which tests run without a device.
+// said in team.h, batch.h and plan.h, which tests run without a device.
 #include <algorithm>
 #include <cstdint>
 #include <memory>
@@ -11,9 +11,10 @@
 #include <vector>
 
 #include "cuda.cuh"
+#include "hash/batch.h"
 #include "hash/device.h"
-#include "hash/messages.h"
 #include "hash/plan.h"
+#include "hash/sources.h"
 #include "hash/team.h"
 
 namespace torchcache {
@@ -21,7 +22,8 @@ namespace {
 
 using torch::stable::Tensor;
 
-constexpr int kThreads = 128;  // of a block: 16 teams
+constexpr int kThreads = 128;     // of a block: 16 teams
+constexpr int kBlocksAtOnce = 5;  // on one multiprocessor: 96 registers a thread, and 64 images all at once on an H100
 
 // ---- kernels
 
@@ -43,6 +45,21 @@ class ThreadTeam {
     for (int i = 0; i < kLanes; ++i) values[i] = __shfl_sync(threads_, lane_.value, i, kLanes);
   }
   __device__ __forceinline__ bool writes() const { return lane_.index == 0; }
+  __device__ __forceinline__ void settle() const {
+    __threadfence();
+    __syncwarp(threads_);
+  }
+  __device__ __forceinline__ bool last(uint32_t* counter, int64_t n) const {
+    uint32_t before = 0;
+    if (writes()) {
+      __threadfence();  // what this team wrote comes before the count
+      before = atomicAdd(counter, 1);
+      __threadfence();  // and what others wrote before theirs is there for what follows
+    }
+    before = __shfl_sync(threads_, before, 0, kLanes);
+    __syncwarp(threads_);
+    return before + 1 == n;
+  }
 
  private:
   Lane lane_;
@@ -50,10 +67,10 @@ class ThreadTeam {
 };
 
 template <class Source>
-__global__ void __launch_bounds__(kThreads) digest_kernel(const __grid_constant__ Messages all) {
+__global__ void __launch_bounds__(kThreads, kBlocksAtOnce) digest_kernel(const __grid_constant__ Batch batch) {
   const Place place = place_of(blockIdx.x, threadIdx.x, gridDim.x, kThreads);
   ThreadTeam team(place.lane);
-  digest_messages<Source>(team, all, place.first, place.step);
+  digest_batch<Source>(team, batch, place.first, place.step);
 }
 
 __global__ void word_kernel(const Word* words, int64_t count, uint64_t* out) {
@@ -134,11 +151,13 @@ struct ListOnDevice : WordList {
   Tensor memory;
 };
 
-void launch(const Messages& messages, cudaStream_t stream) {
-  const auto blocks = static_cast<unsigned>(blocks_for(messages.count(), kThreads));
+void launch(const Batch& batch, cudaStream_t stream) {
+  const auto blocks = static_cast<unsigned>(blocks_for(batch.messages(), kThreads));
   if (blocks == 0) return;
-  with_source(messages.rows, [&](auto source) {
-    digest_kernel<typename decltype(source)::type><<<blocks, kThreads, 0, stream>>>(messages);
+  if (batch.done != nullptr)
+    check(cudaMemsetAsync(batch.done, 0, sizeof(*batch.done) * batch.rows.count, stream), "starting a hash");
+  with_source(batch.rows, [&](auto source) {
+    digest_kernel<typename decltype(source)::type><<<blocks, kThreads, 0, stream>>>(batch);
   });
   check(cudaGetLastError(), "starting a hash kernel");
 }
@@ -166,8 +185,8 @@ class QueuedAnswer : public Answer {
 
   ~QueuedAnswer() override {
     try {
-      wait();  // the transfer must not write into memory of somebody else
-    } catch (const std::exception&) {
+      wait();        // the transfer must not write into memory of somebody else
+    } catch (...) {  // the device is lost; whoever asks next will be told
     }
   }
 
@@ -194,14 +213,14 @@ class QueuedAnswer : public Answer {
   int64_t space_needed() const { return question_.keyed ? space_for_keys(question_.rows) : space_for(question_.rows); }
 
   void queue(Canonical* result, Canonical* space) const {
-    const auto start = [this](const Messages& messages) { launch(messages, stream_); };
+    const auto start = [this](const Batch& batch) { launch(batch, stream_); };
     Canonical* next = result;
     if (question_.keyed) {
-      digest_keys(question_.rows, question_.call, space, result, start);
+      launch_keys(question_.rows, question_.call, space, result, start);
       next += count_;
     } else {
       for (const Rows& rows : question_.rows) {
-        digest_rows(rows, space, Output{next, 1, false, {}}, start);
+        start(batch_of(rows, space, next));
         next += rows.count;
       }
     }

@@ -74,7 +74,7 @@ class Devices {
 std::vector<int32_t> places_of(const std::vector<Tensor>& tensors) {
   std::vector<int32_t> places;
   places.reserve(tensors.size());
-  for (const Tensor& t : tensors) places.push_back(place_of(t));
+  for (const Tensor& t : tensors) places.push_back(device_of(t));
   return places;
 }
 

@@ -66,7 +66,7 @@ inline bool has_bytes(const torch::stable::Tensor& t) {
 constexpr int32_t kCpu = -1;
 
 // Where a tensor is: kCpu, or the index of a CUDA device.
-inline int32_t place_of(const torch::stable::Tensor& t) {
+inline int32_t device_of(const torch::stable::Tensor& t) {
   if (t.is_cpu()) return kCpu;
   if (!t.is_cuda()) throw std::invalid_argument("torchcache hashes tensors on the CPU and on CUDA devices");
   return t.get_device_index();

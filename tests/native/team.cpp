@@ -1,68 +1,18 @@
-// The device code of the hash, compiled for the host: a team is a loop over its lanes, a launch a loop over its blocks
-// and threads. tests/test_device_hash.py builds and calls this.
+// The device code of the hash by teams that are loops: tests/test_device_hash.py builds and calls this.
 #include "hash/team.h"
 
 #include <algorithm>
 #include <cstdint>
-#include <cstring>
-#include <stdexcept>
 #include <vector>
 
+#include "hash/batch.h"
 #include "hash/digest.h"
 #include "hash/layout.h"
-#include "hash/messages.h"
 #include "hash/plan.h"
+#include "loop_team.h"
 
 namespace torchcache {
 namespace {
-
-class LoopTeam {
- public:
-  LoopTeam() {
-    for (int i = 0; i < kLanes; ++i) lanes_[i] = Lane(i);
-  }
-
-  template <class F>
-  void each(const F& f) {
-    for (Lane& lane : lanes_) f(lane);
-  }
-  void exchange() {
-    for (Lane& lane : lanes_) lane.value += lanes_[lane.index ^ 1].sum;
-    for (Lane& lane : lanes_) lane.sum = 0;
-  }
-  void collect(uint64_t values[kLanes]) const {
-    for (const Lane& lane : lanes_) values[lane.index] = lane.value;
-  }
-  static bool writes() { return true; }
-
- private:
-  Lane lanes_[kLanes];
-};
-
-struct Shape {
-  int64_t blocks;  // 0: as many as a launch on a device has
-  int threads;
-
-  int64_t blocks_of(const Messages& messages) const {
-    return blocks > 0 ? blocks : blocks_for(messages.count(), threads);
-  }
-};
-
-template <class Source>
-void run(const Messages& messages, Shape shape) {
-  const int64_t blocks = shape.blocks_of(messages);
-  for (int64_t block = 0; block < blocks; ++block)
-    for (int thread = 0; thread < shape.threads; ++thread) {
-      const Place place = place_of(block, thread, blocks, shape.threads);
-      if (place.lane != 0) continue;  // the loop stands for all eight
-      LoopTeam team;
-      digest_messages<Source>(team, messages, place.first, place.step);
-    }
-}
-
-void launch(const Messages& messages, Shape shape) {
-  with_source(messages.rows, [&](auto source) { run<typename decltype(source)::type>(messages, shape); });
-}
 
 struct Numbers {
   const int64_t* values;
@@ -71,11 +21,12 @@ struct Numbers {
   int64_t operator[](size_t i) const { return values[i]; }
 };
 
-// How often each logical byte of each row is read.
-std::vector<int32_t>* reads = nullptr;
-const uint8_t* first_row = nullptr;
-
+// Notes how often each logical byte of each row is read, instead of reading.
 struct Counting {
+  static std::vector<int32_t>* counts;
+  static const uint8_t* memory;
+  static bool outside;
+
   static constexpr int unit() { return 1; }
   const Rows& rows;
   const uint8_t* row;
@@ -83,7 +34,12 @@ struct Counting {
 
   Counting(const Rows& all, const uint8_t* start, int64_t at) : rows(all), row(start), begin(at) {}
   uint64_t part(int64_t position) const {
-    ++reads->at((row - first_row) / rows.stride * rows.bytes + begin + position);
+    if (begin + position >= rows.bytes) {
+      outside = true;
+    } else {
+      const int64_t at = row - memory + begin + position;
+      __atomic_add_fetch(counts->data() + at, 1, __ATOMIC_RELAXED);
+    }
     return 0;
   }
   uint64_t operator()(int64_t position) const {
@@ -91,6 +47,9 @@ struct Counting {
     return 0;
   }
 };
+std::vector<int32_t>* Counting::counts = nullptr;
+const uint8_t* Counting::memory = nullptr;
+bool Counting::outside = false;
 
 void write(const Canonical* digests, int64_t count, uint64_t* out) {
   for (int64_t i = 0; i < count; ++i) {
@@ -118,59 +77,49 @@ struct Argument {  // a tensor
 extern "C" {
 
 // Row digests → out [rows, 2]: low, high.
-void team_digests(const Argument* tensor, bool whole, int64_t blocks, int threads, uint64_t* out) {
+void team_digests(const Argument* tensor, bool whole, const Shape* shape, uint64_t* out) {
   const Rows rows = tensor->rows(whole);
   std::vector<Canonical> space(space_for(rows)), digests(rows.count);
-  digest_rows(rows, space.data(), Output{digests.data(), 1, false, {}},
-              [&](const Messages& m) { launch(m, {blocks, threads}); });
+  launch(batch_of(rows, space.data(), digests.data()), *shape);
   write(digests.data(), rows.count, out);
 }
 
 // Keys → out [rows, 2].
-void team_keys(const Argument* tensors, int64_t n, uint64_t low, uint64_t high, int64_t blocks, int threads,
-               uint64_t* out) {
+void team_keys(const Argument* tensors, int64_t n, uint64_t low, uint64_t high, const Shape* shape, uint64_t* out) {
   std::vector<Rows> arguments;
   for (int64_t i = 0; i < n; ++i) arguments.push_back(tensors[i].rows(false));
   std::vector<Canonical> space(space_for_keys(arguments)), keys(arguments[0].count);
-  digest_keys(arguments, {low, high}, space.data(), keys.data(),
-              [&](const Messages& m) { launch(m, {blocks, threads}); });
+  launch_keys(arguments, {low, high}, space.data(), keys.data(), [&](const Batch& b) { launch(b, *shape); });
   write(keys.data(), arguments[0].count, out);
 }
 
-// How often a launch reads each byte → out [rows, bytes]; -1 where it would read past the end of a row. And how often
-// it writes the digest of each message → written [rows, messages].
-int team_reads(int64_t rows, int64_t bytes, int64_t longest, int64_t blocks, int threads, int32_t* out) {
+// How often a launch reads each byte → out [rows, bytes]; -1 where it would read past the end of a row.
+int team_reads(int64_t rows, int64_t bytes, const Shape* shape, int32_t* out) {
   std::vector<int32_t> counts(rows * bytes);
   std::vector<uint8_t> memory(std::max<int64_t>(1, rows * bytes));
-  reads = &counts, first_row = memory.data();
+  Counting::counts = &counts, Counting::memory = memory.data(), Counting::outside = false;
   const Rows all = adjacent_rows(memory.data(), rows, bytes);
-  Messages messages{all, longest, nullptr, 0, false, {}};
-  std::vector<Canonical> digests(messages.count());
-  messages.out = digests.data(), messages.out_stride = messages.per_row();
-  try {
-    run<Counting>(messages, {blocks, threads});
-  } catch (const std::out_of_range&) {
-    return -1;
-  }
+  std::vector<Canonical> space(space_for(all)), digests(rows);
+  run<Counting>(batch_of(all, space.data(), digests.data()), *shape);
+  if (Counting::outside) return -1;
   std::copy(counts.begin(), counts.end(), out);
   return 0;
 }
 
 int64_t team_blocks(int64_t messages, int threads) { return blocks_for(messages, threads); }
 
-// The mapping alone: for each message number its row, begin and size → out [messages, 3], and how many teams take it
-// → takers [messages].
-int64_t team_mapping(int64_t rows, int64_t bytes, int64_t longest, int64_t blocks, int threads, int64_t* out,
-                     int32_t* takers) {
-  const Messages messages{adjacent_rows(nullptr, rows, bytes), longest, nullptr, 0, false, {}};
-  const int64_t count = messages.count(), launched = Shape{blocks, threads}.blocks_of(messages);
+// The mapping alone: for each message number its row, begin and size → out [messages, 3], and which lanes take it, one
+// bit each, and how many threads, times 256 → takers [messages].
+int64_t team_mapping(int64_t rows, int64_t bytes, const Shape* shape, int64_t* out, int32_t* takers) {
+  const Batch batch{adjacent_rows(nullptr, rows, bytes)};
+  const int64_t count = batch.messages(), blocks = shape->blocks_of(batch);
   for (int64_t i = 0; i < count; ++i) {
-    const Message m = message_at(messages, i);
+    const Message m = message_at(batch, i);
     out[3 * i] = m.row, out[3 * i + 1] = m.begin, out[3 * i + 2] = m.size;
   }
-  for (int64_t block = 0; block < launched; ++block)
-    for (int thread = 0; thread < threads; ++thread) {
-      const Place place = place_of(block, thread, launched, threads);
+  for (int64_t block = 0; block < blocks; ++block)
+    for (int thread = 0; thread < shape->threads; ++thread) {
+      const Place place = place_of(block, thread, blocks, shape->threads);
       for (int64_t i = place.first; i < count; i += place.step) takers[i] |= 1 << place.lane, takers[i] += 256;
     }
   return count;
