@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -41,7 +42,8 @@ def batch_loss(
     """What loss_func(inputs, targets, reduction=reduction, **kwargs) gives for each model, stacked.
 
     batch_inputs: (M, B, …). batch_targets: (M, …), or `shared` targets of one model. kwargs: the same for all models.
-    Returns [M], or (M, *shape of one call) for reduction="none". Its sum has each model's own gradients.
+    Returns [M], or (M, *shape of one call) for reduction="none". Its sum has each model's own gradients. Of half and
+    bfloat16 inputs it is computed model by model, and equal to the last bit; otherwise as sums round in their dtype.
     ValueError if a first dimension is not M = `batch`, or the reduction is unknown.
     """
     batch = len(batch_inputs) if batch is None else batch
@@ -50,17 +52,28 @@ def batch_loss(
     _check_batch(batch, inputs=batch_inputs, targets=batch_targets)
     if reduction not in REDUCTIONS and not (loss_func is F.kl_div and reduction == "batchmean"):
         raise ValueError(f"reduction must be one of {', '.join(REDUCTIONS)}, got {reduction!r}")
-    if loss_func is F.cross_entropy and kwargs.keys() <= {"ignore_index"} and _are_classes(batch_inputs, batch_targets):
+
+    in_half = batch_inputs.dtype in _HALVES
+    as_one = loss_func is F.cross_entropy and kwargs.keys() <= {"ignore_index"}
+    if as_one and _are_classes(batch_inputs, batch_targets) and (not in_half or _autocasts(batch_inputs)):
         return _cross_entropy(batch_inputs, batch_targets, reduction, **kwargs)
 
     def one_model(inputs: Tensor, targets: Tensor) -> Tensor:
         return loss_func(inputs, targets, reduction=reduction, **kwargs)
 
-    try:
-        with quiet():
+    if not in_half:
+        with suppress(Exception), quiet():  # what vmap refuses; an error of the loss itself comes again
             return torch.func.vmap(one_model, randomness="different")(batch_inputs, batch_targets)
-    except Exception:  # what vmap refuses; an error of the loss itself comes again
-        return torch.stack([one_model(i, t) for i, t in zip(batch_inputs, batch_targets, strict=True)])
+    return torch.stack([one_model(i, t) for i, t in zip(batch_inputs, batch_targets, strict=True)])
+
+
+# Where a loss rounds and in which order it sums shows in these, and no call for all models does it as one of its own.
+_HALVES = (torch.half, torch.bfloat16)
+
+
+def _autocasts(x: Tensor) -> bool:
+    """Whether losses of x are computed in float32."""
+    return torch.is_autocast_enabled(x.device.type)
 
 
 def _check_batch(batch: int, **tensors: Tensor) -> None:

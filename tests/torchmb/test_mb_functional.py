@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -48,16 +49,23 @@ CROSS_ENTROPIES: dict[str, tuple[tuple[int, ...], Any, dict[str, Any]]] = {
 }
 
 
-def check_loss(inputs: Tensor, targets: Tensor, loss: Any, reduction: str, **kwargs: Any) -> None:
+def check_loss(
+    inputs: Tensor, targets: Tensor, loss: Any, reduction: str, exactly: bool = False, **kwargs: Any
+) -> None:
     own, others = inputs.clone().requires_grad_(), [i.clone().requires_grad_() for i in inputs]
     got = batch_loss(own, targets, len(inputs), loss, reduction, **kwargs)
     expected = [loss(i, t, reduction=reduction, **kwargs) for i, t in zip(others, targets)]
-    close(got, expected, "loss")
+    compare = equal if exactly else close
+    compare(got, expected, "loss")
     got.sum().backward()
     for e in expected:
         e.sum().backward()
     assert own.grad is not None
-    close(own.grad, [o.grad for o in others], "gradient")
+    compare(own.grad, [o.grad for o in others], "gradient")
+
+
+def equal(batched: Tensor, others: Sequence[Tensor], what: str) -> None:
+    torch.testing.assert_close(batched, torch.stack(list(others)), rtol=0, atol=0, equal_nan=True, msg=what)
 
 
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
@@ -95,6 +103,46 @@ def test_any_loss_with_a_reduction_is_what_separate_calls_give(loss: Any, reduct
 def test_any_share_of_ignored_targets_is_right(m: int, b: int, c: int, share: float, reduction: str) -> None:
     targets = torch.randint(c, (m, b)).where(torch.rand(m, b) >= share, -100)
     check_loss(torch.randn(m, b, c), targets, F.cross_entropy, reduction)
+
+
+def nll_of_logits(x: Tensor, y: Tensor, **kwargs: Any) -> Tensor:
+    return F.nll_loss(x.log_softmax(1), y, **kwargs)
+
+
+ON_CLASSES = [F.cross_entropy, nll_of_logits]
+ON_VALUES = [F.mse_loss, F.l1_loss, F.smooth_l1_loss, F.huber_loss, F.binary_cross_entropy_with_logits, F.kl_div]
+
+
+@pytest.mark.filterwarnings("ignore:reduction. 'mean'")  # torch's, of kl_div
+@given(
+    st.integers(1, 4),
+    st.sampled_from([1, 6, 300]),
+    st.integers(2, 20),
+    st.sampled_from([torch.half, torch.bfloat16, torch.float, torch.double]),
+    st.sampled_from(["mean", "sum", "none"]),
+    st.sampled_from(ON_CLASSES + ON_VALUES),
+    st.data(),
+)
+def test_any_loss_of_any_dtype_is_what_separate_calls_give(
+    m: int, b: int, c: int, dtype: torch.dtype, reduction: str, loss: Any, data: st.DataObject
+) -> None:
+    inputs = torch.randn(m, b, c).mul(3).to(dtype)
+    targets = torch.randint(c, (m, b)) if loss in ON_CLASSES else torch.rand(m, b, c).to(dtype)
+    options: dict[str, Any] = {}
+    if loss in ON_CLASSES:
+        options = {"ignore_index": 1, "weight": torch.rand(c, dtype=dtype) + 0.1}
+    if loss is F.cross_entropy:
+        options["label_smoothing"] = 0.3
+    kwargs = {name: value for name, value in options.items() if data.draw(st.booleans(), name)}
+    check_loss(inputs, targets, loss, reduction, exactly=dtype in (torch.half, torch.bfloat16), **kwargs)
+
+
+@pytest.mark.parametrize("loss", [F.cross_entropy, F.nll_loss, F.mse_loss, F.binary_cross_entropy_with_logits])
+def test_losses_under_autocast_have_the_dtype_of_separate_calls(loss: Any) -> None:
+    inputs = torch.randn(3, 6, 5).bfloat16()
+    targets = torch.rand(3, 6, 5) if loss in ON_VALUES else classes(3, 6)
+    with torch.autocast("cpu", torch.bfloat16):
+        close(batch_loss(inputs, targets, 3, loss), [loss(i, t) for i, t in zip(inputs, targets)], "loss")
 
 
 def test_the_number_of_models_is_known_from_the_inputs() -> None:
