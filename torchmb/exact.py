@@ -95,8 +95,8 @@ def _batch_norm(layer: Layer, x: Tensor, dim: Dim, batch: int) -> Batched:
 
 
 def _layer_norm(layer: Layer, x: Tensor, dim: Dim, batch: int) -> Batched:
-    x = F.layer_norm(models_first(x, dim, batch), layer.normalized_shape, eps=layer.eps)
-    return normalisation.affine(x, layer.weight, layer.bias, x.dim() - len(layer.normalized_shape)), 0
+    rows = models_first(x, dim, batch)
+    return normalisation.layer_norm(rows, layer.normalized_shape, layer.weight, layer.bias, layer.eps), 0
 
 
 def _group_norm(layer: Layer, x: Tensor, dim: Dim, batch: int) -> Batched:

@@ -51,8 +51,8 @@ class _Linear(torch.autograd.Function):
         return grad_x, grad_weight, grad.sum(1) if ctx.needs_input_grad[2] else None, None
 
 
-def as_autocast(*tensors: Tensor | None) -> list[Tensor | None]:
-    """Casts as torch does before a matrix product, here so that the backward sees the dtypes of the forward."""
+def as_autocast(*tensors: Any) -> list[Any]:
+    """Casts tensors as torch does before a matrix product, here so that the backward sees the dtypes of the forward."""
     device = next(t.device.type for t in tensors if t is not None)
     if not torch.is_autocast_enabled(device):
         return list(tensors)
@@ -62,7 +62,7 @@ def as_autocast(*tensors: Tensor | None) -> list[Tensor | None]:
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None, columns: bool = False) -> Tensor:
     """x (M, …, I), weight (M, O, I), bias (M, O) or None → (M, …, O), features before rows in memory if `columns`."""
-    x, weight, bias = as_autocast(x, weight, bias)  # type: ignore[assignment]
+    x, weight, bias = as_autocast(x, weight, bias)
     rows = x.flatten(1, -2) if x.dim() > 2 else x.unsqueeze(1)
     # Within a transform of the caller's own, such as torch.func.grad, only torch's backward can be transformed.
     if current_level():
@@ -104,9 +104,14 @@ def _weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
     return v * (g / torch.norm_except_dim(v, 2, dim))
 
 
-# The last two only spell out in parts what vmap would otherwise compute model by model.
+def _prelu(input: Tensor, weight: Tensor) -> Tensor:
+    return torch.prelu(*as_autocast(input, weight))
+
+
+# The last three are torch's own: in parts that vmap would otherwise compute model by model, cast as vmap does not.
 RULES: dict[Callable[..., Any], Callable[..., Any]] = {
     F.linear: _rule,
     F.bilinear: _bilinear,
     torch._weight_norm: _weight_norm,
+    torch.prelu: _prelu,
 }
