@@ -107,9 +107,13 @@ def copied(root: nn.Module, instead: dict[int, Any]) -> nn.Module:
 def swapped(modules: Sequence[nn.Module], places: Sequence[Slot], tensors: Sequence[Tensor | None]) -> Iterator[None]:
     """`tensors` in `places`, and in lists, dicts and attributes that hold the same, as recurrent layers do.
 
-    Afterwards what was there before is there again, whatever forward has put there.
+    They pass for parameters where those before are some. Afterwards what was there before is there again, whatever
+    forward has put there; what it has put elsewhere under a name of its own is what was there before, too.
     """
     before = [slot.tensor for slot in places]
+    for old, new in zip(before, tensors, strict=True):
+        if new is not None and isinstance(old, nn.Parameter):
+            new._is_param = True  # for which isinstance(…, nn.Parameter) asks
     now = {id(old): new for old, new in zip(before, tensors, strict=True) if old is not None}
     aliases = [(m, name, value) for m in modules for name, value in vars(m).items() if _mentions(name, value, now)]
     try:
@@ -123,6 +127,9 @@ def swapped(modules: Sequence[nn.Module], places: Sequence[Slot], tensors: Seque
             slot.put(old)
         for module, name, value in aliases:
             module.__dict__[name] = value
+        was = {id(new): old for old, new in zip(before, tensors) if new is not None}
+        for own in (module._parameters for module in modules):
+            own.update({name: was[id(p)] for name, p in own.items() if id(p) in was})  # type: ignore[misc]
 
 
 def _mentions(name: str, value: Any, tensors: dict[int, Any]) -> bool:

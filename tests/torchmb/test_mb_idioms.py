@@ -126,6 +126,37 @@ def test_weights_in_a_list_of_the_users_own_are_those_of_the_model() -> None:
     run_alike(BatchModule.from_modules(models), models, torch.randn(3, 2, 5))
 
 
+@pytest.mark.parametrize("branch", [False, True], ids=["vmap", "one by one"])
+def test_a_forward_sees_which_of_its_tensors_are_parameters(branch: bool) -> None:
+    def forward(m: Any, x: Tensor) -> Tensor:
+        assert isinstance(m.l.weight, nn.Parameter) and isinstance(m.n.bias, nn.Parameter)
+        assert not isinstance(m.n.running_mean, nn.Parameter) and not isinstance(m.l.weight * 1, nn.Parameter)
+        y = m.n(m.l(x))
+        return -y if branch and y.sum() + y[0, 0] > 0 else y
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore" if branch else "error")
+        assert_alike(lambda: Own(forward, l=nn.Linear(5, 4), n=nn.BatchNorm1d(4)), 5)
+
+
+def test_a_forward_may_tie_weights() -> None:
+    def forward(m: Any, x: Tensor) -> Tensor:
+        m.decoder.weight = m.encoder.weight
+        m.alias = m.encoder.bias
+        return m.decoder(m.encoder(x)) + m.alias
+
+    models = separate(lambda: Own(forward, encoder=nn.Linear(5, 5), decoder=nn.Linear(5, 5)), 3)
+    batch, x = BatchModule.from_modules(models), torch.randn(3, 6, 5)
+    out, expected = batch(x), [m(one) for m, one in zip(models, x)]
+    close(out, expected, "output")
+    out.square().sum().backward()
+    for e in expected:
+        e.square().sum().backward()
+    for name in ("encoder.weight", "encoder.bias", "decoder.bias"):
+        close(batch.get_parameter(name).grad, [m.get_parameter(name).grad for m in models], name)
+    assert batch.get_parameter("alias") is batch.get_parameter("encoder.bias")
+
+
 def test_a_custom_module_with_its_own_parameter_and_buffer() -> None:
     class Scale(nn.Module):
         def __init__(self) -> None:
