@@ -28,7 +28,7 @@ from .base import (
 from .layers import BatchBatchNorm2d, BatchConv2d, BatchLinear
 from .native import native
 from .nest import map_leaves, map_tensors, take
-from .run import Inputs, Kept, Models, merged, one_by_one, vectorised
+from .run import Inputs, Kept, Models, RunLock, merged, one_by_one, vectorised
 from .seeds import initialised
 from .shared import Shared
 from .state import Attributes, copied, is_batch_module, named_tensors, plain_modules, stack_tensors, walk
@@ -112,6 +112,7 @@ class BatchModule(AbstractBatchModule):
 
     def _adopt(self, root: nn.Module) -> None:
         """Makes what `root` contains the contents of this module, under the same names."""
+        self._lock = RunLock()
         self._kept = Kept()
         self._refused = ""
         self.__dict__["_root"] = root  # no submodule: its names would get a prefix
@@ -149,10 +150,14 @@ class BatchModule(AbstractBatchModule):
     def forward(self, *args: Any, merge: bool = True, split: bool = True, **kwargs: Any) -> Any:
         """All models on their share of the arguments, tensors (M, B, …) → the template's output, tensors (M, B, …).
 
+        Threads that call one batch take turns.
         merge=False: tensors are merged already, (B · M, …), index b * M + m. split=False: those of the output shall be.
         ValueError if a tensor's first dimension is not M (or no multiple of M, if merged).
         """
-        output = self._run(self._inputs(args, kwargs, merged=not merge))
+        # torch.compile would try to look into vmap, and would leave the models to run one by one.
+        compiling = torch.compiler.is_dynamo_compiling()
+        run = torch.compiler.disable(self._run) if compiling else self._run  # type: ignore[no-untyped-call]
+        output = run(self._inputs(args, kwargs, merged=not merge))
         return output if split else map_tensors(merge_batch, output)
 
     def _inputs(self, args: tuple[Any, ...], kwargs: dict[str, Any], merged: bool) -> Inputs:
@@ -177,6 +182,10 @@ class BatchModule(AbstractBatchModule):
         return tensor
 
     def _run(self, inputs: Inputs) -> Any:
+        with self._lock:  # for as long as the template holds the tensors of this run
+            return self._run_alone(inputs)
+
+    def _run_alone(self, inputs: Inputs) -> Any:
         if (output := native(self._template, inputs, self.batch)) is not None:
             return output
         if isinstance(self._template, AbstractBatchModule):
@@ -208,7 +217,7 @@ class BatchModule(AbstractBatchModule):
         self._refused = reason
         warnings.warn(
             f"the {self.batch} models of {type(self._template).__name__} run one by one, since vmap refuses {reason}",
-            stacklevel=6,  # where the batch is called
+            stacklevel=7,  # where the batch is called
         )
         return output
 

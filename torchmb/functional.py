@@ -62,7 +62,7 @@ def batch_loss(
         return loss_func(inputs, targets, reduction=reduction, **kwargs)
 
     if not in_half:
-        with suppress(Exception), quiet():  # what vmap refuses; an error of the loss itself comes again
+        with suppress(Exception), quiet:  # what vmap refuses; an error of the loss itself comes again
             return torch.func.vmap(one_model, randomness="different")(batch_inputs, batch_targets)
     return torch.stack([one_model(i, t) for i, t in zip(batch_inputs, batch_targets, strict=True)])
 

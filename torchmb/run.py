@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from threading import RLock
 from typing import Any
 
 import torch
@@ -82,6 +83,22 @@ class Models:
         """Of what a run must not have edited if it is to be repeated."""
         tensors = [*inputs.tensors, *(s.tensor for s in self.parameters)]
         return [t._version for t in tensors if t is not None and not t.is_inference()]
+
+
+class RunLock:
+    """One run at a time. A copy of what it guards gets a lock of its own."""
+
+    def __init__(self) -> None:
+        self._lock = RLock()  # a hook or forward may call its own batch
+
+    def __enter__(self) -> None:
+        self._lock.acquire()
+
+    def __exit__(self, *error: object) -> None:
+        self._lock.release()
+
+    def __reduce__(self) -> tuple[type[RunLock], tuple[()]]:
+        return RunLock, ()
 
 
 class _Unique:

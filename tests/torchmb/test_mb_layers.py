@@ -24,7 +24,13 @@ def seeded() -> Iterator[None]:
     torch.manual_seed(0)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        for of_torch in ("Using padding='same'", "LSTM with projections", "enable_nested_tensor", "Mismatch dtype"):
+        for of_torch in (
+            "Using padding='same'",
+            "LSTM with projections",
+            "enable_nested_tensor",
+            "Mismatch dtype",
+            "The PyTorch API of nested",
+        ):
             warnings.filterwarnings("ignore", of_torch)
         yield
 
@@ -236,6 +242,16 @@ def test_a_forward_sees_whether_its_tensors_require_grad() -> None:
     with torch.no_grad():
         x = torch.randn(2, 3, 4)
         assert torch.equal(BatchModule(make(), batch=2)(x), x)
+
+
+def test_padded_rows_of_a_transformer_are_masked_without_a_loop() -> None:
+    def forward(m: Any, x: torch.Tensor) -> torch.Tensor:
+        return m.t(x, src_key_padding_mask=torch.arange(4).expand(6, 4) > 2)[:, :3]
+
+    def make() -> nn.Module:
+        return Own(forward, t=nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, 16, batch_first=True), 2))
+
+    assert_alike(make, 4, 8, training=False)
 
 
 def test_no_grad_and_inference_mode_are_right() -> None:
