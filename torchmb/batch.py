@@ -64,10 +64,10 @@ class BatchModule(AbstractBatchModule):
     ) -> None:
         if batch is None:
             batch = 1 if seeds is None else len(seeds)
-        if seeds is not None and len(seeds) != batch:
-            raise ValueError(f"batch = {batch} models need as many seeds, got {len(seeds)}")
         super().__init__(batch)
-        self._build([module] * batch if seeds is None else initialised(module, seeds))
+        if seeds is not None and len(seeds) != self.batch:
+            raise ValueError(f"batch = {batch} models need as many seeds, got {len(seeds)}")
+        self._build([module] * self.batch if seeds is None else initialised(module, seeds))
         if inplace:
             module.__dict__.update(vars(self._template))
             self._adopt(module)
@@ -84,7 +84,8 @@ class BatchModule(AbstractBatchModule):
         for i, module in enumerate(modules):
             kinds = [type_before_parametrizations(m) for m in (module, modules[0])]
             if kinds[0] is not kinds[1]:
-                raise ValueError(f"module {i} is a {kinds[0].__name__}, module 0 a {kinds[1].__name__}")
+                own, first = _told_apart(*kinds)
+                raise ValueError(f"module {i} is a {own}, module 0 a {first}")
         self = cls.__new__(cls)
         AbstractBatchModule.__init__(self, len(modules))
         self._build(modules)
@@ -278,6 +279,14 @@ class BatchModule(AbstractBatchModule):
 
     def extra_repr(self) -> str:
         return f"{type(self._template).__name__}, batch={self.batch}"
+
+
+def _told_apart(a: type, b: type) -> tuple[str, str]:
+    """Names of two classes: with their modules if those without are the same."""
+    if a.__name__ != b.__name__:
+        return a.__name__, b.__name__
+    names = tuple(f"{cls.__module__}.{cls.__qualname__}" for cls in (a, b))
+    return names[0], names[1] if names[0] != names[1] else f"{names[1]} of an earlier definition"
 
 
 def _join(outer: str, inner: str) -> str:

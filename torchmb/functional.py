@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .base import inner_batch_size, merge_batch, split_batch
+from .base import inner_batch_size, integer, merge_batch, number_of_models, split_batch
 from .lift import quiet
 from .shared import Shared
 
@@ -77,8 +77,7 @@ def _autocasts(x: Tensor) -> bool:
 
 
 def _check_batch(batch: int, **tensors: Tensor) -> None:
-    if batch < 1:
-        raise ValueError(f"batch must be at least 1, got {batch}")
+    number_of_models(batch)
     for name, tensor in tensors.items():
         if tensor.dim() < 1 or len(tensor) != batch:
             raise ValueError(f"{name} of {batch} models must be ({batch}, ...), got {tuple(tensor.shape)}")
@@ -127,7 +126,9 @@ def batch_topk(
     if batch_inputs.dim() != 3 or batch_targets.shape != batch_inputs.shape[:2]:
         shapes = tuple(batch_inputs.shape), tuple(batch_targets.shape)
         raise ValueError(f"scores must be (M, B, C) and targets (M, B), got {shapes[0]} and {shapes[1]}")
-    ks = (k,) if isinstance(k, int) else tuple(k)
+    ks = [integer("k", one) for one in ((k,) if isinstance(k, int) else k)]
+    if not ks:
+        raise ValueError(f"k must hold at least one number, such as (1,), got {k}")
     classes = batch_inputs.shape[2]
     for one in ks:
         if not 1 <= one <= classes:
@@ -149,16 +150,20 @@ def clip_grad_norm_(
 ) -> Tensor:
     """Clips the gradients of each model as torch.nn.utils.clip_grad_norm_ would those of the model alone.
 
-    parameters: (M, …) each, or a BatchModule. max_norm: one number, or [M]. Returns the norms before, [M].
+    parameters: (M, …) each, or a BatchModule. max_norm: one number, or [M]. Returns the norms before, [M],
+    zeros if there are no gradients.
     ValueError if the numbers of models differ; RuntimeError for a norm that is not finite, if `error_if_nonfinite`.
     """
     if isinstance(parameters, nn.Module):
         parameters = parameters.parameters()
     given = [parameters] if isinstance(parameters, Tensor) else list(parameters)
+    if not given:
+        return torch.zeros(0)
+    batch = len(given[0]) if given[0].dim() else 1
+    _check_batch(batch, **{f"parameter {i}": p for i, p in enumerate(given)})
     grads = [p.grad for p in given if p.grad is not None]
     if not grads:
-        return torch.zeros(0)
-    _check_batch(len(grads[0]), **{f"gradient {i}": g for i, g in enumerate(grads)})
+        return given[0].new_zeros(batch)
     norms = [torch.linalg.vector_norm(g.reshape(len(g), -1), norm_type, dim=1) for g in grads]
     total: Tensor = torch.linalg.vector_norm(torch.stack([n.to(norms[0].device) for n in norms]), norm_type, dim=0)
     if error_if_nonfinite and not total.isfinite().all():
@@ -210,10 +215,12 @@ def per_model_lr(optimizer: torch.optim.Optimizer, learning_rates: Sequence[floa
 
     The step is taken with the optimizer's own rate and then scaled by learning_rates[m] / lr, as lr is now: schedulers
     go on and change all models alike. Exact for SGD, Adam, AdamW, NAdam, RAdam, RMSprop, Adagrad, Adadelta and Adamax.
-    ValueError for an optimizer whose step is not proportional to its learning rate, for lr = 0 and for parameters that
-    are not (M, …).
+    ValueError for an optimizer whose step is not proportional to its learning rate, for lr = 0, rates below 0 and
+    for parameters that are not (M, …).
     """
     rates = torch.as_tensor(learning_rates, dtype=torch.float64)
+    if rates.isnan().any() or (rates < 0).any():
+        raise ValueError(f"learning rates must be at least 0, got {rates.tolist()}")
     if isinstance(optimizer, _NOT_PROPORTIONAL):
         raise ValueError(f"the steps of {type(optimizer).__name__} are not proportional to its learning rate")
     for group in optimizer.param_groups:

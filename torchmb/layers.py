@@ -26,13 +26,13 @@ class _BatchLayer(AbstractBatchModule):
 
     def __init__(self, batch: int, *args: Any, **kwargs: Any) -> None:
         super().__init__(batch)
-        self._take([self.base_class(*args, **kwargs) for _ in range(batch)])
+        self._take([self.base_class(*args, **kwargs) for _ in range(self.batch)])
 
     @classmethod
     def from_module(cls, module: nn.Module, batch: int) -> _BatchLayer:
         self = cls.__new__(cls)
         AbstractBatchModule.__init__(self, batch)
-        self._take([module] * batch)
+        self._take([module] * self.batch)
         return self
 
     def _take(self, modules: Sequence[nn.Module]) -> None:

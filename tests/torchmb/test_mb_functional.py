@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -183,8 +184,11 @@ def test_top_k_is_what_separate_models_have(m: int, b: int, c: int, data: st.Dat
 def test_bad_arguments_of_top_k_are_named() -> None:
     scores, targets = torch.randn(3, 6, 5), classes(3, 6)
     for k in (6, 0):
-        with pytest.raises(ValueError, match=f"5.*{k}"):
+        with pytest.raises(ValueError, match=rf"k must be .*got {k}"):
             batch_topk(scores, targets, 3, (1, k))
+    for k, what in (((), "()"), ((True,), "True"), ((1.5,), "1.5")):
+        with pytest.raises(ValueError, match=f"k must .*{re.escape(what)}"):
+            batch_topk(scores, targets, 3, k)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"\(3, 6, 5\).*\(3, 5\)"):
         batch_topk(scores, targets[:, :5], 3)
     with pytest.raises(ValueError, match="4"):
@@ -227,7 +231,9 @@ def test_a_limit_for_each_model_and_norms_that_are_not_finite() -> None:
     p.grad[1, 0] = math.inf
     with pytest.raises(RuntimeError, match=r"\[1\]"):
         clip_grad_norm_(p, 1.0, error_if_nonfinite=True)
-    assert clip_grad_norm_([nn.Parameter(torch.ones(3))], 1.0).numel() == 0
+    without = nn.Parameter(torch.ones(3, dtype=torch.double))
+    assert torch.equal(clip_grad_norm_([without], 1.0), torch.zeros(3, dtype=torch.double))
+    assert clip_grad_norm_([], 1.0).numel() == 0
     other = nn.Parameter(torch.ones(2))
     other.grad = torch.ones(2)
     with pytest.raises(ValueError, match=r"3.*\(2,\)"):
@@ -307,6 +313,9 @@ def test_learning_rates_that_cannot_be_scaled_are_refused() -> None:
         per_model_lr(torch.optim.SGD([p], 0.1), [1.0, 0.5, 2.0])
     with pytest.raises(ValueError, match="0"):
         per_model_lr(torch.optim.SGD([p], 0.0), [1.0, 0.5])
+    for rate in (-0.5, math.nan):
+        with pytest.raises(ValueError, match=f"at least 0.*{rate}"):
+            per_model_lr(torch.optim.SGD([p], 0.1), [1.0, rate])
 
 
 def test_targets_may_be_bytes() -> None:
