@@ -46,9 +46,9 @@ def _elementwise(layer: Layer, x: Tensor, dim: Dim, batch: int) -> Batched:
     return layer.forward(x), dim
 
 
-def _dropout(layer: Layer, x: Tensor, dim: Dim, batch: int) -> Batched:
+def _random(layer: Layer, x: Tensor, dim: Dim, batch: int) -> Batched:
     if dim is None and layer.training:
-        x, dim = x.expand(batch, *x.shape).clone(), 0  # a mask of its own for each model
+        x, dim = x.expand(batch, *x.shape).clone(), 0  # numbers of its own for each model
     return layer.forward(x), dim
 
 
@@ -148,12 +148,13 @@ ELEMENTWISE = frozenset(
     {
         *(nn.Identity, nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.ELU, nn.SELU, nn.CELU, nn.GELU, nn.SiLU, nn.Mish),
         *(nn.Tanh, nn.Sigmoid, nn.LogSigmoid, nn.Softplus, nn.Softsign, nn.Tanhshrink, nn.Softshrink),
-        *(nn.Hardshrink, nn.Hardtanh, nn.Hardswish, nn.Hardsigmoid, nn.Threshold, nn.Dropout),
+        *(nn.Hardshrink, nn.Hardtanh, nn.Hardswish, nn.Hardsigmoid, nn.Threshold, nn.Dropout, nn.RReLU),
     }
 )
 LAYERS: dict[type[nn.Module], Exact] = {kind: Exact(_any, _elementwise) for kind in ELEMENTWISE}
 LAYERS |= {
-    nn.Dropout: Exact(_any, _dropout),
+    nn.Dropout: Exact(_any, _random),
+    nn.RReLU: Exact(_any, _random),
     nn.Linear: Exact(lambda layer, dims: dims or None, linear_layer),
     nn.Conv1d: Exact(_dimensions(3), _convolution),
     nn.Conv2d: Exact(_dimensions(4), _convolution),

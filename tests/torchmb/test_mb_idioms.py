@@ -33,6 +33,12 @@ def twice(m: Any, x: Tensor) -> Tensor:
 
 
 # y is (B, 4).
+def masked(y: Tensor, mask: Tensor, value: Any) -> Tensor:
+    y = y.clone()
+    y[mask] = value
+    return y
+
+
 IDIOMS: dict[str, Callable[[Tensor], Tensor]] = {
     "less its mean": lambda y: y - y.mean(0),
     "by the number of rows": lambda y: y / y.size(0),
@@ -55,6 +61,9 @@ IDIOMS: dict[str, Callable[[Tensor], Tensor]] = {
     "shape as numbers": lambda y: y.view(y.shape[0], 2, y.shape[1] // 2).transpose(1, 2).reshape(y.shape),
     "einsum": lambda y: torch.einsum("bi,bj->ij", y, y) + y.sum(0),
     "norm": lambda y: F.normalize(y, dim=0),
+    "masked": lambda y: masked(y, y > 0.1, 0.5),
+    "masked by its mean": lambda y: masked(y, y > 0.1, y.mean()),
+    "masked rows": lambda y: masked(y, y[:, 0] > 0.1, y.mean(0)),
     "outer": lambda y: (y.unsqueeze(1) - y.unsqueeze(0)).square().sum(1),
 }
 

@@ -104,6 +104,7 @@ UNDER_VMAP: dict[str, Case] = {
     ),
     "weight_norm": (lambda: nn.utils.parametrizations.weight_norm(nn.Linear(5, 4)), (5,)),
     "orthogonal": (lambda: nn.utils.parametrizations.orthogonal(nn.Linear(4, 4)), (4,)),
+    "spectral_norm": (lambda: nn.utils.parametrizations.spectral_norm(nn.Conv2d(3, 4, 3)), (3, 6, 6)),
     "lstm": (lambda: nn.LSTM(5, 4, 2, batch_first=True), (7, 5)),
     "lstm, both ways, projections": (lambda: nn.LSTM(5, 4, 2, bidirectional=True, proj_size=2), (7, 5)),
     "lstm cell": (lambda: Own(lambda m, x: m.l(x, m.l(x)), l=nn.LSTMCell(5, 4)), (5,)),
@@ -187,6 +188,23 @@ def test_lenet_is_right(training: bool) -> None:
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
 def test_a_small_resnet_18_is_right(training: bool) -> None:
     assert_alike(ResNet18, 3, 16, 16, training=training, steps=1)
+
+
+def test_rrelu_is_right_and_draws_for_each_model() -> None:
+    from torchmb import shared
+
+    def own_forward() -> nn.Module:
+        return Own(lambda m, x: F.rrelu(m.l(x), 0.1, 0.4, m.training, inplace=True), l=nn.Linear(5, 5))
+
+    for make in (lambda: nn.Sequential(nn.Linear(5, 5), nn.RReLU()), lambda: Wrapped(nn.RReLU()), own_forward):
+        assert_alike(make, 5, training=False)
+    for batch in (BatchModule(nn.RReLU(0.1, 0.4), 3), BatchModule(Wrapped(nn.RReLU(0.1, 0.4)), 3)):
+        x = torch.tensor([-1.0, 2.0]).expand(50, 2).clone().requires_grad_()
+        slopes, kept = batch(shared(x)).unbind(-1)
+        assert len(slopes.unique()) == 150 and -0.4 <= slopes.min() < -0.3 and -0.2 < slopes.max() <= -0.1
+        assert (kept == 2).all()
+        (grad,) = torch.autograd.grad(slopes.sum(), x)
+        torch.testing.assert_close(grad[:, 0], -slopes.sum(0))
 
 
 def test_frozen_layers_stay_without_gradients() -> None:

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..lift import Batched, Dim, batch_size, current_level, is_batched, lift, models_first, reshaped, split_dim
+from .autocast import as_autocast
 
 
 def _product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -49,15 +50,6 @@ class _Linear(torch.autograd.Function):
             grad_x = torch.bmm(weight.mT, grad.mT).mT if x.mT.is_contiguous() else torch.bmm(grad, weight)
         grad_weight = torch.bmm(grad.mT, x) if ctx.needs_input_grad[1] else None
         return grad_x, grad_weight, grad.sum(1) if ctx.needs_input_grad[2] else None, None
-
-
-def as_autocast(*tensors: Any) -> list[Any]:
-    """Casts tensors as torch does before a matrix product, here so that the backward sees the dtypes of the forward."""
-    device = next(t.device.type for t in tensors if t is not None)
-    if not torch.is_autocast_enabled(device):
-        return list(tensors)
-    dtype = torch.get_autocast_dtype(device)
-    return [t.to(dtype) if t is not None and t.is_floating_point() and t.dtype != torch.float64 else t for t in tensors]
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None, columns: bool = False) -> Tensor:
@@ -104,14 +96,9 @@ def _weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
     return v * (g / torch.norm_except_dim(v, 2, dim))
 
 
-def _prelu(input: Tensor, weight: Tensor) -> Tensor:
-    return torch.prelu(*as_autocast(input, weight))
-
-
-# The last three are torch's own: in parts that vmap would otherwise compute model by model, cast as vmap does not.
+# The last two only spell out in parts what vmap would otherwise compute model by model.
 RULES: dict[Callable[..., Any], Callable[..., Any]] = {
     F.linear: _rule,
     F.bilinear: _bilinear,
     torch._weight_norm: _weight_norm,
-    torch.prelu: _prelu,
 }

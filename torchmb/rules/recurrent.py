@@ -11,7 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..lift import Batched, Dim, batch_size, is_batched, lift_all, models_first
-from .linear import as_autocast, linear
+from .autocast import as_autocast
+from .linear import linear
 
 
 class Layer(NamedTuple):
