@@ -22,8 +22,9 @@ from torch._C._functorch import (
     maybe_current_level,
     maybe_get_bdim,
     maybe_get_level,
+    pop_dynamic_layer_stack,
+    push_dynamic_layer_stack,
 )
-from torch._functorch.pyfunctorch import retrieve_current_functorch_interpreter
 from torch._functorch.vmap import lazy_load_decompositions, vmap_increment_nesting  # type: ignore[attr-defined]
 
 Dim = int | None  # where the models are; None: the same tensor for all of them
@@ -101,17 +102,21 @@ def lift(kernel: Callable[..., Batched], *operands: Any) -> Tensor:
 
 def lift_all(kernel: Callable[..., list[Batched]], *operands: Any) -> list[Tensor]:
     """`lift` for a kernel with several outputs."""
-    interpreter = retrieve_current_functorch_interpreter()
-    level = interpreter.level()
+    level = current_level()
     unwrapped = [unwrap(x, level) for x in operands]
-    with interpreter.lower():
+    transform = pop_dynamic_layer_stack()
+    try:
         outputs = kernel(*unwrapped)
+    finally:
+        push_dynamic_layer_stack(transform)
     return [x if dim is None else _add_batch_dim(x, dim, level) for x, dim in outputs]
 
 
 def models_first(x: Tensor, dim: Dim, batch: int) -> Tensor:
-    """(M, …), a view."""
-    return x.expand(batch, *x.shape) if dim is None else x.movedim(dim, 0)
+    """(M, …), a view or x itself."""
+    if dim is None:
+        return x.expand(batch, *x.shape)
+    return x.movedim(dim, 0) if dim else x
 
 
 def in_order(x: Tensor) -> Tensor:

@@ -8,7 +8,6 @@ finds its own share there.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from threading import RLock
 from typing import Any
@@ -22,7 +21,7 @@ from .lift import in_order, is_batched, models_of, under_vmap, wrap
 from .nest import Place, map_tensors, put, stack, take
 from .rules import Rules
 from .rules.convolution import channels_last
-from .state import Attributes, Slot, is_batch_module, plain_attributes, plain_modules, refill, slots, swapped, walk
+from .state import Attributes, Slot, is_batch_module, plain_attributes, refill, slots, swapped, walk
 
 Name = tuple[int, str]  # of an attribute: the number of its module, and its own
 
@@ -69,9 +68,9 @@ class Models:
 
     def __init__(self, root: nn.Module, batch: int, kept: Kept) -> None:
         self.root, self.batch, self.kept = root, batch, kept
-        self.modules = plain_modules(root)
-        places = {id(m): m for _, m in walk(root, is_batch_module)}
-        self.batch_modules = [m for m in places.values() if isinstance(m, AbstractBatchModule)]
+        found = list({id(m): m for _, m in walk(root, is_batch_module)}.values())
+        self.batch_modules = [m for m in found if isinstance(m, AbstractBatchModule)]
+        self.modules = [m for m in found if not isinstance(m, AbstractBatchModule)]
         self.parameters = slots(self.modules, "_parameters")
         self.buffers = slots(self.modules, "_buffers")
 
@@ -119,11 +118,9 @@ class _Unique:
         return [None if p is None else tensors[p] for p in self._places]
 
 
-@contextmanager
-def _attributes(modules: Sequence[nn.Module], values: dict[Name, Any]) -> Iterator[None]:
+def _put_attributes(modules: Sequence[nn.Module], values: dict[Name, Any]) -> None:
     for (i, name), value in values.items():
         modules[i].__dict__[name] = value
-    yield
 
 
 @torch.no_grad()
@@ -150,10 +147,10 @@ def vectorised(models: Models, inputs: Inputs) -> Any:
         places = [*parameters.spread(ours), *buffers.spread(buffer)]
         with (
             swapped(models.modules, models.places, places),
-            _attributes(models.modules, put(kept_rest, attributes)),
             outside_vmap(models.modules, models.batch_modules, models.batch),
             channels_last(models.modules, given[0] if given else None),
         ):
+            _put_attributes(models.modules, put(kept_rest, attributes))
             found, rest = take(_one_forward(models, inputs.filled(tensors), level))
         results = [models_of(t, level, models.batch) for t in found]
     output, left, replaced = put(rest, results)
@@ -222,10 +219,8 @@ def one_by_one(models: Models, inputs: Inputs) -> Any:
         ours, buffer, tensors = _divided([s[i] for s in shares], counts)
         own_buffers = buffers.spread(buffer)
         attributes = {name: models.kept.share(name, value, i) for name, value in held.items()}
-        with (
-            swapped(models.modules, models.places, [*parameters.spread(ours), *own_buffers]),
-            _attributes(models.modules, attributes),
-        ):
+        with swapped(models.modules, models.places, [*parameters.spread(ours), *own_buffers]):
+            _put_attributes(models.modules, attributes)
             args, kwargs = inputs.filled(tensors)
             outputs.append(models.root(*args, **kwargs))
             now = [s.tensor for s in models.buffers]

@@ -115,7 +115,12 @@ def swapped(modules: Sequence[nn.Module], places: Sequence[Slot], tensors: Seque
         if new is not None and isinstance(old, nn.Parameter):
             new._is_param = True  # for which isinstance(…, nn.Parameter) asks
     now = {id(old): new for old, new in zip(before, tensors, strict=True) if old is not None}
-    aliases = [(m, name, value) for m in modules for name, value in vars(m).items() if _mentions(name, value, now)]
+    aliases = [
+        (m, name, value)
+        for m in modules
+        for name, value in vars(m).items()
+        if name not in _REGISTRIES and _mentions(value, now)
+    ]
     try:
         for slot, tensor in zip(places, tensors, strict=True):
             slot.put(tensor)
@@ -132,16 +137,16 @@ def swapped(modules: Sequence[nn.Module], places: Sequence[Slot], tensors: Seque
             own.update({name: was[id(p)] for name, p in own.items() if id(p) in was})  # type: ignore[misc]
 
 
-def _mentions(name: str, value: Any, tensors: dict[int, Any]) -> bool:
+def _mentions(value: Any, tensors: dict[int, Any]) -> bool:
     if isinstance(value, Tensor):
         return id(value) in tensors
-    if type(value) not in (list, tuple, dict) or name in _REGISTRIES or not value:
+    if type(value) not in (list, tuple, dict) or not value:
         return False
     return any(id(t) in tensors for t in take(value)[0])
 
 
-_REGISTRIES = frozenset(name for name, value in vars(nn.Module()).items() if isinstance(value, (dict, set)))
-_TORCHS_OWN = frozenset(vars(nn.Module())) | {"_flat_weights"}
+_REGISTRIES = frozenset(vars(nn.Module()))
+_TORCHS_OWN = _REGISTRIES | {"_flat_weights"}
 
 
 def plain_attributes(module: nn.Module) -> dict[str, Any]:

@@ -10,13 +10,15 @@ import torch
 from torch import Tensor
 
 
-def as_autocast(*tensors: Any) -> list[Any]:
+def as_autocast(x: Tensor, *others: Any) -> tuple[Any, ...]:
     """Casts tensors as torch does before a matrix product, here so that the backward sees the dtypes of the forward."""
-    device = next(t.device.type for t in tensors if t is not None)
+    device = x.device.type
     if not torch.is_autocast_enabled(device):
-        return list(tensors)
+        return x, *others
     dtype = torch.get_autocast_dtype(device)
-    return [t.to(dtype) if t is not None and t.is_floating_point() and t.dtype != torch.float64 else t for t in tensors]
+    return tuple(
+        t.to(dtype) if t is not None and t.is_floating_point() and t.dtype != torch.float64 else t for t in (x, *others)
+    )
 
 
 def _prelu(input: Tensor, weight: Tensor) -> Tensor:

@@ -118,7 +118,7 @@ def _rule(
         batch = batch_size(x, *given)
         first = [models_first(t, dim, batch) for t, dim in (x, *given)]
         if input.is_cuda or (cell is _lstm_cell and not projects):  # one kernel of torch, which casts all of it
-            first = as_autocast(*first)
+            first = list(as_autocast(*first))
         time_first = first[0].transpose(1, 2) if batch_first else first[0]
         layers = _layers(first[1 + count :], has_biases, directions)
         out, last = recur(
