@@ -57,19 +57,20 @@ def linear_layer(layer: Layer, x: Tensor, dim: Dim, batch: int, columns: bool = 
 
 
 def _convolution(layer: Layer, x: Tensor, dim: Dim, batch: int) -> Batched:
-    options = {"stride": layer.stride, "padding": layer.padding, "dilation": layer.dilation, "groups": layer.groups}
-    if layer.padding_mode != "zeros":
-        pads, mode = layer._reversed_padding_repeated_twice, layer.padding_mode
-        x, dim = pooling.each_image(lambda images: F.pad(images, pads, mode=mode), x, dim)
-        options["padding"] = 0
     function = convolution.CONVOLUTIONS[len(layer.kernel_size)]
-    return convolution.kernel(function, options, (x, dim), (layer.weight, 0), (layer.bias, 0))
+    if layer.padding_mode == "zeros":
+        return _convolve(function, layer, x, dim)
+    pads, mode = layer._reversed_padding_repeated_twice, layer.padding_mode
+    x, dim = pooling.each_image(lambda images: F.pad(images, pads, mode=mode), x, dim)
+    return _convolve(function, layer, x, dim, padding=0)
 
 
 def _transposed_convolution(layer: Layer, x: Tensor, dim: Dim, batch: int) -> Batched:
-    names = ("stride", "padding", "output_padding", "groups", "dilation")
-    function = convolution.TRANSPOSED[len(layer.kernel_size)]
-    options = {name: getattr(layer, name) for name in names}
+    return _convolve(convolution.TRANSPOSED[len(layer.kernel_size)], layer, x, dim)
+
+
+def _convolve(function: convolution.Convolution, layer: Layer, x: Tensor, dim: Dim, **other: Any) -> Batched:
+    options = {name: getattr(layer, name) for name in convolution.DEFAULTS[function]} | other
     return convolution.kernel(function, options, (x, dim), (layer.weight, 0), (layer.bias, 0))
 
 
