@@ -136,13 +136,10 @@ def _softmax(function: Callable[[Tensor, int], Tensor]) -> Run:
     return run
 
 
-def _embedding_fits(layer: Layer, dims: int) -> int | None:
-    return None if layer.max_norm is not None or layer.sparse else dims + 1
-
-
 def _embedding(layer: Layer, x: Tensor, dim: Dim, batch: int) -> Batched:
     indices = models_first(x, dim, batch)
-    return lookup.embedding(indices, layer.weight, layer.padding_idx, layer.scale_grad_by_freq), 0
+    options = layer.padding_idx, layer.max_norm, layer.norm_type, layer.scale_grad_by_freq
+    return lookup.embedding(indices, layer.weight, *options), 0
 
 
 ELEMENTWISE = frozenset(
@@ -171,7 +168,7 @@ LAYERS |= {
     nn.Flatten: Exact(_flatten_fits, _flatten),
     nn.Softmax: Exact(_softmax_fits, _softmax(torch.softmax)),
     nn.LogSoftmax: Exact(_softmax_fits, _softmax(torch.log_softmax)),
-    nn.Embedding: Exact(_embedding_fits, _embedding),
+    nn.Embedding: Exact(lambda layer, dims: dims + 1, _embedding),
 }
 _POOLS = {
     1: (nn.MaxPool1d, nn.AvgPool1d, nn.AdaptiveAvgPool1d, nn.AdaptiveMaxPool1d),

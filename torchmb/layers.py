@@ -115,6 +115,6 @@ class BatchLayerNorm(_BatchLayer):
 
 
 class BatchEmbedding(_BatchLayer):
-    """`max_norm` is not supported, and gradients are never sparse."""
+    """Gradients are never sparse."""
 
     base_class = nn.Embedding

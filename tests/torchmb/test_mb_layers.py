@@ -169,7 +169,17 @@ def test_statistics_of_one_value_are_refused_as_in_separate_models(name: str, wr
 def test_an_embedding_is_right(padding: int | None, wrap: Callable[[nn.Module], nn.Module]) -> None:
     for models in (1, 3, 17):
         assert_alike(lambda: wrap(nn.Embedding(7, 4, padding)), 3, models=models, draw=indices(7))
-    assert_alike(lambda: wrap(nn.Embedding(7, 4, padding, scale_grad_by_freq=True)), 3, draw=indices(7))
+    for options in ({"scale_grad_by_freq": True}, {"max_norm": 0.5}, {"max_norm": 2.0, "norm_type": 1.0}):
+        assert_alike(lambda o=options: wrap(nn.Embedding(7, 4, padding, **o)), 3, draw=indices(7))
+
+
+@pytest.mark.parametrize("wrap", [lambda m: m, Wrapped], ids=["native", "vmap"])
+def test_an_embedding_shortens_rows_in_place_as_separate_models(wrap: Any) -> None:
+    models = separate(lambda: wrap(nn.Embedding(7, 4, max_norm=0.5)), 3)
+    batch, x = BatchModule.from_modules(models), torch.randint(7, (3, 2, 2))
+    close(batch(x), [m(one) for m, one in zip(models, x)], "output")
+    for name, p in batch.named_parameters():
+        close(p, [m.get_parameter(name) for m in models], name)
 
 
 @pytest.mark.parametrize("wrap", [lambda m: m, Wrapped], ids=["native", "vmap"])
