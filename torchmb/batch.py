@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import warnings
 from collections import OrderedDict
 from collections.abc import Sequence
@@ -100,7 +99,7 @@ class BatchModule(AbstractBatchModule):
         instead: dict[int, Any] = dict(stack_tensors(modules, registered))
         for name, module in walk(modules[0], registered):
             if cls := registered(module):
-                self._plain[name] = copy.deepcopy(module)
+                self._plain[name] = copied(module)
                 if id(module) not in instead:
                     instead[id(module)] = self._batched(cls, [m.get_submodule(name) for m in modules])
         self._adopt(copied(modules[0], instead))
@@ -269,7 +268,7 @@ class BatchModule(AbstractBatchModule):
             one = tensor[index].detach().clone()
             instead[id(tensor)] = nn.Parameter(one, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else one
         for name, plain in self._plain.items():
-            instead[id(self._batch_module(name))] = one_module = copy.deepcopy(plain)
+            instead[id(self._batch_module(name))] = one_module = copied(plain)
             if plain.state_dict():
                 one_module.load_state_dict(self._batch_module(name).state_dicts()[index], assign=True)
         for place, value in self._kept.held(plain_modules(self._template)).items():

@@ -179,11 +179,17 @@ def clip_grad_norm_(
 _NOT_PROPORTIONAL = (torch.optim.Rprop, torch.optim.ASGD, torch.optim.LBFGS, torch.optim.Adafactor)
 
 
+# In the optimizer's groups, and so in its state: the learning rate to which those of the models are relative.
+_BASE = "per_model_base_lr"
+
+
 class PerModelLR:
     """See `per_model_lr`. `remove` gives the models their common learning rate back."""
 
     def __init__(self, optimizer: torch.optim.Optimizer, learning_rates: Tensor) -> None:
-        self._factors = [learning_rates / group["lr"] for group in optimizer.param_groups]
+        self._optimizer, self._rates = optimizer, learning_rates
+        for group in optimizer.param_groups:
+            self._base(group)
         self._before: list[tuple[Tensor, Tensor, Tensor]] = []
         self._handles = [
             optimizer.register_step_pre_hook(self._remember),
@@ -193,12 +199,23 @@ class PerModelLR:
     def remove(self) -> None:
         for handle in self._handles:
             handle.remove()
+        for group in self._optimizer.param_groups:
+            group.pop(_BASE, None)
+
+    def _base(self, group: dict[str, Any]) -> float:
+        if _BASE not in group:
+            if group["lr"] == 0:
+                raise ValueError("the learning rate of the optimizer is 0: there is no step to scale")
+            _check_batch(self._rates.numel(), **{f"parameter {i}": p for i, p in enumerate(group["params"])})
+            group[_BASE] = float(group["lr"])
+        return float(group[_BASE])
 
     @torch.no_grad()
     def _remember(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
         self._before = [
             (p, p.clone(), factor)
-            for group, factor in zip(optimizer.param_groups, self._factors, strict=True)
+            for group in optimizer.param_groups
+            for factor in [self._rates / self._base(group)]
             for p in group["params"]  # also without a gradient: a closure may make it within the step
         ]
 
@@ -215,6 +232,8 @@ def per_model_lr(optimizer: torch.optim.Optimizer, learning_rates: Sequence[floa
 
     The step is taken with the optimizer's own rate and then scaled by learning_rates[m] / lr, as lr is now: schedulers
     go on and change all models alike. Exact for SGD, Adam, AdamW, NAdam, RAdam, RMSprop, Adagrad, Adadelta and Adamax.
+    Another call replaces the rates. An optimizer that loads the state of this one needs a call of its own, before or
+    after; what lr was at first is in the state.
     ValueError for an optimizer whose step is not proportional to its learning rate, for lr = 0, rates below 0 and
     for parameters that are not (M, …).
     """
@@ -223,11 +242,11 @@ def per_model_lr(optimizer: torch.optim.Optimizer, learning_rates: Sequence[floa
         raise ValueError(f"learning rates must be at least 0, got {rates.tolist()}")
     if isinstance(optimizer, _NOT_PROPORTIONAL):
         raise ValueError(f"the steps of {type(optimizer).__name__} are not proportional to its learning rate")
-    for group in optimizer.param_groups:
-        if group["lr"] == 0:
-            raise ValueError("the learning rate of the optimizer is 0: there is no step to scale")
-        _check_batch(rates.numel(), **{f"parameter {i}": p for i, p in enumerate(group["params"])})
-    return PerModelLR(optimizer, rates)
+    if isinstance(before := vars(optimizer).get("_per_model_lr"), PerModelLR):
+        before.remove()
+    handle = PerModelLR(optimizer, rates)
+    vars(optimizer)["_per_model_lr"] = handle
+    return handle
 
 
 def to_batch_func(function: Callable[..., Any], batch: int) -> Callable[..., Any]:

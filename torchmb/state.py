@@ -58,7 +58,7 @@ def slots(modules: Iterable[nn.Module], kind: str) -> list[Slot]:
 def named_tensors(root: nn.Module, stop: Stop) -> dict[str, tuple[Tensor, str]]:
     """Name → tensor, and where modules keep it ("_parameters" or "_buffers"); what is tied has several names."""
     return {
-        f"{name}.{own}": (tensor, kind)
+        f"{name}.{own}" if name else own: (tensor, kind)
         for name, module in walk(root, stop)
         if not stop(module)
         for kind in ("_parameters", "_buffers")
@@ -93,9 +93,9 @@ def _stacked(kind: str, tensors: Sequence[Tensor]) -> Tensor:
     return nn.Parameter(values, tensors[0].requires_grad) if kind == "_parameters" else values
 
 
-def copied(root: nn.Module, instead: dict[int, Any]) -> nn.Module:
-    """A deep copy with other objects in the place of those with these ids."""
-    memo = dict(instead)
+def copied(root: nn.Module, instead: dict[int, Any] | None = None) -> nn.Module:
+    """A deep copy, with other objects in the place of those with these ids."""
+    memo = dict(instead or {})
     for module in root.modules():
         for value in vars(module).values():
             if isinstance(value, Tensor) and not value.is_leaf:  # as weight_norm leaves one; torch copies leaves alone

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import re
 from collections.abc import Sequence
@@ -304,6 +305,49 @@ def test_learning_rates_of_each_model_can_be_taken_back() -> None:
         handle.remove()
 
 
+@pytest.mark.parametrize("load_first", [True, False])
+def test_learning_rates_of_each_model_go_on_where_an_optimizer_was_saved(load_first: bool) -> None:
+    x = torch.randn(4, 3, 6, 5)
+
+    def start() -> tuple[BatchModule, torch.optim.Optimizer, Any]:
+        batch = BatchModule(make(), 3)
+        optimizer = torch.optim.Adam(batch.parameters(), 0.1)
+        return batch, optimizer, torch.optim.lr_scheduler.StepLR(optimizer, 1, 0.5)
+
+    def step(batch: BatchModule, optimizer: torch.optim.Optimizer, scheduler: Any, i: int) -> None:
+        optimizer.zero_grad()
+        batch(x[i]).square().sum().backward()
+        optimizer.step()
+        scheduler.step()
+
+    first, second = start(), start()
+    per_model_lr(first[1], [0.1, 0.3, 0.0])
+    for i in (0, 1):
+        step(*first, i)
+    if not load_first:
+        per_model_lr(second[1], [0.1, 0.3, 0.0])
+    for own, saved in zip(second, first):
+        own.load_state_dict(copy.deepcopy(saved.state_dict()))
+    if load_first:
+        per_model_lr(second[1], [0.1, 0.3, 0.0])
+    for i in (2, 3):
+        step(*first, i)
+        step(*second, i)
+    for a, b in zip(first[0].parameters(), second[0].parameters()):
+        assert torch.equal(a, b)
+
+
+def test_another_call_replaces_learning_rates_and_later_groups_have_them_too() -> None:
+    p, q = nn.Parameter(torch.zeros(2, 3)), nn.Parameter(torch.zeros(2, 4))
+    optimizer = torch.optim.SGD([p], 1.0)
+    per_model_lr(optimizer, [5.0, 5.0])
+    per_model_lr(optimizer, [1.0, 0.5])
+    optimizer.add_param_group({"params": [q], "lr": 2.0})
+    p.grad, q.grad = torch.ones(2, 3), torch.ones(2, 4)
+    optimizer.step()
+    assert [t.detach().mean(1).tolist() for t in (p, q)] == [[-1.0, -0.5]] * 2
+
+
 def test_learning_rates_that_cannot_be_scaled_are_refused() -> None:
     p = nn.Parameter(torch.zeros(2, 3))
     for optimizer in (torch.optim.Rprop([p]), torch.optim.LBFGS([p]), torch.optim.ASGD([p])):
@@ -333,7 +377,7 @@ def test_learning_rates_hold_for_steps_with_a_closure() -> None:
         optimizer.zero_grad()
         loss = batch(torch.ones(2, 1, 1)).sum()
         loss.backward()
-        return float(loss)
+        return loss.item()
 
     for step in (1, 2):
         optimizer.step(closure)

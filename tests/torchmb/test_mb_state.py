@@ -14,7 +14,7 @@ import torch
 import torch.nn as nn
 from models_harness import LeNet, Own, Wrapped, close, run_alike, separate
 
-from torchmb import BatchLinear, BatchModule
+from torchmb import BatchLinear, BatchModule, check
 
 
 def make() -> nn.Module:
@@ -248,8 +248,16 @@ def test_a_batch_in_a_batch_is_refused() -> None:
 
 
 def test_a_lazy_module_that_has_no_shape_yet_is_named() -> None:
-    with pytest.raises(ValueError, match="weight"):
+    with pytest.raises(ValueError, match=r"^weight has no shape yet"):
         BatchModule(nn.LazyLinear(3), 3)
+
+
+def test_modules_whose_weights_a_hook_computes_may_have_seeds_and_be_checked() -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # deprecated
+        net = nn.Sequential(nn.utils.weight_norm(nn.Linear(5, 4)), nn.ReLU())
+    assert BatchModule(net, seeds=[1, 1])(torch.randn(2, 6, 5)).shape == (2, 6, 4)
+    assert check(net, torch.randn(6, 5)) == []
 
 
 def test_merged_data_may_be_passed_through() -> None:
