@@ -73,10 +73,30 @@ class Models:
         self.modules = [m for m in found if not isinstance(m, AbstractBatchModule)]
         self.parameters = slots(self.modules, "_parameters")
         self.buffers = slots(self.modules, "_buffers")
+        self._names = [frozenset([*m._parameters, *m._buffers]) for m in self.modules]
 
     @property
     def places(self) -> list[Slot]:
         return self.parameters + self.buffers
+
+    def made(self) -> dict[Name, Tensor | None]:
+        """Buffers that a forward has registered. RuntimeError for a parameter, whose gradient would be lost."""
+        found: dict[Name, Tensor | None] = {}
+        for i, (module, known) in enumerate(zip(self.modules, self._names, strict=True)):
+            for name in [*(module._parameters.keys() - known), *(module._buffers.keys() - known)]:
+                tensor = module._buffers.get(name, module._parameters.get(name))
+                if any(tensor is slot.tensor for slot in self.places):
+                    continue  # another name for it
+                if name in module._parameters:
+                    raise RuntimeError(
+                        f"{name} is made by the first forward: let the module run once before it is batched"
+                    )
+                found[i, name] = tensor
+        return found
+
+    def register(self, buffers: dict[Name, Tensor | None]) -> None:
+        for (i, name), tensor in buffers.items():
+            self.modules[i]._buffers[name] = None if tensor is None else tensor.contiguous()
 
     def versions(self, inputs: Inputs) -> list[int]:
         """Of what a run must not have edited if it is to be repeated."""
@@ -153,15 +173,16 @@ def vectorised(models: Models, inputs: Inputs) -> Any:
             _put_attributes(models.modules, put(kept_rest, attributes))
             found, rest = take(_one_forward(models, inputs.filled(tensors), level))
         results = [models_of(t, level, models.batch) for t in found]
-    output, left, replaced = put(rest, results)
+    output, left, replaced, made = put(rest, results)
     after = [replaced.get(i, copy) for i, copy in enumerate(buffers.spread(copies))]
     _commit(models.buffers, buffers, copies, after)
+    models.register(made)
     _leave(models, left, set())
     return map_tensors(in_order, output)
 
 
-def _one_forward(models: Models, arguments: Any, level: int) -> tuple[Any, dict[Name, Any], dict[int, Any]]:
-    """→ output, what it has left in attributes, and the buffers that it has replaced, by number."""
+def _one_forward(models: Models, arguments: Any, level: int) -> tuple[Any, ...]:
+    """→ output, what it has left in attributes, the buffers that it has replaced, by number, and made, by name."""
     args, kwargs = arguments
     before = [s.tensor for s in models.buffers]
     with Rules(level) as rules:
@@ -169,7 +190,8 @@ def _one_forward(models: Models, arguments: Any, level: int) -> tuple[Any, dict[
         rules.finish()
     left = {k: v for k, v in _held_attributes(models.modules) if _holds_batched(v, level)}
     after = [s.tensor for s in models.buffers]
-    return output, left, {i: now for i, (now, own) in enumerate(zip(after, before)) if now is not own}
+    replaced = {i: now for i, (now, own) in enumerate(zip(after, before)) if now is not own}
+    return output, left, replaced, models.made()
 
 
 def _divided(tensors: list[Tensor], counts: Sequence[int]) -> list[list[Tensor]]:
@@ -214,7 +236,7 @@ def one_by_one(models: Models, inputs: Inputs) -> Any:
     counts = [len(parameters.tensors), len(copies), len(inputs.tensors)]
     held = models.kept.held(models.modules)
     before = Attributes(models.modules)
-    outputs, afters, lefts = [], [], []
+    outputs, afters, lefts, mades = [], [], [], []
     for i in range(models.batch):
         ours, buffer, tensors = _divided([s[i] for s in shares], counts)
         own_buffers = buffers.spread(buffer)
@@ -224,11 +246,13 @@ def one_by_one(models: Models, inputs: Inputs) -> Any:
             args, kwargs = inputs.filled(tensors)
             outputs.append(models.root(*args, **kwargs))
             now = [s.tensor for s in models.buffers]
+            mades.append(models.made())
             afters.append({j: a for j, (a, own) in enumerate(zip(now, own_buffers)) if a is not own})
         lefts.append(before.changed())
         before.restore()
     replaced = {j: _stacked_or_none([a.get(j) for a in afters]) for j in set().union(*afters)}
     _commit(models.buffers, buffers, copies, [replaced.get(j, c) for j, c in enumerate(buffers.spread(copies))])
+    models.register({name: _stacked_or_none([made.get(name) for made in mades]) for name in set().union(*mades)})
     _leave_each(models, lefts, held)
     return stack(outputs)[0]
 

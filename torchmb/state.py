@@ -108,8 +108,11 @@ def swapped(modules: Sequence[nn.Module], places: Sequence[Slot], tensors: Seque
     """`tensors` in `places`, and in lists, dicts and attributes that hold the same, as recurrent layers do.
 
     They pass for parameters where those before are some. Afterwards what was there before is there again, whatever
-    forward has put there; what it has put elsewhere under a name of its own is what was there before, too.
+    forward has put there. What it has registered is gone, but for another name of what was there before.
     """
+    registered: list[tuple[dict[str, Any], frozenset[str]]] = [
+        (own, frozenset(own)) for m in modules for own in (m._parameters, m._buffers)
+    ]
     before = [slot.tensor for slot in places]
     for old, new in zip(before, tensors, strict=True):
         if new is not None and isinstance(old, nn.Parameter):
@@ -133,8 +136,10 @@ def swapped(modules: Sequence[nn.Module], places: Sequence[Slot], tensors: Seque
         for module, name, value in aliases:
             module.__dict__[name] = value
         was = {id(new): old for old, new in zip(before, tensors) if new is not None}
-        for own in (module._parameters for module in modules):
-            own.update({name: was[id(p)] for name, p in own.items() if id(p) in was})  # type: ignore[misc]
+        for own, known in registered:
+            for name in own.keys() - known:
+                if (tied := was.get(id(own.pop(name)))) is not None:
+                    own[name] = tied
 
 
 def _mentions(value: Any, tensors: dict[int, Any]) -> bool:

@@ -148,6 +148,52 @@ def test_a_forward_sees_which_of_its_tensors_are_parameters(branch: bool) -> Non
         assert_alike(lambda: Own(forward, l=nn.Linear(5, 4), n=nn.BatchNorm1d(4)), 5)
 
 
+def test_a_forward_sees_what_autograd_knows() -> None:
+    def forward(m: Any, x: Tensor) -> Tensor:
+        y = m.l(x)
+        assert m.l.weight.is_leaf and m.l.weight.grad_fn is None
+        factor = 2 if y.grad_fn is not None and not y.is_leaf else 3
+        return y * factor if m.l.weight.grad is None else y * m.l.weight.grad.mean()
+
+    models = separate(lambda: Own(forward, l=nn.Linear(5, 4)), 3)
+    batch = BatchModule.from_modules(models)
+    for _ in range(2):
+        x = torch.randn(3, 6, 5)
+        out, expected = batch(x), [m(one) for m, one in zip(models, x)]
+        close(out, expected, "output")
+        out.square().sum().backward()
+        for e in expected:
+            e.square().sum().backward()
+    close(batch.get_parameter("l.weight").grad, [m.get_parameter("l.weight").grad for m in models], "gradient")
+
+
+@pytest.mark.parametrize("branch", [False, True], ids=["vmap", "one by one"])
+def test_buffers_that_the_first_forward_registers_are_each_models_own(branch: bool) -> None:
+    def forward(m: Any, x: Tensor) -> Tensor:
+        if not hasattr(m, "first"):
+            m.register_buffer("first", x.detach().mean(0))
+            m.l.register_buffer("positions", torch.arange(3.0), persistent=False)
+        y = m.l(x - m.first) + m.l.positions
+        return -y if branch and y.sum() > 0 else y
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore" if branch else "error")
+        assert_alike(lambda: Own(forward, l=nn.Linear(5, 3)), 5, steps=3)
+
+
+def test_a_parameter_that_the_first_forward_makes_is_named_and_taken_back() -> None:
+    def forward(m: Any, x: Tensor) -> Tensor:
+        if not hasattr(m, "late"):
+            m.late = nn.Parameter(torch.ones(5))
+        return m.l(x * m.late)
+
+    batch = BatchModule(Own(forward, l=nn.Linear(5, 3)), 3)
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match="late is made by the first forward"):
+            batch(torch.randn(3, 6, 5))
+    assert [name for name, _ in batch.named_parameters()] == ["l.weight", "l.bias"]
+
+
 def test_a_forward_may_tie_weights() -> None:
     def forward(m: Any, x: Tensor) -> Tensor:
         m.decoder.weight = m.encoder.weight
