@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from .base import inner_batch_size, integer, merge_batch, number_of_models, split_batch
 from .lift import quiet
+from .rules.autocast import autocasts
 from .shared import Shared
 
 Loss = Callable[..., Tensor]
@@ -55,7 +56,7 @@ def batch_loss(
 
     in_half = batch_inputs.dtype in _HALVES
     as_one = loss_func is F.cross_entropy and kwargs.keys() <= {"ignore_index"}
-    if as_one and _are_classes(batch_inputs, batch_targets) and (not in_half or _autocasts(batch_inputs)):
+    if as_one and _are_classes(batch_inputs, batch_targets) and (not in_half or autocasts(batch_inputs)):
         return _cross_entropy(batch_inputs, batch_targets, reduction, **kwargs)
 
     def one_model(inputs: Tensor, targets: Tensor) -> Tensor:
@@ -69,11 +70,6 @@ def batch_loss(
 
 # Where a loss rounds and in which order it sums shows in these, and no call for all models does it as one of its own.
 _HALVES = (torch.half, torch.bfloat16)
-
-
-def _autocasts(x: Tensor) -> bool:
-    """Whether losses of x are computed in float32."""
-    return torch.is_autocast_enabled(x.device.type)
 
 
 def _check_batch(batch: int, **tensors: Tensor) -> None:

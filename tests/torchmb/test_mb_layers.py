@@ -347,6 +347,24 @@ def results(model: nn.Module, x: torch.Tensor, autocast: bool) -> list[torch.Ten
     return [t.detach() for t in (*outputs, *grads, *model.buffers())]
 
 
+@pytest.mark.parametrize("wrap", [lambda m: m, Wrapped], ids=["native", "vmap"])
+def test_complex_layers_are_right(wrap: Any) -> None:
+    models = separate(lambda: wrap(nn.Linear(5, 4, dtype=torch.complex64)), 3)
+    batch, x = BatchModule.from_modules(models), torch.randn(3, 6, 5, dtype=torch.complex64)
+    for model, given in ((batch, x), *zip(models, x)):
+        model(given).abs().sum().backward()
+    for name, p in batch.named_parameters():
+        assert p.grad is not None
+        torch.testing.assert_close(p.grad, torch.stack([m.get_parameter(name).grad for m in models]))
+
+
+@pytest.mark.parametrize("wrap", [lambda m: m, Wrapped], ids=["native", "vmap"])
+def test_shapes_may_be_asked_for_on_meta_tensors(wrap: Any) -> None:
+    net = nn.Sequential(nn.Conv1d(3, 4, 3), nn.GroupNorm(2, 4), nn.PReLU(), nn.Flatten(), nn.Linear(12, 2))
+    out = BatchModule(wrap(net), 3).to("meta")(torch.randn(3, 6, 3, 5, device="meta"))
+    assert out.is_meta and out.shape == (3, 6, 2)
+
+
 @pytest.mark.parametrize(
     "net",
     [

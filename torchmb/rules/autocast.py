@@ -10,12 +10,16 @@ import torch
 from torch import Tensor
 
 
+def autocasts(x: Tensor) -> bool:
+    """Whether autocast is on where x lies. Of meta tensors torch cannot be asked."""
+    return not x.is_meta and torch.is_autocast_enabled(x.device.type)
+
+
 def as_autocast(x: Tensor, *others: Any) -> tuple[Any, ...]:
     """Casts tensors as torch does before a matrix product, here so that the backward sees the dtypes of the forward."""
-    device = x.device.type
-    if not torch.is_autocast_enabled(device):
+    if not autocasts(x):
         return x, *others
-    dtype = torch.get_autocast_dtype(device)
+    dtype = torch.get_autocast_dtype(x.device.type)
     return tuple(
         t.to(dtype) if t is not None and t.is_floating_point() and t.dtype != torch.float64 else t for t in (x, *others)
     )
@@ -27,7 +31,7 @@ def _prelu(input: Tensor, weight: Tensor) -> Tensor:
 
 def _uncast(function: Callable[..., Any], x: Tensor, *args: Any, **kwargs: Any) -> Any:
     """Of vectors torch casts no product on the CPU, but vmap makes it one of matrices, which it casts."""
-    if x.device.type != "cpu" or not torch.is_autocast_enabled("cpu"):
+    if not x.is_cpu or not autocasts(x):
         return NotImplemented
     with torch.autocast("cpu", enabled=False):
         return function(x, *args, **kwargs)

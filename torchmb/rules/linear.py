@@ -56,8 +56,9 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None, columns: bool = False
     """x (M, …, I), weight (M, O, I), bias (M, O) or None → (M, …, O), features before rows in memory if `columns`."""
     x, weight, bias = as_autocast(x, weight, bias)
     rows = x.flatten(1, -2) if x.dim() > 2 else x.unsqueeze(1)
-    # Within a transform of the caller's own, such as torch.func.grad, only torch's backward can be transformed.
-    if current_level():
+    # Within a transform of the caller's own, such as torch.func.grad, only torch's backward can be transformed; and it
+    # knows what is to be conjugated.
+    if current_level() or rows.is_complex():
         out = _product(rows, weight, bias)
     else:
         out = _Linear.apply(rows, weight, bias, columns and x.dim() == 3)  # type: ignore[no-untyped-call]

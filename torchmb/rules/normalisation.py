@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn.functional import _verify_batch_size, _verify_spatial_size  # type: ignore[attr-defined]
 
 from ..lift import Batched, Dim, batch_size, is_batched, lift, models_first, split_dim
+from .autocast import autocasts
 
 Norm = Callable[..., Tensor]  # F.batch_norm, or F.instance_norm, which takes the same
 
@@ -65,7 +66,7 @@ def _scaled(
     """normalise(x), scaled and shifted as by `_affine`. In half precision it is rounded once, as torch's kernels do."""
     if not _half(x):
         return _affine(normalise(x), weight, bias, place)
-    autocast_to_float = x.is_cuda and torch.is_autocast_enabled("cuda")
+    autocast_to_float = x.is_cuda and autocasts(x)
     out = _affine(normalise(x.float()), weight, bias, place)
     return out if autocast_to_float else out.to(x.dtype)
 
