@@ -9,7 +9,7 @@ import os
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -103,6 +103,17 @@ WORKS = {
 }
 
 
+def training(parameters: Iterable[Tensor], loss: Callable[[], Tensor]) -> Step:
+    optimizer = torch.optim.SGD(parameters, LR)
+
+    def step() -> None:
+        loss().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
+
+
 def batch_module(work: Work) -> Step:
     """torchmb, whichever is imported."""
     from torchmb import BatchModule
@@ -114,15 +125,11 @@ def batch_module(work: Work) -> Step:
 
         x, targets = shared(x), shared(targets)
     batch = BatchModule(work.make(), work.models, False)
-    optimizer = torch.optim.SGD(batch.parameters(), LR)
 
-    def step() -> None:
-        losses = batch_loss(batch(x), targets, work.models, F.cross_entropy, "mean")
-        losses.sum().backward()
-        optimizer.step()
-        optimizer.zero_grad()
+    def loss() -> Tensor:
+        return batch_loss(batch(x), targets, work.models, F.cross_entropy, "mean").sum()
 
-    return step
+    return training(batch.parameters(), loss)
 
 
 def _stacked(work: Work) -> tuple[nn.Module, dict[str, Tensor], dict[str, Tensor]]:
@@ -155,20 +162,13 @@ def vmap_of_forward(work: Work) -> Step:
     net, stacked, buffers = _stacked(work)
     parameters = {name: nn.Parameter(t) for name, t in stacked.items()}
     x, targets = work.data()
-    optimizer = torch.optim.SGD(parameters.values(), LR)
 
     def loss(p: dict[str, Tensor], b: dict[str, Tensor], x: Tensor, t: Tensor) -> Tensor:
         return F.cross_entropy(functional_call(net, (p, b), (x,)), t)
 
     losses = vmap(loss, in_dims=(0, 0, None, None) if work.shared else 0)
 
-    def step() -> None:
-        total = losses(parameters, buffers, x, targets).sum()
-        total.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-
-    return step
+    return training(parameters.values(), lambda: losses(parameters, buffers, x, targets).sum())
 
 
 def loop(work: Work) -> Step:
@@ -192,32 +192,20 @@ def baddbmm(work: Work) -> Step:
     sizes = ((384, 128), (128, 10))
     w1, w2 = (nn.Parameter(torch.randn(work.models, *s) / s[0] ** 0.5) for s in sizes)
     b1, b2 = (nn.Parameter(torch.zeros(work.models, 1, s[1])) for s in sizes)
-    optimizer = torch.optim.SGD([w1, b1, w2, b2], LR)
 
-    def step() -> None:
+    def loss() -> Tensor:
         logits = torch.baddbmm(b2, F.relu(torch.baddbmm(b1, x, w1)), w2)
         losses = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none")
-        total = losses.view(work.models, -1).mean(1).sum()
-        total.backward()
-        optimizer.step()
-        optimizer.zero_grad()
+        return losses.view(work.models, -1).mean(1).sum()
 
-    return step
+    return training([w1, b1, w2, b2], loss)
 
 
 def one_product(work: Work) -> Step:
     """The heads as one linear layer: its product, the two of its backward and its update, without a loss."""
     x, _ = work.data()
     layer = nn.Linear(x.shape[1], 10 * work.models)
-    optimizer = torch.optim.SGD(layer.parameters(), LR)
-
-    def step() -> None:
-        total = layer(x).sum()
-        total.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-
-    return step
+    return training(layer.parameters(), lambda: layer(x).sum())
 
 
 def products(work: Work) -> Step:

@@ -1,4 +1,4 @@
-"""Native code of tests: where it is, what compiles it, and device code that is compiled for the host."""
+"""Where the native parts of tests are, and what compiles them."""
 
 from __future__ import annotations
 
@@ -20,10 +20,9 @@ def compiler() -> list[str]:
 
 
 def built(source: str) -> ctypes.CDLL:
-    """The library of tests/native/`source`; what is undefined in C++ ends the process."""
-    flags = ["-std=c++17", "-O1", "-shared", "-fPIC", "-pthread", f"-I{CSRC}"]
-    flags += ["-fsanitize=undefined", "-fno-sanitize-recover=all"]
+    """The library of tests/native/`source`: device code for the host. What is undefined in C++ ends the process."""
+    flags = ["-std=c++17", "-O1", "-shared", "-fPIC", "-pthread", "-fsanitize=undefined", "-fno-sanitize-recover=all"]
     with tempfile.TemporaryDirectory() as folder:
         library = f"{folder}/device.so"
-        subprocess.run([*compiler(), *flags, str(NATIVE / source), "-o", library], check=True)
+        subprocess.run([*compiler(), *flags, f"-I{CSRC}", str(NATIVE / source), "-o", library], check=True)
         return ctypes.CDLL(library)

@@ -6,8 +6,10 @@ M is the number of models, B the size of the batch that each of them sees. Batch
 
 from __future__ import annotations
 
+import operator
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from typing import Any, TypeVar
 
 import torch
@@ -17,10 +19,25 @@ StateDict = Mapping[str, Any]
 BatchClass = TypeVar("BatchClass", bound=type[nn.Module])
 
 
+def integer(name: str, value: Any) -> int:
+    """`value`, or ValueError if it is no integer; True is none."""
+    with suppress(TypeError):
+        if not isinstance(value, bool):
+            return operator.index(value)
+    raise ValueError(f"{name} must be an integer, got {value!r}")
+
+
+def number_of_models(batch: Any) -> int:
+    """`batch`, or ValueError if it is no integer of at least 1."""
+    number = integer("batch, the number of models,", batch)
+    if number < 1:
+        raise ValueError(f"batch, the number of models, must be at least 1, got {number}")
+    return number
+
+
 def inner_batch_size(x: Tensor, batch: int) -> int:
     """B of merged data (B · batch, …). ValueError if the first dimension is no multiple of `batch`."""
-    if batch < 1:
-        raise ValueError(f"batch must be at least 1, got {batch}")
+    number_of_models(batch)
     if x.dim() < 1 or x.shape[0] % batch:
         raise ValueError(f"merged data of {batch} models needs a first dimension of B * {batch}, got {tuple(x.shape)}")
     return x.shape[0] // batch
@@ -93,9 +110,7 @@ class AbstractBatchModule(nn.Module):
 
     def __init__(self, batch: int) -> None:
         super().__init__()
-        if not isinstance(batch, int) or batch < 1:
-            raise ValueError(f"batch must be an integer of at least 1, got {batch!r}")
-        self.batch = batch
+        self.batch = number_of_models(batch)
 
     def load_state_dicts(self, state_dicts: StateDict | Sequence[StateDict], strict: bool = True) -> None:
         """Loads state dicts of `base_class`, one for each model or one for all.

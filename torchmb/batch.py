@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import warnings
 from collections import OrderedDict
 from collections.abc import Sequence
@@ -28,7 +27,7 @@ from .base import (
 from .layers import BatchBatchNorm2d, BatchConv2d, BatchLinear
 from .native import native
 from .nest import map_leaves, map_tensors, take
-from .run import Inputs, Kept, Models, merged, one_by_one, vectorised
+from .run import Inputs, Kept, Models, RunLock, merged, one_by_one, vectorised
 from .seeds import initialised
 from .shared import Shared
 from .state import Attributes, copied, is_batch_module, named_tensors, plain_modules, stack_tensors, walk
@@ -64,10 +63,10 @@ class BatchModule(AbstractBatchModule):
     ) -> None:
         if batch is None:
             batch = 1 if seeds is None else len(seeds)
-        if seeds is not None and len(seeds) != batch:
-            raise ValueError(f"batch = {batch} models need as many seeds, got {len(seeds)}")
         super().__init__(batch)
-        self._build([module] * batch if seeds is None else initialised(module, seeds))
+        if seeds is not None and len(seeds) != self.batch:
+            raise ValueError(f"batch = {batch} models need as many seeds, got {len(seeds)}")
+        self._build([module] * self.batch if seeds is None else initialised(module, seeds))
         if inplace:
             module.__dict__.update(vars(self._template))
             self._adopt(module)
@@ -84,7 +83,8 @@ class BatchModule(AbstractBatchModule):
         for i, module in enumerate(modules):
             kinds = [type_before_parametrizations(m) for m in (module, modules[0])]
             if kinds[0] is not kinds[1]:
-                raise ValueError(f"module {i} is a {kinds[0].__name__}, module 0 a {kinds[1].__name__}")
+                own, first = _told_apart(*kinds)
+                raise ValueError(f"module {i} is a {own}, module 0 a {first}")
         self = cls.__new__(cls)
         AbstractBatchModule.__init__(self, len(modules))
         self._build(modules)
@@ -99,7 +99,7 @@ class BatchModule(AbstractBatchModule):
         instead: dict[int, Any] = dict(stack_tensors(modules, registered))
         for name, module in walk(modules[0], registered):
             if cls := registered(module):
-                self._plain[name] = copy.deepcopy(module)
+                self._plain[name] = copied(module)
                 if id(module) not in instead:
                     instead[id(module)] = self._batched(cls, [m.get_submodule(name) for m in modules])
         self._adopt(copied(modules[0], instead))
@@ -112,6 +112,7 @@ class BatchModule(AbstractBatchModule):
 
     def _adopt(self, root: nn.Module) -> None:
         """Makes what `root` contains the contents of this module, under the same names."""
+        self._lock = RunLock()
         self._kept = Kept()
         self._refused = ""
         self.__dict__["_root"] = root  # no submodule: its names would get a prefix
@@ -149,10 +150,14 @@ class BatchModule(AbstractBatchModule):
     def forward(self, *args: Any, merge: bool = True, split: bool = True, **kwargs: Any) -> Any:
         """All models on their share of the arguments, tensors (M, B, …) → the template's output, tensors (M, B, …).
 
+        Threads that call one batch take turns.
         merge=False: tensors are merged already, (B · M, …), index b * M + m. split=False: those of the output shall be.
         ValueError if a tensor's first dimension is not M (or no multiple of M, if merged).
         """
-        output = self._run(self._inputs(args, kwargs, merged=not merge))
+        # torch.compile would try to look into vmap, and would leave the models to run one by one.
+        compiling = torch.compiler.is_dynamo_compiling()
+        run = torch.compiler.disable(self._run) if compiling else self._run  # type: ignore[no-untyped-call]
+        output = run(self._inputs(args, kwargs, merged=not merge))
         return output if split else map_tensors(merge_batch, output)
 
     def _inputs(self, args: tuple[Any, ...], kwargs: dict[str, Any], merged: bool) -> Inputs:
@@ -177,6 +182,10 @@ class BatchModule(AbstractBatchModule):
         return tensor
 
     def _run(self, inputs: Inputs) -> Any:
+        with self._lock:  # for as long as the template holds the tensors of this run
+            return self._run_alone(inputs)
+
+    def _run_alone(self, inputs: Inputs) -> Any:
         if (output := native(self._template, inputs, self.batch)) is not None:
             return output
         if isinstance(self._template, AbstractBatchModule):
@@ -208,7 +217,7 @@ class BatchModule(AbstractBatchModule):
         self._refused = reason
         warnings.warn(
             f"the {self.batch} models of {type(self._template).__name__} run one by one, since vmap refuses {reason}",
-            stacklevel=6,  # where the batch is called
+            stacklevel=7,  # where the batch is called
         )
         return output
 
@@ -259,7 +268,7 @@ class BatchModule(AbstractBatchModule):
             one = tensor[index].detach().clone()
             instead[id(tensor)] = nn.Parameter(one, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else one
         for name, plain in self._plain.items():
-            instead[id(self._batch_module(name))] = one_module = copy.deepcopy(plain)
+            instead[id(self._batch_module(name))] = one_module = copied(plain)
             if plain.state_dict():
                 one_module.load_state_dict(self._batch_module(name).state_dicts()[index], assign=True)
         for place, value in self._kept.held(plain_modules(self._template)).items():
@@ -269,6 +278,14 @@ class BatchModule(AbstractBatchModule):
 
     def extra_repr(self) -> str:
         return f"{type(self._template).__name__}, batch={self.batch}"
+
+
+def _told_apart(a: type, b: type) -> tuple[str, str]:
+    """Names of two classes: with their modules if those without are the same."""
+    if a.__name__ != b.__name__:
+        return a.__name__, b.__name__
+    names = tuple(f"{cls.__module__}.{cls.__qualname__}" for cls in (a, b))
+    return names[0], names[1] if names[0] != names[1] else f"{names[1]} of an earlier definition"
 
 
 def _join(outer: str, inner: str) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,6 +10,7 @@ from torch import Tensor, nn
 
 from .batch import BatchModule
 from .nest import map_tensors, put, take
+from .state import copied
 
 
 def check(
@@ -42,7 +42,7 @@ def check(
 
 
 def _moved_apart(module: nn.Module, seed: int) -> nn.Module:
-    one = copy.deepcopy(module)
+    one = copied(module)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for p in one.parameters():

@@ -46,9 +46,9 @@ def _elementwise(layer: Layer, x: Tensor, dim: Dim, batch: int) -> Batched:
     return layer.forward(x), dim
 
 
-def _dropout(layer: Layer, x: Tensor, dim: Dim, batch: int) -> Batched:
+def _random(layer: Layer, x: Tensor, dim: Dim, batch: int) -> Batched:
     if dim is None and layer.training:
-        x, dim = x.expand(batch, *x.shape).clone(), 0  # a mask of its own for each model
+        x, dim = x.expand(batch, *x.shape).clone(), 0  # numbers of its own for each model
     return layer.forward(x), dim
 
 
@@ -57,19 +57,20 @@ def linear_layer(layer: Layer, x: Tensor, dim: Dim, batch: int, columns: bool = 
 
 
 def _convolution(layer: Layer, x: Tensor, dim: Dim, batch: int) -> Batched:
-    options = {"stride": layer.stride, "padding": layer.padding, "dilation": layer.dilation, "groups": layer.groups}
-    if layer.padding_mode != "zeros":
-        pads, mode = layer._reversed_padding_repeated_twice, layer.padding_mode
-        x, dim = pooling.each_image(lambda images: F.pad(images, pads, mode=mode), x, dim)
-        options["padding"] = 0
     function = convolution.CONVOLUTIONS[len(layer.kernel_size)]
-    return convolution.kernel(function, options, (x, dim), (layer.weight, 0), (layer.bias, 0))
+    if layer.padding_mode == "zeros":
+        return _convolve(function, layer, x, dim)
+    pads, mode = layer._reversed_padding_repeated_twice, layer.padding_mode
+    x, dim = pooling.each_image(lambda images: F.pad(images, pads, mode=mode), x, dim)
+    return _convolve(function, layer, x, dim, padding=0)
 
 
 def _transposed_convolution(layer: Layer, x: Tensor, dim: Dim, batch: int) -> Batched:
-    names = ("stride", "padding", "output_padding", "groups", "dilation")
-    function = convolution.TRANSPOSED[len(layer.kernel_size)]
-    options = {name: getattr(layer, name) for name in names}
+    return _convolve(convolution.TRANSPOSED[len(layer.kernel_size)], layer, x, dim)
+
+
+def _convolve(function: convolution.Convolution, layer: Layer, x: Tensor, dim: Dim, **other: Any) -> Batched:
+    options = {name: getattr(layer, name) for name in convolution.DEFAULTS[function]} | other
     return convolution.kernel(function, options, (x, dim), (layer.weight, 0), (layer.bias, 0))
 
 
@@ -95,8 +96,8 @@ def _batch_norm(layer: Layer, x: Tensor, dim: Dim, batch: int) -> Batched:
 
 
 def _layer_norm(layer: Layer, x: Tensor, dim: Dim, batch: int) -> Batched:
-    x = F.layer_norm(models_first(x, dim, batch), layer.normalized_shape, eps=layer.eps)
-    return normalisation.affine(x, layer.weight, layer.bias, x.dim() - len(layer.normalized_shape)), 0
+    rows = models_first(x, dim, batch)
+    return normalisation.layer_norm(rows, layer.normalized_shape, layer.weight, layer.bias, layer.eps), 0
 
 
 def _group_norm(layer: Layer, x: Tensor, dim: Dim, batch: int) -> Batched:
@@ -135,25 +136,23 @@ def _softmax(function: Callable[[Tensor, int], Tensor]) -> Run:
     return run
 
 
-def _embedding_fits(layer: Layer, dims: int) -> int | None:
-    return None if layer.max_norm is not None or layer.sparse else dims + 1
-
-
 def _embedding(layer: Layer, x: Tensor, dim: Dim, batch: int) -> Batched:
     indices = models_first(x, dim, batch)
-    return lookup.embedding(indices, layer.weight, layer.padding_idx, layer.scale_grad_by_freq), 0
+    options = layer.padding_idx, layer.max_norm, layer.norm_type, layer.scale_grad_by_freq
+    return lookup.embedding(indices, layer.weight, *options), 0
 
 
 ELEMENTWISE = frozenset(
     {
         *(nn.Identity, nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.ELU, nn.SELU, nn.CELU, nn.GELU, nn.SiLU, nn.Mish),
         *(nn.Tanh, nn.Sigmoid, nn.LogSigmoid, nn.Softplus, nn.Softsign, nn.Tanhshrink, nn.Softshrink),
-        *(nn.Hardshrink, nn.Hardtanh, nn.Hardswish, nn.Hardsigmoid, nn.Threshold, nn.Dropout),
+        *(nn.Hardshrink, nn.Hardtanh, nn.Hardswish, nn.Hardsigmoid, nn.Threshold, nn.Dropout, nn.RReLU),
     }
 )
 LAYERS: dict[type[nn.Module], Exact] = {kind: Exact(_any, _elementwise) for kind in ELEMENTWISE}
 LAYERS |= {
-    nn.Dropout: Exact(_any, _dropout),
+    nn.Dropout: Exact(_any, _random),
+    nn.RReLU: Exact(_any, _random),
     nn.Linear: Exact(lambda layer, dims: dims or None, linear_layer),
     nn.Conv1d: Exact(_dimensions(3), _convolution),
     nn.Conv2d: Exact(_dimensions(4), _convolution),
@@ -169,7 +168,7 @@ LAYERS |= {
     nn.Flatten: Exact(_flatten_fits, _flatten),
     nn.Softmax: Exact(_softmax_fits, _softmax(torch.softmax)),
     nn.LogSoftmax: Exact(_softmax_fits, _softmax(torch.log_softmax)),
-    nn.Embedding: Exact(_embedding_fits, _embedding),
+    nn.Embedding: Exact(lambda layer, dims: dims + 1, _embedding),
 }
 _POOLS = {
     1: (nn.MaxPool1d, nn.AvgPool1d, nn.AdaptiveAvgPool1d, nn.AdaptiveMaxPool1d),

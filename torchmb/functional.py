@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .base import inner_batch_size, merge_batch, split_batch
+from .base import inner_batch_size, integer, merge_batch, number_of_models, split_batch
 from .lift import quiet
+from .rules.autocast import autocasts
 from .shared import Shared
 
 Loss = Callable[..., Tensor]
@@ -41,7 +43,8 @@ def batch_loss(
     """What loss_func(inputs, targets, reduction=reduction, **kwargs) gives for each model, stacked.
 
     batch_inputs: (M, B, …). batch_targets: (M, …), or `shared` targets of one model. kwargs: the same for all models.
-    Returns [M], or (M, *shape of one call) for reduction="none". Its sum has each model's own gradients.
+    Returns [M], or (M, *shape of one call) for reduction="none". Its sum has each model's own gradients. Of half and
+    bfloat16 inputs it is computed model by model, and equal to the last bit; otherwise as sums round in their dtype.
     ValueError if a first dimension is not M = `batch`, or the reduction is unknown.
     """
     batch = len(batch_inputs) if batch is None else batch
@@ -50,22 +53,27 @@ def batch_loss(
     _check_batch(batch, inputs=batch_inputs, targets=batch_targets)
     if reduction not in REDUCTIONS and not (loss_func is F.kl_div and reduction == "batchmean"):
         raise ValueError(f"reduction must be one of {', '.join(REDUCTIONS)}, got {reduction!r}")
-    if loss_func is F.cross_entropy and kwargs.keys() <= {"ignore_index"} and _are_classes(batch_inputs, batch_targets):
+
+    in_half = batch_inputs.dtype in _HALVES
+    as_one = loss_func is F.cross_entropy and kwargs.keys() <= {"ignore_index"}
+    if as_one and _are_classes(batch_inputs, batch_targets) and (not in_half or autocasts(batch_inputs)):
         return _cross_entropy(batch_inputs, batch_targets, reduction, **kwargs)
 
     def one_model(inputs: Tensor, targets: Tensor) -> Tensor:
         return loss_func(inputs, targets, reduction=reduction, **kwargs)
 
-    try:
-        with quiet():
+    if not in_half:
+        with suppress(Exception), quiet:  # what vmap refuses; an error of the loss itself comes again
             return torch.func.vmap(one_model, randomness="different")(batch_inputs, batch_targets)
-    except Exception:  # what vmap refuses; an error of the loss itself comes again
-        return torch.stack([one_model(i, t) for i, t in zip(batch_inputs, batch_targets, strict=True)])
+    return torch.stack([one_model(i, t) for i, t in zip(batch_inputs, batch_targets, strict=True)])
+
+
+# Where a loss rounds and in which order it sums shows in these, and no call for all models does it as one of its own.
+_HALVES = (torch.half, torch.bfloat16)
 
 
 def _check_batch(batch: int, **tensors: Tensor) -> None:
-    if batch < 1:
-        raise ValueError(f"batch must be at least 1, got {batch}")
+    number_of_models(batch)
     for name, tensor in tensors.items():
         if tensor.dim() < 1 or len(tensor) != batch:
             raise ValueError(f"{name} of {batch} models must be ({batch}, ...), got {tuple(tensor.shape)}")
@@ -114,7 +122,9 @@ def batch_topk(
     if batch_inputs.dim() != 3 or batch_targets.shape != batch_inputs.shape[:2]:
         shapes = tuple(batch_inputs.shape), tuple(batch_targets.shape)
         raise ValueError(f"scores must be (M, B, C) and targets (M, B), got {shapes[0]} and {shapes[1]}")
-    ks = (k,) if isinstance(k, int) else tuple(k)
+    ks = [integer("k", one) for one in ((k,) if isinstance(k, int) else k)]
+    if not ks:
+        raise ValueError(f"k must hold at least one number, such as (1,), got {k}")
     classes = batch_inputs.shape[2]
     for one in ks:
         if not 1 <= one <= classes:
@@ -136,16 +146,20 @@ def clip_grad_norm_(
 ) -> Tensor:
     """Clips the gradients of each model as torch.nn.utils.clip_grad_norm_ would those of the model alone.
 
-    parameters: (M, …) each, or a BatchModule. max_norm: one number, or [M]. Returns the norms before, [M].
+    parameters: (M, …) each, or a BatchModule. max_norm: one number, or [M]. Returns the norms before, [M],
+    zeros if there are no gradients.
     ValueError if the numbers of models differ; RuntimeError for a norm that is not finite, if `error_if_nonfinite`.
     """
     if isinstance(parameters, nn.Module):
         parameters = parameters.parameters()
     given = [parameters] if isinstance(parameters, Tensor) else list(parameters)
+    if not given:
+        return torch.zeros(0)
+    batch = len(given[0]) if given[0].dim() else 1
+    _check_batch(batch, **{f"parameter {i}": p for i, p in enumerate(given)})
     grads = [p.grad for p in given if p.grad is not None]
     if not grads:
-        return torch.zeros(0)
-    _check_batch(len(grads[0]), **{f"gradient {i}": g for i, g in enumerate(grads)})
+        return given[0].new_zeros(batch)
     norms = [torch.linalg.vector_norm(g.reshape(len(g), -1), norm_type, dim=1) for g in grads]
     total: Tensor = torch.linalg.vector_norm(torch.stack([n.to(norms[0].device) for n in norms]), norm_type, dim=0)
     if error_if_nonfinite and not total.isfinite().all():
@@ -161,11 +175,17 @@ def clip_grad_norm_(
 _NOT_PROPORTIONAL = (torch.optim.Rprop, torch.optim.ASGD, torch.optim.LBFGS, torch.optim.Adafactor)
 
 
+# In the optimizer's groups, and so in its state: the learning rate to which those of the models are relative.
+_BASE = "per_model_base_lr"
+
+
 class PerModelLR:
     """See `per_model_lr`. `remove` gives the models their common learning rate back."""
 
     def __init__(self, optimizer: torch.optim.Optimizer, learning_rates: Tensor) -> None:
-        self._factors = [learning_rates / group["lr"] for group in optimizer.param_groups]
+        self._optimizer, self._rates = optimizer, learning_rates
+        for group in optimizer.param_groups:
+            self._base(group)
         self._before: list[tuple[Tensor, Tensor, Tensor]] = []
         self._handles = [
             optimizer.register_step_pre_hook(self._remember),
@@ -175,12 +195,23 @@ class PerModelLR:
     def remove(self) -> None:
         for handle in self._handles:
             handle.remove()
+        for group in self._optimizer.param_groups:
+            group.pop(_BASE, None)
+
+    def _base(self, group: dict[str, Any]) -> float:
+        if _BASE not in group:
+            if group["lr"] == 0:
+                raise ValueError("the learning rate of the optimizer is 0: there is no step to scale")
+            _check_batch(self._rates.numel(), **{f"parameter {i}": p for i, p in enumerate(group["params"])})
+            group[_BASE] = float(group["lr"])
+        return float(group[_BASE])
 
     @torch.no_grad()
     def _remember(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
         self._before = [
             (p, p.clone(), factor)
-            for group, factor in zip(optimizer.param_groups, self._factors, strict=True)
+            for group in optimizer.param_groups
+            for factor in [self._rates / self._base(group)]
             for p in group["params"]  # also without a gradient: a closure may make it within the step
         ]
 
@@ -197,17 +228,21 @@ def per_model_lr(optimizer: torch.optim.Optimizer, learning_rates: Sequence[floa
 
     The step is taken with the optimizer's own rate and then scaled by learning_rates[m] / lr, as lr is now: schedulers
     go on and change all models alike. Exact for SGD, Adam, AdamW, NAdam, RAdam, RMSprop, Adagrad, Adadelta and Adamax.
-    ValueError for an optimizer whose step is not proportional to its learning rate, for lr = 0 and for parameters that
-    are not (M, …).
+    Another call replaces the rates. An optimizer that loads the state of this one needs a call of its own, before or
+    after; what lr was at first is in the state.
+    ValueError for an optimizer whose step is not proportional to its learning rate, for lr = 0, rates below 0 and
+    for parameters that are not (M, …).
     """
     rates = torch.as_tensor(learning_rates, dtype=torch.float64)
+    if rates.isnan().any() or (rates < 0).any():
+        raise ValueError(f"learning rates must be at least 0, got {rates.tolist()}")
     if isinstance(optimizer, _NOT_PROPORTIONAL):
         raise ValueError(f"the steps of {type(optimizer).__name__} are not proportional to its learning rate")
-    for group in optimizer.param_groups:
-        if group["lr"] == 0:
-            raise ValueError("the learning rate of the optimizer is 0: there is no step to scale")
-        _check_batch(rates.numel(), **{f"parameter {i}": p for i, p in enumerate(group["params"])})
-    return PerModelLR(optimizer, rates)
+    if isinstance(before := vars(optimizer).get("_per_model_lr"), PerModelLR):
+        before.remove()
+    handle = PerModelLR(optimizer, rates)
+    vars(optimizer)["_per_model_lr"] = handle
+    return handle
 
 
 def to_batch_func(function: Callable[..., Any], batch: int) -> Callable[..., Any]:

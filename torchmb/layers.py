@@ -1,38 +1,49 @@
 """torch's layers for M models on merged data (B · M, …), to build networks from that are batched throughout.
 
-Each takes the arguments of its counterpart and, after them, `batch`; parameters and buffers have the counterpart's
-names and a leading dimension M. Every model is initialised on its own.
+Each takes the arguments of its counterpart and, after the last that is neither device nor dtype, `batch`, 1 if it is
+not given; parameters and buffers have the counterpart's names and a leading dimension M. Every model is initialised on
+its own.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from inspect import Parameter, Signature, signature
+from typing import Any, ClassVar
 
-import torch
 from torch import Tensor, nn
 
 from .base import AbstractBatchModule, split_batch
 from .exact import run_layer
 from .state import plain_attributes, stack_tensors
 
-Sizes = int | tuple[int, ...]
-Device = torch.device | str | None
-Dtype = torch.dtype | None
+
+def _with_batch(layer: type[nn.Module]) -> Signature:
+    own = [p for p in signature(layer).parameters.values() if not p.name.startswith("_")]
+    after = [p for p in own if p.name in ("device", "dtype") or p.kind is Parameter.KEYWORD_ONLY]
+    before = [p for p in own if p not in after]
+    return Signature([*before, Parameter("batch", Parameter.POSITIONAL_OR_KEYWORD, default=1), *after])
 
 
 class _BatchLayer(AbstractBatchModule):
     """A layer that runs as its counterpart does within a BatchModule."""
 
-    def __init__(self, batch: int, *args: Any, **kwargs: Any) -> None:
-        super().__init__(batch)
-        self._take([self.base_class(*args, **kwargs) for _ in range(batch)])
+    __signature__: ClassVar[Signature]
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        cls.__signature__ = _with_batch(cls.base_class)
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        given = self.__signature__.bind(*args, **kwargs).arguments
+        super().__init__(given.pop("batch", 1))
+        self._take([self.base_class(**given) for _ in range(self.batch)])
 
     @classmethod
     def from_module(cls, module: nn.Module, batch: int) -> _BatchLayer:
         self = cls.__new__(cls)
         AbstractBatchModule.__init__(self, batch)
-        self._take([module] * batch)
+        self._take([module] * self.batch)
         return self
 
     def _take(self, modules: Sequence[nn.Module]) -> None:
@@ -58,163 +69,52 @@ class _BatchLayer(AbstractBatchModule):
 class BatchLinear(_BatchLayer):
     base_class = nn.Linear
 
-    def __init__(
-        self,
-        in_features: int,
-        out_features: int,
-        bias: bool = True,
-        batch: int = 1,
-        device: Device = None,
-        dtype: Dtype = None,
-    ) -> None:
-        super().__init__(batch, in_features, out_features, bias, device=device, dtype=dtype)
 
-
-class _BatchConv(_BatchLayer):
-    def __init__(
-        self,
-        in_channels: int,
-        out_channels: int,
-        kernel_size: Sizes,
-        stride: Sizes = 1,
-        padding: Sizes | str = 0,
-        dilation: Sizes = 1,
-        groups: int = 1,
-        bias: bool = True,
-        padding_mode: str = "zeros",
-        batch: int = 1,
-        device: Device = None,
-        dtype: Dtype = None,
-    ) -> None:
-        shape = in_channels, out_channels, kernel_size, stride, padding, dilation, groups
-        super().__init__(batch, *shape, bias, padding_mode, device=device, dtype=dtype)
-
-
-class BatchConv1d(_BatchConv):
+class BatchConv1d(_BatchLayer):
     base_class = nn.Conv1d
 
 
-class BatchConv2d(_BatchConv):
+class BatchConv2d(_BatchLayer):
     base_class = nn.Conv2d
 
 
-class BatchConv3d(_BatchConv):
+class BatchConv3d(_BatchLayer):
     base_class = nn.Conv3d
 
 
-class _BatchConvTranspose(_BatchLayer):
-    def __init__(
-        self,
-        in_channels: int,
-        out_channels: int,
-        kernel_size: Sizes,
-        stride: Sizes = 1,
-        padding: Sizes = 0,
-        output_padding: Sizes = 0,
-        groups: int = 1,
-        bias: bool = True,
-        dilation: Sizes = 1,
-        padding_mode: str = "zeros",
-        batch: int = 1,
-        device: Device = None,
-        dtype: Dtype = None,
-    ) -> None:
-        shape = in_channels, out_channels, kernel_size, stride, padding, output_padding, groups
-        super().__init__(batch, *shape, bias, dilation, padding_mode, device=device, dtype=dtype)
-
-
-class BatchConvTranspose1d(_BatchConvTranspose):
+class BatchConvTranspose1d(_BatchLayer):
     base_class = nn.ConvTranspose1d
 
 
-class BatchConvTranspose2d(_BatchConvTranspose):
+class BatchConvTranspose2d(_BatchLayer):
     base_class = nn.ConvTranspose2d
 
 
-class BatchConvTranspose3d(_BatchConvTranspose):
+class BatchConvTranspose3d(_BatchLayer):
     base_class = nn.ConvTranspose3d
 
 
-class _BatchBatchNorm(_BatchLayer):
-    def __init__(
-        self,
-        num_features: int,
-        eps: float = 1e-5,
-        momentum: float | None = 0.1,
-        affine: bool = True,
-        track_running_stats: bool = True,
-        batch: int = 1,
-        device: Device = None,
-        dtype: Dtype = None,
-        **keywords: Any,  # of newer versions of torch, such as bias
-    ) -> None:
-        super().__init__(
-            batch, num_features, eps, momentum, affine, track_running_stats, device=device, dtype=dtype, **keywords
-        )
-
-
-class BatchBatchNorm1d(_BatchBatchNorm):
+class BatchBatchNorm1d(_BatchLayer):
     base_class = nn.BatchNorm1d
 
 
-class BatchBatchNorm2d(_BatchBatchNorm):
+class BatchBatchNorm2d(_BatchLayer):
     base_class = nn.BatchNorm2d
 
 
-class BatchBatchNorm3d(_BatchBatchNorm):
+class BatchBatchNorm3d(_BatchLayer):
     base_class = nn.BatchNorm3d
 
 
 class BatchGroupNorm(_BatchLayer):
     base_class = nn.GroupNorm
 
-    def __init__(
-        self,
-        num_groups: int,
-        num_channels: int,
-        eps: float = 1e-5,
-        affine: bool = True,
-        batch: int = 1,
-        device: Device = None,
-        dtype: Dtype = None,
-        **keywords: Any,  # of newer versions of torch, such as bias
-    ) -> None:
-        super().__init__(batch, num_groups, num_channels, eps, affine, device=device, dtype=dtype, **keywords)
-
 
 class BatchLayerNorm(_BatchLayer):
     base_class = nn.LayerNorm
 
-    def __init__(
-        self,
-        normalized_shape: Sizes | list[int],
-        eps: float = 1e-5,
-        elementwise_affine: bool = True,
-        bias: bool = True,
-        batch: int = 1,
-        device: Device = None,
-        dtype: Dtype = None,
-    ) -> None:
-        super().__init__(batch, normalized_shape, eps, elementwise_affine, bias, device=device, dtype=dtype)
-
 
 class BatchEmbedding(_BatchLayer):
-    """`max_norm` is not supported, and gradients are never sparse."""
+    """Gradients are never sparse."""
 
     base_class = nn.Embedding
-
-    def __init__(
-        self,
-        num_embeddings: int,
-        embedding_dim: int,
-        padding_idx: int | None = None,
-        max_norm: float | None = None,
-        norm_type: float = 2.0,
-        scale_grad_by_freq: bool = False,
-        sparse: bool = False,
-        batch: int = 1,
-        device: Device = None,
-        dtype: Dtype = None,
-    ) -> None:
-        options = padding_idx, max_norm, norm_type, scale_grad_by_freq, sparse
-        super().__init__(batch, num_embeddings, embedding_dim, *options, device=device, dtype=dtype)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from threading import Lock
 from typing import Any
 
 import torch
@@ -21,33 +22,50 @@ from torch._C._functorch import (
     maybe_current_level,
     maybe_get_bdim,
     maybe_get_level,
+    pop_dynamic_layer_stack,
+    push_dynamic_layer_stack,
 )
-from torch._functorch.pyfunctorch import retrieve_current_functorch_interpreter
 from torch._functorch.vmap import lazy_load_decompositions, vmap_increment_nesting  # type: ignore[attr-defined]
 
 Dim = int | None  # where the models are; None: the same tensor for all of them
 Batched = tuple[Tensor, Dim]
 
 
-@contextmanager
-def quiet() -> Iterator[None]:
-    """Without the fused attention of eval mode, which vmap cannot run, and without remarks on slow operations."""
-    fast = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    _functorch._set_vmap_fallback_warning_enabled(False)  # type: ignore[attr-defined]
-    try:
-        yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(fast)
-        # As torch has it; there is no way to ask.
-        _functorch._set_vmap_fallback_warning_enabled(True)  # type: ignore[attr-defined]
+class _Quiet:
+    """Without the fused attention of eval mode, which vmap cannot run, and without remarks on slow operations.
+
+    Both are switches of the process: the first run of all threads turns them off, the last one on again.
+    """
+
+    def __init__(self) -> None:
+        self._lock, self._runs, self._fused = Lock(), 0, True
+
+    def __enter__(self) -> None:
+        with self._lock:
+            self._runs += 1
+            if self._runs == 1:
+                self._fused = torch.backends.mha.get_fastpath_enabled()
+                self._turn(False, remarks=False)
+
+    def __exit__(self, *error: object) -> None:
+        with self._lock:
+            self._runs -= 1
+            if not self._runs:
+                self._turn(self._fused, remarks=True)  # as torch has it; there is no way to ask
+
+    def _turn(self, fused: bool, remarks: bool) -> None:
+        torch.backends.mha.set_fastpath_enabled(fused)
+        _functorch._set_vmap_fallback_warning_enabled(remarks)  # type: ignore[attr-defined]
+
+
+quiet = _Quiet()
 
 
 @contextmanager
 def under_vmap(batch: int) -> Iterator[int]:
     """torch.func.vmap by its parts, for tensors that `wrap` has wrapped, without 100 µs of flattening → its level."""
     lazy_load_decompositions()
-    with quiet(), vmap_increment_nesting(batch, "different") as level:
+    with quiet, vmap_increment_nesting(batch, "different") as level:
         yield level
 
 
@@ -84,17 +102,21 @@ def lift(kernel: Callable[..., Batched], *operands: Any) -> Tensor:
 
 def lift_all(kernel: Callable[..., list[Batched]], *operands: Any) -> list[Tensor]:
     """`lift` for a kernel with several outputs."""
-    interpreter = retrieve_current_functorch_interpreter()
-    level = interpreter.level()
+    level = current_level()
     unwrapped = [unwrap(x, level) for x in operands]
-    with interpreter.lower():
+    transform = pop_dynamic_layer_stack()
+    try:
         outputs = kernel(*unwrapped)
+    finally:
+        push_dynamic_layer_stack(transform)
     return [x if dim is None else _add_batch_dim(x, dim, level) for x, dim in outputs]
 
 
 def models_first(x: Tensor, dim: Dim, batch: int) -> Tensor:
-    """(M, …), a view."""
-    return x.expand(batch, *x.shape) if dim is None else x.movedim(dim, 0)
+    """(M, …), a view or x itself."""
+    if dim is None:
+        return x.expand(batch, *x.shape)
+    return x.movedim(dim, 0) if dim else x
 
 
 def in_order(x: Tensor) -> Tensor:

@@ -8,8 +8,8 @@ finds its own share there.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field
+from threading import RLock
 from typing import Any
 
 import torch
@@ -21,7 +21,7 @@ from .lift import in_order, is_batched, models_of, under_vmap, wrap
 from .nest import Place, map_tensors, put, stack, take
 from .rules import Rules
 from .rules.convolution import channels_last
-from .state import Attributes, Slot, is_batch_module, plain_attributes, plain_modules, refill, slots, swapped, walk
+from .state import Attributes, Slot, is_batch_module, plain_attributes, refill, slots, swapped, walk
 
 Name = tuple[int, str]  # of an attribute: the number of its module, and its own
 
@@ -68,20 +68,56 @@ class Models:
 
     def __init__(self, root: nn.Module, batch: int, kept: Kept) -> None:
         self.root, self.batch, self.kept = root, batch, kept
-        self.modules = plain_modules(root)
-        places = {id(m): m for _, m in walk(root, is_batch_module)}
-        self.batch_modules = [m for m in places.values() if isinstance(m, AbstractBatchModule)]
+        found = list({id(m): m for _, m in walk(root, is_batch_module)}.values())
+        self.batch_modules = [m for m in found if isinstance(m, AbstractBatchModule)]
+        self.modules = [m for m in found if not isinstance(m, AbstractBatchModule)]
         self.parameters = slots(self.modules, "_parameters")
         self.buffers = slots(self.modules, "_buffers")
+        self._names = [frozenset([*m._parameters, *m._buffers]) for m in self.modules]
 
     @property
     def places(self) -> list[Slot]:
         return self.parameters + self.buffers
 
+    def made(self) -> dict[Name, Tensor | None]:
+        """Buffers that a forward has registered. RuntimeError for a parameter, whose gradient would be lost."""
+        found: dict[Name, Tensor | None] = {}
+        for i, (module, known) in enumerate(zip(self.modules, self._names, strict=True)):
+            for name in [*(module._parameters.keys() - known), *(module._buffers.keys() - known)]:
+                tensor = module._buffers.get(name, module._parameters.get(name))
+                if any(tensor is slot.tensor for slot in self.places):
+                    continue  # another name for it
+                if name in module._parameters:
+                    raise RuntimeError(
+                        f"{name} is made by the first forward: let the module run once before it is batched"
+                    )
+                found[i, name] = tensor
+        return found
+
+    def register(self, buffers: dict[Name, Tensor | None]) -> None:
+        for (i, name), tensor in buffers.items():
+            self.modules[i]._buffers[name] = None if tensor is None else tensor.contiguous()
+
     def versions(self, inputs: Inputs) -> list[int]:
         """Of what a run must not have edited if it is to be repeated."""
         tensors = [*inputs.tensors, *(s.tensor for s in self.parameters)]
         return [t._version for t in tensors if t is not None and not t.is_inference()]
+
+
+class RunLock:
+    """One run at a time. A copy of what it guards gets a lock of its own."""
+
+    def __init__(self) -> None:
+        self._lock = RLock()  # a hook or forward may call its own batch
+
+    def __enter__(self) -> None:
+        self._lock.acquire()
+
+    def __exit__(self, *error: object) -> None:
+        self._lock.release()
+
+    def __reduce__(self) -> tuple[type[RunLock], tuple[()]]:
+        return RunLock, ()
 
 
 class _Unique:
@@ -102,11 +138,9 @@ class _Unique:
         return [None if p is None else tensors[p] for p in self._places]
 
 
-@contextmanager
-def _attributes(modules: Sequence[nn.Module], values: dict[Name, Any]) -> Iterator[None]:
+def _put_attributes(modules: Sequence[nn.Module], values: dict[Name, Any]) -> None:
     for (i, name), value in values.items():
         modules[i].__dict__[name] = value
-    yield
 
 
 @torch.no_grad()
@@ -133,21 +167,22 @@ def vectorised(models: Models, inputs: Inputs) -> Any:
         places = [*parameters.spread(ours), *buffers.spread(buffer)]
         with (
             swapped(models.modules, models.places, places),
-            _attributes(models.modules, put(kept_rest, attributes)),
             outside_vmap(models.modules, models.batch_modules, models.batch),
             channels_last(models.modules, given[0] if given else None),
         ):
+            _put_attributes(models.modules, put(kept_rest, attributes))
             found, rest = take(_one_forward(models, inputs.filled(tensors), level))
         results = [models_of(t, level, models.batch) for t in found]
-    output, left, replaced = put(rest, results)
+    output, left, replaced, made = put(rest, results)
     after = [replaced.get(i, copy) for i, copy in enumerate(buffers.spread(copies))]
     _commit(models.buffers, buffers, copies, after)
+    models.register(made)
     _leave(models, left, set())
     return map_tensors(in_order, output)
 
 
-def _one_forward(models: Models, arguments: Any, level: int) -> tuple[Any, dict[Name, Any], dict[int, Any]]:
-    """→ output, what it has left in attributes, and the buffers that it has replaced, by number."""
+def _one_forward(models: Models, arguments: Any, level: int) -> tuple[Any, ...]:
+    """→ output, what it has left in attributes, the buffers that it has replaced, by number, and made, by name."""
     args, kwargs = arguments
     before = [s.tensor for s in models.buffers]
     with Rules(level) as rules:
@@ -155,7 +190,8 @@ def _one_forward(models: Models, arguments: Any, level: int) -> tuple[Any, dict[
         rules.finish()
     left = {k: v for k, v in _held_attributes(models.modules) if _holds_batched(v, level)}
     after = [s.tensor for s in models.buffers]
-    return output, left, {i: now for i, (now, own) in enumerate(zip(after, before)) if now is not own}
+    replaced = {i: now for i, (now, own) in enumerate(zip(after, before)) if now is not own}
+    return output, left, replaced, models.made()
 
 
 def _divided(tensors: list[Tensor], counts: Sequence[int]) -> list[list[Tensor]]:
@@ -200,23 +236,23 @@ def one_by_one(models: Models, inputs: Inputs) -> Any:
     counts = [len(parameters.tensors), len(copies), len(inputs.tensors)]
     held = models.kept.held(models.modules)
     before = Attributes(models.modules)
-    outputs, afters, lefts = [], [], []
+    outputs, afters, lefts, mades = [], [], [], []
     for i in range(models.batch):
         ours, buffer, tensors = _divided([s[i] for s in shares], counts)
         own_buffers = buffers.spread(buffer)
         attributes = {name: models.kept.share(name, value, i) for name, value in held.items()}
-        with (
-            swapped(models.modules, models.places, [*parameters.spread(ours), *own_buffers]),
-            _attributes(models.modules, attributes),
-        ):
+        with swapped(models.modules, models.places, [*parameters.spread(ours), *own_buffers]):
+            _put_attributes(models.modules, attributes)
             args, kwargs = inputs.filled(tensors)
             outputs.append(models.root(*args, **kwargs))
             now = [s.tensor for s in models.buffers]
+            mades.append(models.made())
             afters.append({j: a for j, (a, own) in enumerate(zip(now, own_buffers)) if a is not own})
         lefts.append(before.changed())
         before.restore()
     replaced = {j: _stacked_or_none([a.get(j) for a in afters]) for j in set().union(*afters)}
     _commit(models.buffers, buffers, copies, [replaced.get(j, c) for j, c in enumerate(buffers.spread(copies))])
+    models.register({name: _stacked_or_none([made.get(name) for made in mades]) for name in set().union(*mades)})
     _leave_each(models, lefts, held)
     return stack(outputs)[0]
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import copy
 import warnings
 from collections.abc import Sequence
 
 import torch
 from torch import nn
+
+from .state import copied
 
 
 def initialised(module: nn.Module, seeds: Sequence[int]) -> list[nn.Module]:
@@ -20,7 +21,7 @@ def initialised(module: nn.Module, seeds: Sequence[int]) -> list[nn.Module]:
     copies = []
     with torch.random.fork_rng(range(torch.cuda.device_count())):
         for seed in seeds:
-            one = copy.deepcopy(module)
+            one = copied(module)
             torch.manual_seed(seed)
             one.apply(_reset)
             copies.append(one)

@@ -58,7 +58,7 @@ def slots(modules: Iterable[nn.Module], kind: str) -> list[Slot]:
 def named_tensors(root: nn.Module, stop: Stop) -> dict[str, tuple[Tensor, str]]:
     """Name → tensor, and where modules keep it ("_parameters" or "_buffers"); what is tied has several names."""
     return {
-        f"{name}.{own}": (tensor, kind)
+        f"{name}.{own}" if name else own: (tensor, kind)
         for name, module in walk(root, stop)
         if not stop(module)
         for kind in ("_parameters", "_buffers")
@@ -93,9 +93,9 @@ def _stacked(kind: str, tensors: Sequence[Tensor]) -> Tensor:
     return nn.Parameter(values, tensors[0].requires_grad) if kind == "_parameters" else values
 
 
-def copied(root: nn.Module, instead: dict[int, Any]) -> nn.Module:
-    """A deep copy with other objects in the place of those with these ids."""
-    memo = dict(instead)
+def copied(root: nn.Module, instead: dict[int, Any] | None = None) -> nn.Module:
+    """A deep copy, with other objects in the place of those with these ids."""
+    memo = dict(instead or {})
     for module in root.modules():
         for value in vars(module).values():
             if isinstance(value, Tensor) and not value.is_leaf:  # as weight_norm leaves one; torch copies leaves alone
@@ -107,11 +107,23 @@ def copied(root: nn.Module, instead: dict[int, Any]) -> nn.Module:
 def swapped(modules: Sequence[nn.Module], places: Sequence[Slot], tensors: Sequence[Tensor | None]) -> Iterator[None]:
     """`tensors` in `places`, and in lists, dicts and attributes that hold the same, as recurrent layers do.
 
-    Afterwards what was there before is there again, whatever forward has put there.
+    They pass for parameters where those before are some. Afterwards what was there before is there again, whatever
+    forward has put there. What it has registered is gone, but for another name of what was there before.
     """
+    registered: list[tuple[dict[str, Any], frozenset[str]]] = [
+        (own, frozenset(own)) for m in modules for own in (m._parameters, m._buffers)
+    ]
     before = [slot.tensor for slot in places]
+    for old, new in zip(before, tensors, strict=True):
+        if new is not None and isinstance(old, nn.Parameter):
+            new._is_param = True  # for which isinstance(…, nn.Parameter) asks
     now = {id(old): new for old, new in zip(before, tensors, strict=True) if old is not None}
-    aliases = [(m, name, value) for m in modules for name, value in vars(m).items() if _mentions(name, value, now)]
+    aliases = [
+        (m, name, value)
+        for m in modules
+        for name, value in vars(m).items()
+        if name not in _REGISTRIES and _mentions(value, now)
+    ]
     try:
         for slot, tensor in zip(places, tensors, strict=True):
             slot.put(tensor)
@@ -123,18 +135,23 @@ def swapped(modules: Sequence[nn.Module], places: Sequence[Slot], tensors: Seque
             slot.put(old)
         for module, name, value in aliases:
             module.__dict__[name] = value
+        was = {id(new): old for old, new in zip(before, tensors) if new is not None}
+        for own, known in registered:
+            for name in own.keys() - known:
+                if (tied := was.get(id(own.pop(name)))) is not None:
+                    own[name] = tied
 
 
-def _mentions(name: str, value: Any, tensors: dict[int, Any]) -> bool:
+def _mentions(value: Any, tensors: dict[int, Any]) -> bool:
     if isinstance(value, Tensor):
         return id(value) in tensors
-    if type(value) not in (list, tuple, dict) or name in _REGISTRIES or not value:
+    if type(value) not in (list, tuple, dict) or not value:
         return False
     return any(id(t) in tensors for t in take(value)[0])
 
 
-_REGISTRIES = frozenset(name for name, value in vars(nn.Module()).items() if isinstance(value, (dict, set)))
-_TORCHS_OWN = frozenset(vars(nn.Module())) | {"_flat_weights"}
+_REGISTRIES = frozenset(vars(nn.Module()))
+_TORCHS_OWN = _REGISTRIES | {"_flat_weights"}
 
 
 def plain_attributes(module: nn.Module) -> dict[str, Any]:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import math
+import re
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -48,16 +51,23 @@ CROSS_ENTROPIES: dict[str, tuple[tuple[int, ...], Any, dict[str, Any]]] = {
 }
 
 
-def check_loss(inputs: Tensor, targets: Tensor, loss: Any, reduction: str, **kwargs: Any) -> None:
+def check_loss(
+    inputs: Tensor, targets: Tensor, loss: Any, reduction: str, exactly: bool = False, **kwargs: Any
+) -> None:
     own, others = inputs.clone().requires_grad_(), [i.clone().requires_grad_() for i in inputs]
     got = batch_loss(own, targets, len(inputs), loss, reduction, **kwargs)
     expected = [loss(i, t, reduction=reduction, **kwargs) for i, t in zip(others, targets)]
-    close(got, expected, "loss")
+    compare = equal if exactly else close
+    compare(got, expected, "loss")
     got.sum().backward()
     for e in expected:
         e.sum().backward()
     assert own.grad is not None
-    close(own.grad, [o.grad for o in others], "gradient")
+    compare(own.grad, [o.grad for o in others], "gradient")
+
+
+def equal(batched: Tensor, others: Sequence[Tensor], what: str) -> None:
+    torch.testing.assert_close(batched, torch.stack(list(others)), rtol=0, atol=0, equal_nan=True, msg=what)
 
 
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
@@ -95,6 +105,46 @@ def test_any_loss_with_a_reduction_is_what_separate_calls_give(loss: Any, reduct
 def test_any_share_of_ignored_targets_is_right(m: int, b: int, c: int, share: float, reduction: str) -> None:
     targets = torch.randint(c, (m, b)).where(torch.rand(m, b) >= share, -100)
     check_loss(torch.randn(m, b, c), targets, F.cross_entropy, reduction)
+
+
+def nll_of_logits(x: Tensor, y: Tensor, **kwargs: Any) -> Tensor:
+    return F.nll_loss(x.log_softmax(1), y, **kwargs)
+
+
+ON_CLASSES = [F.cross_entropy, nll_of_logits]
+ON_VALUES = [F.mse_loss, F.l1_loss, F.smooth_l1_loss, F.huber_loss, F.binary_cross_entropy_with_logits, F.kl_div]
+
+
+@pytest.mark.filterwarnings("ignore:reduction. 'mean'")  # torch's, of kl_div
+@given(
+    st.integers(1, 4),
+    st.sampled_from([1, 6, 300]),
+    st.integers(2, 20),
+    st.sampled_from([torch.half, torch.bfloat16, torch.float, torch.double]),
+    st.sampled_from(["mean", "sum", "none"]),
+    st.sampled_from(ON_CLASSES + ON_VALUES),
+    st.data(),
+)
+def test_any_loss_of_any_dtype_is_what_separate_calls_give(
+    m: int, b: int, c: int, dtype: torch.dtype, reduction: str, loss: Any, data: st.DataObject
+) -> None:
+    inputs = torch.randn(m, b, c).mul(3).to(dtype)
+    targets = torch.randint(c, (m, b)) if loss in ON_CLASSES else torch.rand(m, b, c).to(dtype)
+    options: dict[str, Any] = {}
+    if loss in ON_CLASSES:
+        options = {"ignore_index": 1, "weight": torch.rand(c, dtype=dtype) + 0.1}
+    if loss is F.cross_entropy:
+        options["label_smoothing"] = 0.3
+    kwargs = {name: value for name, value in options.items() if data.draw(st.booleans(), name)}
+    check_loss(inputs, targets, loss, reduction, exactly=dtype in (torch.half, torch.bfloat16), **kwargs)
+
+
+@pytest.mark.parametrize("loss", [F.cross_entropy, F.nll_loss, F.mse_loss, F.binary_cross_entropy_with_logits])
+def test_losses_under_autocast_have_the_dtype_of_separate_calls(loss: Any) -> None:
+    inputs = torch.randn(3, 6, 5).bfloat16()
+    targets = torch.rand(3, 6, 5) if loss in ON_VALUES else classes(3, 6)
+    with torch.autocast("cpu", torch.bfloat16):
+        close(batch_loss(inputs, targets, 3, loss), [loss(i, t) for i, t in zip(inputs, targets)], "loss")
 
 
 def test_the_number_of_models_is_known_from_the_inputs() -> None:
@@ -135,8 +185,11 @@ def test_top_k_is_what_separate_models_have(m: int, b: int, c: int, data: st.Dat
 def test_bad_arguments_of_top_k_are_named() -> None:
     scores, targets = torch.randn(3, 6, 5), classes(3, 6)
     for k in (6, 0):
-        with pytest.raises(ValueError, match=f"5.*{k}"):
+        with pytest.raises(ValueError, match=rf"k must be .*got {k}"):
             batch_topk(scores, targets, 3, (1, k))
+    for k, what in (((), "()"), ((True,), "True"), ((1.5,), "1.5")):
+        with pytest.raises(ValueError, match=f"k must .*{re.escape(what)}"):
+            batch_topk(scores, targets, 3, k)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"\(3, 6, 5\).*\(3, 5\)"):
         batch_topk(scores, targets[:, :5], 3)
     with pytest.raises(ValueError, match="4"):
@@ -179,7 +232,9 @@ def test_a_limit_for_each_model_and_norms_that_are_not_finite() -> None:
     p.grad[1, 0] = math.inf
     with pytest.raises(RuntimeError, match=r"\[1\]"):
         clip_grad_norm_(p, 1.0, error_if_nonfinite=True)
-    assert clip_grad_norm_([nn.Parameter(torch.ones(3))], 1.0).numel() == 0
+    without = nn.Parameter(torch.ones(3, dtype=torch.double))
+    assert torch.equal(clip_grad_norm_([without], 1.0), torch.zeros(3, dtype=torch.double))
+    assert clip_grad_norm_([], 1.0).numel() == 0
     other = nn.Parameter(torch.ones(2))
     other.grad = torch.ones(2)
     with pytest.raises(ValueError, match=r"3.*\(2,\)"):
@@ -250,6 +305,49 @@ def test_learning_rates_of_each_model_can_be_taken_back() -> None:
         handle.remove()
 
 
+@pytest.mark.parametrize("load_first", [True, False])
+def test_learning_rates_of_each_model_go_on_where_an_optimizer_was_saved(load_first: bool) -> None:
+    x = torch.randn(4, 3, 6, 5)
+
+    def start() -> tuple[BatchModule, torch.optim.Optimizer, Any]:
+        batch = BatchModule(make(), 3)
+        optimizer = torch.optim.Adam(batch.parameters(), 0.1)
+        return batch, optimizer, torch.optim.lr_scheduler.StepLR(optimizer, 1, 0.5)
+
+    def step(batch: BatchModule, optimizer: torch.optim.Optimizer, scheduler: Any, i: int) -> None:
+        optimizer.zero_grad()
+        batch(x[i]).square().sum().backward()
+        optimizer.step()
+        scheduler.step()
+
+    first, second = start(), start()
+    per_model_lr(first[1], [0.1, 0.3, 0.0])
+    for i in (0, 1):
+        step(*first, i)
+    if not load_first:
+        per_model_lr(second[1], [0.1, 0.3, 0.0])
+    for own, saved in zip(second, first):
+        own.load_state_dict(copy.deepcopy(saved.state_dict()))
+    if load_first:
+        per_model_lr(second[1], [0.1, 0.3, 0.0])
+    for i in (2, 3):
+        step(*first, i)
+        step(*second, i)
+    for a, b in zip(first[0].parameters(), second[0].parameters()):
+        assert torch.equal(a, b)
+
+
+def test_another_call_replaces_learning_rates_and_later_groups_have_them_too() -> None:
+    p, q = nn.Parameter(torch.zeros(2, 3)), nn.Parameter(torch.zeros(2, 4))
+    optimizer = torch.optim.SGD([p], 1.0)
+    per_model_lr(optimizer, [5.0, 5.0])
+    per_model_lr(optimizer, [1.0, 0.5])
+    optimizer.add_param_group({"params": [q], "lr": 2.0})
+    p.grad, q.grad = torch.ones(2, 3), torch.ones(2, 4)
+    optimizer.step()
+    assert [t.detach().mean(1).tolist() for t in (p, q)] == [[-1.0, -0.5]] * 2
+
+
 def test_learning_rates_that_cannot_be_scaled_are_refused() -> None:
     p = nn.Parameter(torch.zeros(2, 3))
     for optimizer in (torch.optim.Rprop([p]), torch.optim.LBFGS([p]), torch.optim.ASGD([p])):
@@ -259,6 +357,9 @@ def test_learning_rates_that_cannot_be_scaled_are_refused() -> None:
         per_model_lr(torch.optim.SGD([p], 0.1), [1.0, 0.5, 2.0])
     with pytest.raises(ValueError, match="0"):
         per_model_lr(torch.optim.SGD([p], 0.0), [1.0, 0.5])
+    for rate in (-0.5, math.nan):
+        with pytest.raises(ValueError, match=f"at least 0.*{rate}"):
+            per_model_lr(torch.optim.SGD([p], 0.1), [1.0, rate])
 
 
 def test_targets_may_be_bytes() -> None:
@@ -276,7 +377,7 @@ def test_learning_rates_hold_for_steps_with_a_closure() -> None:
         optimizer.zero_grad()
         loss = batch(torch.ones(2, 1, 1)).sum()
         loss.backward()
-        return float(loss)
+        return loss.item()
 
     for step in (1, 2):
         optimizer.step(closure)

@@ -109,7 +109,7 @@ def test_what_a_forward_keeps_in_attributes_is_alive() -> None:
 @pytest.mark.parametrize("norm", [nn.utils.weight_norm, nn.utils.spectral_norm])
 def test_the_older_weight_hooks_of_torch_belong_to_one_model(norm: Any) -> None:
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # deprecated, and for spectral_norm: in training, one by one
+        warnings.simplefilter("ignore", FutureWarning)  # deprecated
         models = separate(lambda: Wrapped(norm(nn.Linear(5, 4))), 3)
         batch = BatchModule.from_modules(models)
         run_alike(batch, models, torch.randn(3, 6, 5))

@@ -33,6 +33,12 @@ def twice(m: Any, x: Tensor) -> Tensor:
 
 
 # y is (B, 4).
+def masked(y: Tensor, mask: Tensor, value: Any) -> Tensor:
+    y = y.clone()
+    y[mask] = value
+    return y
+
+
 IDIOMS: dict[str, Callable[[Tensor], Tensor]] = {
     "less its mean": lambda y: y - y.mean(0),
     "by the number of rows": lambda y: y / y.size(0),
@@ -55,6 +61,9 @@ IDIOMS: dict[str, Callable[[Tensor], Tensor]] = {
     "shape as numbers": lambda y: y.view(y.shape[0], 2, y.shape[1] // 2).transpose(1, 2).reshape(y.shape),
     "einsum": lambda y: torch.einsum("bi,bj->ij", y, y) + y.sum(0),
     "norm": lambda y: F.normalize(y, dim=0),
+    "masked": lambda y: masked(y, y > 0.1, 0.5),
+    "masked by its mean": lambda y: masked(y, y > 0.1, y.mean()),
+    "masked rows": lambda y: masked(y, y[:, 0] > 0.1, y.mean(0)),
     "outer": lambda y: (y.unsqueeze(1) - y.unsqueeze(0)).square().sum(1),
 }
 
@@ -124,6 +133,83 @@ def test_weights_in_a_list_of_the_users_own_are_those_of_the_model() -> None:
     for m in models:
         m.listed = [m.l.weight, {"bias": m.l.bias}]  # type: ignore[assignment]
     run_alike(BatchModule.from_modules(models), models, torch.randn(3, 2, 5))
+
+
+@pytest.mark.parametrize("branch", [False, True], ids=["vmap", "one by one"])
+def test_a_forward_sees_which_of_its_tensors_are_parameters(branch: bool) -> None:
+    def forward(m: Any, x: Tensor) -> Tensor:
+        assert isinstance(m.l.weight, nn.Parameter) and isinstance(m.n.bias, nn.Parameter)
+        assert not isinstance(m.n.running_mean, nn.Parameter) and not isinstance(m.l.weight * 1, nn.Parameter)
+        y = m.n(m.l(x))
+        return -y if branch and y.sum() + y[0, 0] > 0 else y
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore" if branch else "error")
+        assert_alike(lambda: Own(forward, l=nn.Linear(5, 4), n=nn.BatchNorm1d(4)), 5)
+
+
+def test_a_forward_sees_what_autograd_knows() -> None:
+    def forward(m: Any, x: Tensor) -> Tensor:
+        y = m.l(x)
+        assert m.l.weight.is_leaf and m.l.weight.grad_fn is None
+        factor = 2 if y.grad_fn is not None and not y.is_leaf else 3
+        return y * factor if m.l.weight.grad is None else y * m.l.weight.grad.mean()
+
+    models = separate(lambda: Own(forward, l=nn.Linear(5, 4)), 3)
+    batch = BatchModule.from_modules(models)
+    for _ in range(2):
+        x = torch.randn(3, 6, 5)
+        out, expected = batch(x), [m(one) for m, one in zip(models, x)]
+        close(out, expected, "output")
+        out.square().sum().backward()
+        for e in expected:
+            e.square().sum().backward()
+    close(batch.get_parameter("l.weight").grad, [m.get_parameter("l.weight").grad for m in models], "gradient")
+
+
+@pytest.mark.parametrize("branch", [False, True], ids=["vmap", "one by one"])
+def test_buffers_that_the_first_forward_registers_are_each_models_own(branch: bool) -> None:
+    def forward(m: Any, x: Tensor) -> Tensor:
+        if not hasattr(m, "first"):
+            m.register_buffer("first", x.detach().mean(0))
+            m.l.register_buffer("positions", torch.arange(3.0), persistent=False)
+        y = m.l(x - m.first) + m.l.positions
+        return -y if branch and y.sum() > 0 else y
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore" if branch else "error")
+        assert_alike(lambda: Own(forward, l=nn.Linear(5, 3)), 5, steps=3)
+
+
+def test_a_parameter_that_the_first_forward_makes_is_named_and_taken_back() -> None:
+    def forward(m: Any, x: Tensor) -> Tensor:
+        if not hasattr(m, "late"):
+            m.late = nn.Parameter(torch.ones(5))
+        return m.l(x * m.late)
+
+    batch = BatchModule(Own(forward, l=nn.Linear(5, 3)), 3)
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match="late is made by the first forward"):
+            batch(torch.randn(3, 6, 5))
+    assert [name for name, _ in batch.named_parameters()] == ["l.weight", "l.bias"]
+
+
+def test_a_forward_may_tie_weights() -> None:
+    def forward(m: Any, x: Tensor) -> Tensor:
+        m.decoder.weight = m.encoder.weight
+        m.alias = m.encoder.bias
+        return m.decoder(m.encoder(x)) + m.alias
+
+    models = separate(lambda: Own(forward, encoder=nn.Linear(5, 5), decoder=nn.Linear(5, 5)), 3)
+    batch, x = BatchModule.from_modules(models), torch.randn(3, 6, 5)
+    out, expected = batch(x), [m(one) for m, one in zip(models, x)]
+    close(out, expected, "output")
+    out.square().sum().backward()
+    for e in expected:
+        e.square().sum().backward()
+    for name in ("encoder.weight", "encoder.bias", "decoder.bias"):
+        close(batch.get_parameter(name).grad, [m.get_parameter(name).grad for m in models], name)
+    assert batch.get_parameter("alias") is batch.get_parameter("encoder.bias")
 
 
 def test_a_custom_module_with_its_own_parameter_and_buffer() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -10,7 +11,7 @@ import pytest
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from models_harness import LeNet, Own, ResNet18, Wrapped, assert_alike, indices
+from models_harness import LeNet, Own, ResNet18, Wrapped, assert_alike, close, indices, separate, tensors
 
 from torchmb import BatchModule
 
@@ -23,7 +24,13 @@ def seeded() -> Iterator[None]:
     torch.manual_seed(0)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        for of_torch in ("Using padding='same'", "LSTM with projections", "enable_nested_tensor"):
+        for of_torch in (
+            "Using padding='same'",
+            "LSTM with projections",
+            "enable_nested_tensor",
+            "Mismatch dtype",
+            "The PyTorch API of nested",
+        ):
             warnings.filterwarnings("ignore", of_torch)
         yield
 
@@ -97,6 +104,7 @@ UNDER_VMAP: dict[str, Case] = {
     ),
     "weight_norm": (lambda: nn.utils.parametrizations.weight_norm(nn.Linear(5, 4)), (5,)),
     "orthogonal": (lambda: nn.utils.parametrizations.orthogonal(nn.Linear(4, 4)), (4,)),
+    "spectral_norm": (lambda: nn.utils.parametrizations.spectral_norm(nn.Conv2d(3, 4, 3)), (3, 6, 6)),
     "lstm": (lambda: nn.LSTM(5, 4, 2, batch_first=True), (7, 5)),
     "lstm, both ways, projections": (lambda: nn.LSTM(5, 4, 2, bidirectional=True, proj_size=2), (7, 5)),
     "lstm cell": (lambda: Own(lambda m, x: m.l(x, m.l(x)), l=nn.LSTMCell(5, 4)), (5,)),
@@ -135,18 +143,47 @@ def test_batch_norm_of_rows_is_right(wrap: Callable[[nn.Module], nn.Module]) -> 
     assert_alike(lambda: wrap(nn.BatchNorm1d(4)), 4, rows=1, training=False)
 
 
+ONE_VALUE: dict[str, Case] = {
+    "batch norm": (lambda: nn.BatchNorm1d(4), (1, 4)),
+    "batch norm 2d": (lambda: nn.BatchNorm2d(4), (1, 4, 1, 1)),
+    "group norm": (lambda: nn.GroupNorm(4, 4), (1, 4)),
+    "group norm 2d": (lambda: nn.GroupNorm(4, 4, affine=False), (1, 4, 1, 1)),
+    "instance norm": (lambda: nn.InstanceNorm1d(4), (6, 4, 1)),
+    "instance norm 2d": (lambda: nn.InstanceNorm2d(4, affine=True), (6, 4, 1, 1)),
+}
+
+
+@pytest.mark.parametrize("wrap", [lambda m: m, Wrapped], ids=["native", "vmap"])
+@pytest.mark.parametrize("name", ONE_VALUE)
+def test_statistics_of_one_value_are_refused_as_in_separate_models(name: str, wrap: Any) -> None:
+    make, shape = ONE_VALUE[name]
+    with pytest.raises(ValueError) as expected:
+        make()(torch.randn(shape))
+    with pytest.raises(ValueError) as error:
+        BatchModule(wrap(make()), 3)(torch.randn(3, *shape))
+    assert str(error.value) == str(expected.value)
+
+
 @pytest.mark.parametrize("wrap", [lambda m: m, Wrapped], ids=["native", "vmap"])
 @pytest.mark.parametrize("padding", [None, 2, -1])
 def test_an_embedding_is_right(padding: int | None, wrap: Callable[[nn.Module], nn.Module]) -> None:
     for models in (1, 3, 17):
         assert_alike(lambda: wrap(nn.Embedding(7, 4, padding)), 3, models=models, draw=indices(7))
-    assert_alike(lambda: wrap(nn.Embedding(7, 4, padding, scale_grad_by_freq=True)), 3, draw=indices(7))
+    for options in ({"scale_grad_by_freq": True}, {"max_norm": 0.5}, {"max_norm": 2.0, "norm_type": 1.0}):
+        assert_alike(lambda o=options: wrap(nn.Embedding(7, 4, padding, **o)), 3, draw=indices(7))
+
+
+@pytest.mark.parametrize("wrap", [lambda m: m, Wrapped], ids=["native", "vmap"])
+def test_an_embedding_shortens_rows_in_place_as_separate_models(wrap: Any) -> None:
+    models = separate(lambda: wrap(nn.Embedding(7, 4, max_norm=0.5)), 3)
+    batch, x = BatchModule.from_modules(models), torch.randint(7, (3, 2, 2))
+    close(batch(x), [m(one) for m, one in zip(models, x)], "output")
+    for name, p in batch.named_parameters():
+        close(p, [m.get_parameter(name) for m in models], name)
 
 
 @pytest.mark.parametrize("wrap", [lambda m: m, Wrapped], ids=["native", "vmap"])
 def test_an_index_beyond_the_embedding_is_an_error_and_no_other_models_row(wrap: Any) -> None:
-    from torchmb import BatchModule
-
     batch = BatchModule(wrap(nn.Embedding(7, 4)), 3)
     for index in (7, -1):
         with pytest.raises(IndexError):
@@ -161,6 +198,23 @@ def test_lenet_is_right(training: bool) -> None:
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
 def test_a_small_resnet_18_is_right(training: bool) -> None:
     assert_alike(ResNet18, 3, 16, 16, training=training, steps=1)
+
+
+def test_rrelu_is_right_and_draws_for_each_model() -> None:
+    from torchmb import shared
+
+    def own_forward() -> nn.Module:
+        return Own(lambda m, x: F.rrelu(m.l(x), 0.1, 0.4, m.training, inplace=True), l=nn.Linear(5, 5))
+
+    for make in (lambda: nn.Sequential(nn.Linear(5, 5), nn.RReLU()), lambda: Wrapped(nn.RReLU()), own_forward):
+        assert_alike(make, 5, training=False)
+    for batch in (BatchModule(nn.RReLU(0.1, 0.4), 3), BatchModule(Wrapped(nn.RReLU(0.1, 0.4)), 3)):
+        x = torch.tensor([-1.0, 2.0]).expand(50, 2).clone().requires_grad_()
+        slopes, kept = batch(shared(x)).unbind(-1)
+        assert len(slopes.unique()) == 150 and -0.4 <= slopes.min() < -0.3 and -0.2 < slopes.max() <= -0.1
+        assert (kept == 2).all()
+        (grad,) = torch.autograd.grad(slopes.sum(), x)
+        torch.testing.assert_close(grad[:, 0], -slopes.sum(0))
 
 
 def test_frozen_layers_stay_without_gradients() -> None:
@@ -218,6 +272,16 @@ def test_a_forward_sees_whether_its_tensors_require_grad() -> None:
         assert torch.equal(BatchModule(make(), batch=2)(x), x)
 
 
+def test_padded_rows_of_a_transformer_are_masked_without_a_loop() -> None:
+    def forward(m: Any, x: torch.Tensor) -> torch.Tensor:
+        return m.t(x, src_key_padding_mask=torch.arange(4).expand(6, 4) > 2)[:, :3]
+
+    def make() -> nn.Module:
+        return Own(forward, t=nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, 16, batch_first=True), 2))
+
+    assert_alike(make, 4, 8, training=False)
+
+
 def test_no_grad_and_inference_mode_are_right() -> None:
     for mode in (torch.no_grad, torch.inference_mode):
         for make in (ResNet18, lambda: nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)):
@@ -228,29 +292,77 @@ def test_no_grad_and_inference_mode_are_right() -> None:
 
 @pytest.mark.parametrize("make", [LAYERS["convolutional"][0], lambda: Wrapped(LAYERS["convolutional"][0]())])
 def test_double_precision_is_exact_to_double_precision(make: Callable[[], nn.Module]) -> None:
-    from models_harness import close, separate
-
-    from torchmb import BatchModule
-
     models = [m.double() for m in separate(make, 3)]
     x = torch.randn(3, 5, 2, 8, 8, dtype=torch.double)
     close(BatchModule.from_modules(models)(x), [m(one) for m, one in zip(models, x)], "output")
 
 
+UNDER_AUTOCAST: dict[str, Case] = {
+    "convolution, group norm": (lambda: nn.Sequential(nn.Conv1d(4, 4, 3), nn.GroupNorm(2, 4)), (4, 9)),
+    "convolution, batch norm": (lambda: nn.Sequential(nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4)), (4, 6, 6)),
+    "convolution, instance norm": (
+        lambda: nn.Sequential(nn.Conv1d(4, 4, 3), nn.InstanceNorm1d(4, affine=True, track_running_stats=True)),
+        (4, 9),
+    ),
+    "linear, layer norm": (lambda: nn.Sequential(nn.Linear(5, 4), nn.LayerNorm(4)), (5,)),
+    "linear, torch.layer_norm": (
+        lambda: Own(lambda m, x: torch.layer_norm(m.l(x), (4,), m.n.weight), l=nn.Linear(5, 4), n=nn.LayerNorm(4)),
+        (5,),
+    ),
+    "linear, prelu, linear": (lambda: nn.Sequential(nn.Linear(5, 6), nn.PReLU(6), nn.Linear(6, 2)), (5,)),
+    "lstm, both ways": (lambda: nn.LSTM(5, 4, 2, bidirectional=True, bias=False), (7, 5)),
+    "gru, linear": (lambda: Own(lambda m, x: m.l(m.g(x)[0]), g=nn.GRU(5, 4), l=nn.Linear(4, 2)), (7, 5)),
+    "product": (lambda: Own(lambda m, x: m.l(x) @ m.l(x).mT, l=nn.Linear(5, 4)), (7, 5)),
+    "lenet": (LeNet, (1, 28, 28)),
+}
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
 @pytest.mark.parametrize("wrap", [lambda m: m, Wrapped], ids=["native", "vmap"])
-def test_autocast_casts_forward_and_backward_as_separate_models(wrap: Any) -> None:
-    from models_harness import separate
+@pytest.mark.parametrize("name", LAYERS | UNDER_VMAP | UNDER_AUTOCAST)
+def test_a_layer_under_autocast_casts_forward_and_backward_as_separate_models(
+    name: str, wrap: Any, training: bool
+) -> None:
+    make, shape = (LAYERS | UNDER_VMAP | UNDER_AUTOCAST)[name]
+    models = [m.train(training) for m in separate(lambda: wrap(make()), 3)]
+    exact = [copy.deepcopy(m) for m in models]
+    batch, x = BatchModule.from_modules(models), torch.randn(3, 6, *shape)
+    ours = results(batch, x, autocast=True)
+    theirs = [results(m, one, autocast=True) for m, one in zip(models, x)]
+    precise = [results(m, one, autocast=False) for m, one in zip(exact, x)]
+    for i, own in enumerate(ours):
+        plain, reference = (torch.stack([one[i] for one in each]) for each in (theirs, precise))
+        assert own.dtype == plain.dtype and own.shape == plain.shape, i
+        error, usual = ((t.float() - reference).abs().max() for t in (own, plain))
+        assert error <= 3 * usual + 1e-2 * reference.abs().max(), f"{i}: {error} off, separate models {usual}"
 
-    from torchmb import BatchModule
 
-    models = separate(lambda: wrap(nn.Sequential(nn.Linear(5, 7), nn.ReLU(), nn.Linear(7, 4))), 3)
-    batch, x = BatchModule.from_modules(models), torch.randn(3, 6, 5)
-    with torch.autocast("cpu", torch.bfloat16):
-        out, expected = batch(x), torch.stack([m(one) for m, one in zip(models, x)])
-    assert out.dtype == expected.dtype == torch.bfloat16
-    torch.testing.assert_close(out, expected, rtol=3e-2, atol=3e-2)
-    out.float().sum().backward()
-    assert all(p.grad.dtype == torch.float32 for p in batch.parameters())
+def results(model: nn.Module, x: torch.Tensor, autocast: bool) -> list[torch.Tensor]:
+    """Outputs, gradients of the input and of parameters, buffers."""
+    x = x.clone().requires_grad_()
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        outputs = tensors(model(x))
+    sum(t.float().square().sum() for t in outputs).backward()
+    grads = [t.grad for t in (x, *model.parameters()) if t.grad is not None]
+    return [t.detach() for t in (*outputs, *grads, *model.buffers())]
+
+
+@pytest.mark.parametrize("wrap", [lambda m: m, Wrapped], ids=["native", "vmap"])
+def test_complex_layers_are_right(wrap: Any) -> None:
+    models = separate(lambda: wrap(nn.Linear(5, 4, dtype=torch.complex64)), 3)
+    batch, x = BatchModule.from_modules(models), torch.randn(3, 6, 5, dtype=torch.complex64)
+    for model, given in ((batch, x), *zip(models, x)):
+        model(given).abs().sum().backward()
+    for name, p in batch.named_parameters():
+        assert p.grad is not None
+        torch.testing.assert_close(p.grad, torch.stack([m.get_parameter(name).grad for m in models]))
+
+
+@pytest.mark.parametrize("wrap", [lambda m: m, Wrapped], ids=["native", "vmap"])
+def test_shapes_may_be_asked_for_on_meta_tensors(wrap: Any) -> None:
+    net = nn.Sequential(nn.Conv1d(3, 4, 3), nn.GroupNorm(2, 4), nn.PReLU(), nn.Flatten(), nn.Linear(12, 2))
+    out = BatchModule(wrap(net), 3).to("meta")(torch.randn(3, 6, 3, 5, device="meta"))
+    assert out.is_meta and out.shape == (3, 6, 2)
 
 
 @pytest.mark.parametrize(
@@ -262,12 +374,6 @@ def test_autocast_casts_forward_and_backward_as_separate_models(wrap: Any) -> No
     ],
 )
 def test_batch_statistics_over_many_rows_are_as_precise_as_those_of_separate_models(net: Any) -> None:
-    import copy
-
-    from models_harness import separate
-
-    from torchmb import BatchModule
-
     models = separate(net, 4)
     exact = [copy.deepcopy(m).double() for m in models]
     batch, x = BatchModule.from_modules(models), torch.randn(4, 8, 2, 34, 34) + 1

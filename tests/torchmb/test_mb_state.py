@@ -8,12 +8,13 @@ import pickle
 import warnings
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn as nn
 from models_harness import LeNet, Own, Wrapped, close, run_alike, separate
 
-from torchmb import BatchModule
+from torchmb import BatchLinear, BatchModule, check
 
 
 def make() -> nn.Module:
@@ -168,6 +169,17 @@ def test_models_that_do_not_fit_together_are_named() -> None:
         BatchModule.from_modules([nn.Linear(2, 2), nn.Linear(2, 2, bias=False)])
 
 
+def test_two_classes_of_one_name_are_told_apart() -> None:
+    def net(module: str) -> nn.Module:
+        cls = type("Net", (nn.Linear,), {"__module__": module})
+        return cls(2, 2)
+
+    with pytest.raises(ValueError, match=r"module 1 is a b\.Net, module 0 a a\.Net"):
+        BatchModule.from_modules([net("a"), net("b")])
+    with pytest.raises(ValueError, match=r"module 1 is a a\.Net, module 0 a a\.Net of an earlier definition"):
+        BatchModule.from_modules([net("a"), net("a")])
+
+
 def test_seeds_give_the_weights_of_new_models() -> None:
     class Net(nn.Module):
         def __init__(self) -> None:
@@ -200,11 +212,24 @@ def test_a_parameter_that_seeds_cannot_reach_is_named() -> None:
 
 @pytest.mark.parametrize(
     ("arguments", "numbers"),
-    [({"batch": 0}, "0"), ({"batch": -3}, "-3"), ({"batch": 2.0}, "2.0"), ({"batch": 2, "seeds": [1]}, "2.*1")],
+    [
+        ({"batch": 0}, "number of models.*0"),
+        ({"batch": -3}, "-3"),
+        ({"batch": 2.0}, "2.0"),
+        ({"batch": True}, "number of models, must be an integer, got True"),
+        ({"batch": "3"}, "'3'"),
+        ({"batch": 2, "seeds": [1]}, "2.*1"),
+    ],
 )
 def test_a_bad_number_of_models_is_named(arguments: Any, numbers: str) -> None:
     with pytest.raises(ValueError, match=numbers):
         BatchModule(nn.Linear(2, 2), **arguments)
+
+
+def test_the_number_of_models_may_be_any_integer() -> None:
+    for three in (np.int64(3), torch.tensor(3)):
+        assert BatchModule(nn.Linear(5, 2), three)(torch.randn(3, 6, 5)).shape == (3, 6, 2)
+        assert BatchLinear(5, 2, True, three).batch == 3
 
 
 def test_inputs_without_the_dimension_of_models_are_named() -> None:
@@ -223,8 +248,16 @@ def test_a_batch_in_a_batch_is_refused() -> None:
 
 
 def test_a_lazy_module_that_has_no_shape_yet_is_named() -> None:
-    with pytest.raises(ValueError, match="weight"):
+    with pytest.raises(ValueError, match=r"^weight has no shape yet"):
         BatchModule(nn.LazyLinear(3), 3)
+
+
+def test_modules_whose_weights_a_hook_computes_may_have_seeds_and_be_checked() -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # deprecated
+        net = nn.Sequential(nn.utils.weight_norm(nn.Linear(5, 4)), nn.ReLU())
+    assert BatchModule(net, seeds=[1, 1])(torch.randn(2, 6, 5)).shape == (2, 6, 4)
+    assert check(net, torch.randn(6, 5)) == []
 
 
 def test_merged_data_may_be_passed_through() -> None:

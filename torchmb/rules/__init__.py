@@ -12,11 +12,35 @@ from typing import Any
 from torch.overrides import TorchFunctionMode
 
 from ..lift import current_level
-from . import attention, convolution, inplace, linear, lookup, normalisation, pooling, recurrent, scalar
+from . import (
+    activation,
+    attention,
+    autocast,
+    convolution,
+    inplace,
+    linear,
+    lookup,
+    normalisation,
+    pooling,
+    recurrent,
+    scalar,
+)
 from .views import VIEWING, Views, edits
 
 RULES: dict[Callable[..., Any], Callable[..., Any]] = {}
-for family in (attention, convolution, inplace, linear, lookup, normalisation, pooling, recurrent, scalar):
+for family in (
+    activation,
+    attention,
+    autocast,
+    convolution,
+    inplace,
+    linear,
+    lookup,
+    normalisation,
+    pooling,
+    recurrent,
+    scalar,
+):
     RULES.update(family.RULES)
 
 

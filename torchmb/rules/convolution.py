@@ -18,6 +18,11 @@ Convolution = Callable[..., Tensor]
 
 CONVOLUTIONS: dict[int, Convolution] = {1: torch.conv1d, 2: torch.conv2d, 3: torch.conv3d}
 TRANSPOSED: dict[int, Convolution] = {1: torch.conv_transpose1d, 2: torch.conv_transpose2d, 3: torch.conv_transpose3d}
+# Arguments after the bias, in order.
+DEFAULTS: dict[Convolution, dict[str, Any]] = {
+    **{f: {"stride": 1, "padding": 0, "dilation": 1, "groups": 1} for f in CONVOLUTIONS.values()},
+    **{f: {"stride": 1, "padding": 0, "output_padding": 0, "groups": 1, "dilation": 1} for f in TRANSPOSED.values()},
+}
 
 _channels_last = ContextVar("_channels_last", default=False)
 
@@ -80,40 +85,13 @@ def kernel(
     return convolve(function, models_first(*x, batch).transpose(0, 1), w, b, **options), 1
 
 
-def _run(function: Convolution, options: dict[str, Any], input: Tensor, weight: Tensor, bias: Tensor | None) -> Any:
+def _rule(
+    function: Convolution, input: Tensor, weight: Tensor, bias: Tensor | None = None, *args: Any, **kwargs: Any
+) -> Any:
     if not is_batched(weight) or input.dim() != weight.dim():
         return NotImplemented
+    options = DEFAULTS[function] | dict(zip(DEFAULTS[function], args)) | kwargs
     return lift(partial(kernel, function, options), input, weight, bias)
 
 
-def _convolution(
-    function: Convolution,
-    input: Tensor,
-    weight: Tensor,
-    bias: Tensor | None = None,
-    stride: Any = 1,
-    padding: Any = 0,
-    dilation: Any = 1,
-    groups: int = 1,
-) -> Any:
-    options = {"stride": stride, "padding": padding, "dilation": dilation, "groups": groups}
-    return _run(function, options, input, weight, bias)
-
-
-def _transposed(
-    function: Convolution,
-    input: Tensor,
-    weight: Tensor,
-    bias: Tensor | None = None,
-    stride: Any = 1,
-    padding: Any = 0,
-    output_padding: Any = 0,
-    groups: int = 1,
-    dilation: Any = 1,
-) -> Any:
-    options = {"stride": stride, "padding": padding, "dilation": dilation, "groups": groups}
-    return _run(function, options | {"output_padding": output_padding}, input, weight, bias)
-
-
-RULES = {f: partial(_convolution, f) for f in CONVOLUTIONS.values()}
-RULES |= {f: partial(_transposed, f) for f in TRANSPOSED.values()}
+RULES = {function: partial(_rule, function) for function in DEFAULTS}

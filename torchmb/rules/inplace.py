@@ -1,4 +1,4 @@
-"""Arithmetic in place: vmap would edit a view, with the models moved to the front, which autograd undoes by copying."""
+"""What edits tensors in place, where vmap is slow or cannot."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ..lift import Batched, is_batched, lift_all
@@ -16,7 +18,8 @@ ARITHMETIC = (
 )
 
 
-def _rule(function: Callable[..., Any], x: Tensor, other: Any, **kwargs: Any) -> Any:
+def _arithmetic(function: Callable[..., Any], x: Tensor, other: Any, **kwargs: Any) -> Any:
+    """vmap would edit a view, with the models moved to the front, which autograd undoes by copying."""
     if not is_batched(x) or not is_batched(other) or x.dim() != other.dim():
         return NotImplemented
 
@@ -29,4 +32,23 @@ def _rule(function: Callable[..., Any], x: Tensor, other: Any, **kwargs: Any) ->
     return x
 
 
-RULES: dict[Callable[..., Any], Callable[..., Any]] = {f: partial(_rule, f) for f in ARITHMETIC}
+def _assign(x: Tensor, index: Any, value: Any) -> Any:
+    """x[mask] = value without a look at how many are true, where the value is the same for all of them."""
+    if not (isinstance(index, Tensor) and index.dtype is torch.bool and index.shape == x.shape[: index.dim()]):
+        return NotImplemented
+    beside = x.dim() - index.dim()
+    if not isinstance(value, Tensor) or not value.dim():
+        value = torch.as_tensor(value).to(x)
+    if value.dim() > beside or value.dtype != x.dtype:
+        return NotImplemented
+    x.copy_(torch.where(index.view(*index.shape, *[1] * beside), value, x))
+    return None
+
+
+def _normalize(input: Tensor, p: float = 2.0, dim: int = 1, eps: float = 1e-12, out: Tensor | None = None) -> Any:
+    """vmap knows no `out`, to which spectral_norm gives its buffers."""
+    return NotImplemented if out is None else out.copy_(F.normalize(input, p, dim, eps))
+
+
+RULES: dict[Callable[..., Any], Callable[..., Any]] = {f: partial(_arithmetic, f) for f in ARITHMETIC}
+RULES |= {Tensor.__setitem__: _assign, F.normalize: _normalize}

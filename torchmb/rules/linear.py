@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..lift import Batched, Dim, batch_size, current_level, is_batched, lift, models_first, reshaped, split_dim
+from .autocast import as_autocast
 
 
 def _product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -51,21 +52,13 @@ class _Linear(torch.autograd.Function):
         return grad_x, grad_weight, grad.sum(1) if ctx.needs_input_grad[2] else None, None
 
 
-def as_autocast(*tensors: Tensor | None) -> list[Tensor | None]:
-    """Casts as torch does before a matrix product, here so that the backward sees the dtypes of the forward."""
-    device = next(t.device.type for t in tensors if t is not None)
-    if not torch.is_autocast_enabled(device):
-        return list(tensors)
-    dtype = torch.get_autocast_dtype(device)
-    return [t.to(dtype) if t is not None and t.is_floating_point() and t.dtype != torch.float64 else t for t in tensors]
-
-
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None, columns: bool = False) -> Tensor:
     """x (M, …, I), weight (M, O, I), bias (M, O) or None → (M, …, O), features before rows in memory if `columns`."""
-    x, weight, bias = as_autocast(x, weight, bias)  # type: ignore[assignment]
+    x, weight, bias = as_autocast(x, weight, bias)
     rows = x.flatten(1, -2) if x.dim() > 2 else x.unsqueeze(1)
-    # Within a transform of the caller's own, such as torch.func.grad, only torch's backward can be transformed.
-    if current_level():
+    # Within a transform of the caller's own, such as torch.func.grad, only torch's backward can be transformed; and it
+    # knows what is to be conjugated.
+    if current_level() or rows.is_complex():
         out = _product(rows, weight, bias)
     else:
         out = _Linear.apply(rows, weight, bias, columns and x.dim() == 3)  # type: ignore[no-untyped-call]

@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.functional import _verify_batch_size, _verify_spatial_size  # type: ignore[attr-defined]
 
 from ..lift import Batched, Dim, batch_size, is_batched, lift, models_first, split_dim
+from .autocast import autocasts
+
+Norm = Callable[..., Tensor]  # F.batch_norm, or F.instance_norm, which takes the same
+
+
+def _half(x: Tensor) -> bool:
+    return x.dtype in (torch.half, torch.bfloat16)
 
 
 def batch_norm(
@@ -20,8 +30,16 @@ def batch_norm(
     training: bool,
     momentum: float,
     eps: float,
+    function: Norm = F.batch_norm,
 ) -> Tensor:
-    """x (B, M, C, …), all others (M, C) or None → (B, M, C, …). Running statistics are updated in place."""
+    """x (B, M, C, …), all others (M, C) or None → (B, M, C, …). Running statistics are updated in place.
+
+    function: batch_norm or instance_norm, to which `training` says whether to take statistics of x.
+    ValueError, torch's own, where that is of one value.
+    """
+    if training:
+        verify = _verify_batch_size if function is F.batch_norm else _verify_spatial_size
+        verify(x[:, 0].shape)
     mean, var = (None if t is None else t.view(-1) for t in (running_mean, running_var))
     scale, shift = (None if t is None else t.flatten() for t in (weight, bias))
     channels = x.flatten(1, 2)
@@ -29,11 +47,11 @@ def batch_norm(
     # dimension 0, for which torch's backward in eval mode is wrong.
     if training or len(channels) == 1:
         channels = channels.contiguous()
-    out = F.batch_norm(channels, mean, var, scale, shift, training, momentum, eps)
+    out = function(channels, mean, var, scale, shift, training, momentum, eps)
     return split_dim(out, 1, x.shape[1])
 
 
-def affine(x: Tensor, weight: Tensor | None, bias: Tensor | None, place: int) -> Tensor:
+def _affine(x: Tensor, weight: Tensor | None, bias: Tensor | None, place: int) -> Tensor:
     """x (M, B, …), scaled and shifted by (M, *shape), where `shape` begins at dimension `place` of x."""
     for values, apply in ((weight, Tensor.mul), (bias, Tensor.add)):
         if values is not None:
@@ -42,16 +60,55 @@ def affine(x: Tensor, weight: Tensor | None, bias: Tensor | None, place: int) ->
     return x
 
 
+def _scaled(
+    normalise: Callable[[Tensor], Tensor], x: Tensor, weight: Tensor | None, bias: Tensor | None, place: int
+) -> Tensor:
+    """normalise(x), scaled and shifted as by `_affine`. In half precision it is rounded once, as torch's kernels do."""
+    if not _half(x):
+        return _affine(normalise(x), weight, bias, place)
+    autocast_to_float = x.is_cuda and autocasts(x)
+    out = _affine(normalise(x.float()), weight, bias, place)
+    return out if autocast_to_float else out.to(x.dtype)
+
+
 def group_norm(x: Tensor, groups: int, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
     """x (M, B, C, …), weight and bias (M, C) or None → the same shape as x."""
-    images = F.group_norm(x.flatten(0, 1), groups, eps=eps)
-    return affine(split_dim(images, 0, len(x)), weight, bias, 2)
+
+    _verify_batch_size([x.shape[1] * x.shape[2] // groups, groups, *x.shape[3:]])  # of one model
+
+    def normalise(x: Tensor) -> Tensor:
+        return split_dim(F.group_norm(x.flatten(0, 1), groups, eps=eps), 0, len(x))
+
+    return _scaled(normalise, x, weight, bias, 2)
 
 
-def kernel(training: bool, momentum: float, eps: float, x: tuple[Tensor, Dim], *states: tuple[Tensor, Dim]) -> Batched:
+def layer_norm(x: Tensor, shape: Sequence[int], weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
+    """x (M, …, *shape), weight and bias (M, *shape) or None → the same shape as x."""
+    return _scaled(lambda x: F.layer_norm(x, shape, eps=eps), x, weight, bias, x.dim() - len(shape))
+
+
+Operand = tuple[Any, Dim]  # a tensor or None, and where its models are
+
+
+def kernel(
+    training: bool, momentum: float, eps: float, x: Operand, *states: Operand, function: Norm = F.batch_norm
+) -> Batched:
     batch = batch_size(x, *states)
-    mean, var, weight, bias = (None if t is None else models_first(t, dim, batch) for t, dim in states)
-    return batch_norm(models_first(*x, batch).transpose(0, 1), mean, var, weight, bias, training, momentum, eps), 1
+    mean, var, weight, bias = _models_first(batch, *states)
+    images = models_first(*x, batch).transpose(0, 1)
+    return batch_norm(images, mean, var, weight, bias, training, momentum, eps, function), 1
+
+
+def _models_first(batch: int, *given: Operand) -> list[Tensor | None]:
+    return [None if t is None else models_first(t, dim, batch) for t, dim in given]
+
+
+def _of_channels(function: Norm, training: bool, momentum: float, eps: float, input: Tensor, *states: Any) -> Any:
+    """`states`: running mean and variance, weight and bias."""
+    shared = [t for t in states[:2] if t is not None and not is_batched(t)]
+    if shared or input.dim() < 2 or not any(map(is_batched, (input, *states))):
+        return NotImplemented  # models that update one running mean: vmap refuses, and has to
+    return lift(partial(kernel, training, momentum, eps, function=function), input, *states)
 
 
 def _batch_norm(
@@ -64,25 +121,67 @@ def _batch_norm(
     momentum: float = 0.1,
     eps: float = 1e-5,
 ) -> Any:
-    states = (running_mean, running_var, weight, bias)
-    shared = [t for t in states[:2] if t is not None and not is_batched(t)]
-    if shared or input.dim() < 2 or not (is_batched(input) or any(is_batched(t) for t in states)):
-        return NotImplemented  # models that update one running mean: vmap refuses, and has to
-    return lift(partial(kernel, training, momentum, eps), input, *states)
+    return _of_channels(F.batch_norm, training, momentum, eps, input, running_mean, running_var, weight, bias)
 
 
-def _group_norm_kernel(groups: int, eps: float, x: tuple[Tensor, Dim], *states: tuple[Any, Dim]) -> Batched:
-    batch = batch_size(x, *states)
-    weight, bias = (None if t is None else models_first(t, dim, batch) for t, dim in states)
-    return group_norm(models_first(*x, batch), groups, weight, bias, eps), 0
+def _instance_norm(
+    input: Tensor,
+    running_mean: Tensor | None = None,
+    running_var: Tensor | None = None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    use_input_stats: bool = True,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+) -> Any:
+    return _of_channels(F.instance_norm, use_input_stats, momentum, eps, input, running_mean, running_var, weight, bias)
 
 
 def _group_norm(
-    input: Tensor, num_groups: int, weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-5
+    input: Tensor,
+    num_groups: int,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+    cudnn_enabled: bool = True,
 ) -> Any:
     if input.dim() < 2 or not any(map(is_batched, (input, weight, bias))):
         return NotImplemented
-    return lift(partial(_group_norm_kernel, num_groups, eps), input, weight, bias)
+
+    def kernel(x: Operand, *states: Operand) -> Batched:
+        batch = batch_size(x, *states)
+        scale, shift = _models_first(batch, *states)
+        return group_norm(models_first(*x, batch), num_groups, scale, shift, eps), 0
+
+    return lift(kernel, input, weight, bias)
 
 
-RULES = {F.batch_norm: _batch_norm, F.group_norm: _group_norm}
+def _layer_norm(
+    input: Tensor,
+    normalized_shape: Sequence[int],
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+    cudnn_enabled: bool = True,
+) -> Any:
+    shape = tuple(normalized_shape)
+    own = input.shape[input.dim() - len(shape) :], *(t.shape for t in (weight, bias) if t is not None)
+    if any(s != shape for s in own) or not any(map(is_batched, (input, weight, bias))):
+        return NotImplemented
+
+    def kernel(x: Operand, *states: Operand) -> Batched:
+        batch = batch_size(x, *states)
+        scale, shift = _models_first(batch, *states)
+        return layer_norm(models_first(*x, batch), shape, scale, shift, eps), 0
+
+    return lift(kernel, input, weight, bias)
+
+
+RULES: dict[Callable[..., Any], Callable[..., Any]] = {
+    F.batch_norm: _batch_norm,
+    F.instance_norm: _instance_norm,
+    F.group_norm: _group_norm,
+    torch.group_norm: _group_norm,
+    F.layer_norm: _layer_norm,
+    torch.layer_norm: _layer_norm,
+}

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..lift import Batched, Dim, batch_size, is_batched, lift_all, models_first
+from .autocast import as_autocast
 from .linear import linear
 
 
@@ -48,7 +49,7 @@ def _gru_cell(x: Tensor, state: State, layer: Layer) -> State:
     size = h.shape[-1]
     r, z = (x[..., : 2 * size] + hidden[..., : 2 * size]).sigmoid().chunk(2, -1)
     n = torch.addcmul(x[..., 2 * size :], r, hidden[..., 2 * size :]).tanh()
-    return (torch.lerp(n, h, z),)
+    return (torch.lerp(n.to(h.dtype), h, z.to(h.dtype)),)  # under autocast a state stays in the dtype that it has
 
 
 def _rnn_cell(activation: Callable[[Tensor], Tensor], x: Tensor, state: State, layer: Layer) -> State:
@@ -110,13 +111,16 @@ def _rule(
     packed = isinstance(params, Tensor) or isinstance(has_biases, (tuple, list))
     if packed or input.dim() != 3 or not any(is_batched(p) for p in params):
         return NotImplemented
-    count = len(states)
+    count, directions = len(states), num_layers * (2 if bidirectional else 1)
+    projects = len(params) // directions in (3, 5)
 
     def kernel(x: tuple[Tensor, Dim], *given: tuple[Tensor, Dim]) -> list[Batched]:
         batch = batch_size(x, *given)
         first = [models_first(t, dim, batch) for t, dim in (x, *given)]
+        if input.is_cuda or (cell is _lstm_cell and not projects):  # one kernel of torch, which casts all of it
+            first = list(as_autocast(*first))
         time_first = first[0].transpose(1, 2) if batch_first else first[0]
-        layers = _layers(first[1 + count :], has_biases, num_layers * (2 if bidirectional else 1))
+        layers = _layers(first[1 + count :], has_biases, directions)
         out, last = recur(
             cell, time_first, tuple(first[1 : 1 + count]), layers, bidirectional, dropout if train else 0.0
         )

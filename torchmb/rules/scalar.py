@@ -1,4 +1,4 @@
-"""Python numbers from tensors: one number for all models, where all of them have the same."""
+"""What is no tensor, of a tensor: one number for all models, where all of them have the same; what autograd knows."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 from torch._C._functorch import is_functorch_wrapped_tensor
 
-from ..lift import current_level, is_batched, unwrap
+from ..lift import current_level, is_batched, lift, unwrap
 
 NUMBERS = (Tensor.item, Tensor.tolist, Tensor.__float__, Tensor.__int__, Tensor.__index__, Tensor.__bool__)
 
@@ -28,10 +28,25 @@ def _rule(function: Callable[[Tensor], Any], x: Tensor) -> Any:
     return values[0]
 
 
-def _requires_grad(x: Tensor) -> Any:
-    """Of the tensor itself: vmap's wrapper says no where autograd records beneath it."""
-    return unwrap(x, current_level())[0].requires_grad if is_batched(x) else NotImplemented
+def _of_the_tensor(attribute: str, x: Tensor) -> Any:
+    """What autograd, which records beneath vmap's wrapper, knows of the tensor itself."""
+    return getattr(unwrap(x, current_level())[0], attribute) if is_batched(x) else NotImplemented
+
+
+def _grad(x: Tensor) -> Any:
+    """Of the tensor itself, too, and each model's own."""
+    if not is_batched(x):
+        return NotImplemented
+    plain, dim = unwrap(x, current_level())
+    return None if plain.grad is None else lift(lambda _: (plain.grad, dim), x)
+
+
+def _getter(attribute: str) -> Callable[..., Any]:
+    """As which a mode sees x.attribute."""
+    getter: Callable[..., Any] = getattr(Tensor, attribute).__get__
+    return getter
 
 
 RULES: dict[Callable[..., Any], Callable[..., Any]] = {f: partial(_rule, f) for f in NUMBERS}
-RULES[Tensor.requires_grad.__get__] = _requires_grad  # type: ignore[attr-defined]
+RULES |= {_getter(name): partial(_of_the_tensor, name) for name in ("requires_grad", "is_leaf", "grad_fn")}
+RULES[_getter("grad")] = _grad

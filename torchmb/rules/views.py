@@ -25,7 +25,8 @@ VIEWING = frozenset(
 def edits(function: Callable[..., Any], kwargs: Mapping[str, Any]) -> bool:
     """Whether a call changes its first argument, by torch's conventions."""
     name = getattr(function, "__name__", "")
-    return bool(name.endswith("_") and not name.endswith("__")) or name.startswith("__i") or bool(kwargs.get("inplace"))
+    by_name = (name.endswith("_") and not name.endswith("__")) or name.startswith("__i") or name == "__setitem__"
+    return by_name or bool(kwargs.get("inplace"))
 
 
 @dataclass
