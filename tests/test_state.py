@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import threading
 from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
@@ -418,3 +419,38 @@ def test_quantised_tensors_differ_by_what_their_integers_stand_for() -> None:
     assert keys(first) != keys(second)
     first.table = second.table
     assert keys(first) == keys(second)
+
+
+def test_a_counter_does_not_stop_caching_where_threads_begin_together(caplog: pytest.LogCaptureFixture) -> None:
+    class Part(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.calls = 0
+
+    class Counting(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.part = Part()
+            self.calls = 0
+            self.together = threading.Barrier(4, timeout=60)
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.calls += 1
+            self.part.calls += 1
+            if self.together is not None:
+                self.together.wait()
+            return x * 2
+
+    module = torchcache()(Counting())
+    for start in range(3):
+        threads = [threading.Thread(target=module, args=(X + 10 * start + i,)) for i in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    module.together = None
+    for _ in range(3):
+        assert torch.equal(module(X), X * 2)
+    before = module.calls
+    assert torch.equal(module(X), X * 2) and module.calls == before
+    assert "not cached" not in caplog.text

@@ -46,6 +46,8 @@ class Computer:
         self._refused: set[Kind] = set()
         self._leave_inputs: set[Kind] = set()  # kinds of calls that have been seen not to edit their inputs
         self._changed: set[Kind] = set()  # kinds of calls that have changed the state once
+        self._running = 0  # forwards, in all threads
+        self._started = 0
 
     def refuses(self, kind: Kind) -> bool:
         return kind in self._refused
@@ -69,7 +71,7 @@ class Computer:
             except Indivisible:
                 everything = True
         versions = call.versions() if everything else None
-        output = forward(*args, **kwargs)
+        output, alone = self._run(forward, args, kwargs)
         if versions is not None and versions == call.versions():
             self._leave_inputs.add(kind)
         changed = noise.made()
@@ -78,6 +80,8 @@ class Computer:
                 changed |= not state.after_forward(before)
         if noise.drawn():
             self.refuse(kind, _NOISE)
+        elif changed and not alone:
+            pass  # nobody knows which forward it was
         elif changed and kind in self._changed:
             self.refuse(kind, _OWN_STATE)
         elif changed:
@@ -89,3 +93,17 @@ class Computer:
             except UnsupportedOutput as error:
                 self._once.warn("output", "outputs are not cached: %s", error)
         raise Uncacheable(output if everything else None, noise)
+
+    def _run(self, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, bool]:
+        """The output, and whether no other forward of this cache ran at the same time."""
+        with self._lock:
+            self._running += 1
+            self._started += 1
+            first, number = self._running == 1, self._started
+        try:
+            output = forward(*args, **kwargs)
+        finally:
+            with self._lock:
+                self._running -= 1
+                alone = first and self._started == number
+        return output, alone

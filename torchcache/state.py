@@ -165,10 +165,13 @@ class State:
         value, names, own = before
         for d, old in zip(self._attribute_dicts, names):
             self._products.update((id(d), name) for name in d.keys() - old)
+        known = len(self._fixed)
         for name, now in self._own_attributes().items():
             if name in own and not _same(own[name], now):
                 self._fixed.setdefault(name, own[name])
                 self._attributes[name] = now
+        if len(self._fixed) != known:
+            self._combine()  # another thread may have looked while the forward ran
         self._leave_out_moved_settings()
         self._note_sizes()
         # A probe on a GPU would wait for the forward. What only that would see counts from the next call on.
