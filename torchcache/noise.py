@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import random
 import sys
 from collections.abc import Callable
@@ -16,9 +17,14 @@ Generators = dict[str, object]  # by the place where they are found
 
 def is_generator(value: object) -> bool:
     """Whether it is a generator of random numbers, of torch, of Python or of NumPy."""
-    if isinstance(value, (random.Random, torch.Generator)):
+    return _generates(type(value))  # type: ignore[arg-type]
+
+
+@functools.lru_cache(maxsize=4096)
+def _generates(kind: type) -> bool:
+    if issubclass(kind, (random.Random, torch.Generator)):
         return True
-    return any(kind.__module__.startswith("numpy.random") for kind in type(value).__mro__)
+    return any(base.__module__.startswith("numpy.random") for base in kind.__mro__)
 
 
 class Noise:
@@ -31,6 +37,7 @@ class Noise:
     def __init__(self, own: Callable[[], Generators]) -> None:
         self._list = own
         self._own = own()
+        self._later: Generators | None = None
         self._states = {name: _state(generator) for name, generator in self._own.items()}
         self._torch = _torch_states()
         self._python = random.getstate()
@@ -47,7 +54,7 @@ class Noise:
 
     def made(self) -> bool:
         """Whether there are generators that were not there before: nobody knows yet what is drawn from them."""
-        return bool(self._list().keys() - self._own.keys())
+        return bool(self._own_now().keys() - self._own.keys())
 
     def rewind(self) -> None:
         """Sets the generators back, so that a second forward draws what the first one drew."""
@@ -64,8 +71,14 @@ class Noise:
         """By place, not by object: one that every forward makes anew with the same seed is no noise."""
         return any(
             name in self._states and _comparable(_state(generator)) != _comparable(self._states[name])
-            for name, generator in self._list().items()
+            for name, generator in self._own_now().items()
         )
+
+    def _own_now(self) -> Generators:
+        """Those after the forward."""
+        if self._later is None:
+            self._later = self._list()
+        return self._later
 
 
 def _torch_states() -> list[Tensor]:
