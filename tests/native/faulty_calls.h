@@ -96,12 +96,28 @@ ssize_t small_disk_pwritev(int fd, const iovec* parts, int count, off_t offset) 
   return errno = ENOSPC, -1;
 }
 
+// Writes that hang until `hangs` is false, and the threads that were in one and have not ended since.
 std::mutex hanging_mutex;
 std::condition_variable hanging;
 bool hangs = false;
+int hung_threads = 0;
+
+// Made with the mutex held, in the thread that hangs.
+struct HungThread {
+  HungThread() {
+    ++hung_threads;
+    hanging.notify_all();
+  }
+  ~HungThread() {
+    std::lock_guard lock(hanging_mutex);
+    --hung_threads;
+    hanging.notify_all();
+  }
+};
 
 ssize_t hanging_pwritev(int fd, const iovec* parts, int count, off_t offset) {
   std::unique_lock lock(hanging_mutex);
+  thread_local HungThread until_it_ends;
   hanging.wait(lock, [] { return !hangs; });
   return kReal.pwritev(fd, parts, count, offset);
 }

@@ -176,10 +176,14 @@ void a_write_that_hangs_stops_nobody() {
   hangs = true;
   put(*store, Rows(10, 1));
   EXPECT(right_rows(*store, Rows(10, 1)) == 10);
+  std::unique_lock lock(hanging_mutex);
+  hanging.wait(lock, [] { return hung_threads == 1; });
+  lock.unlock();
   store->close();
-  std::lock_guard lock(hanging_mutex);
+  lock.lock();
   hangs = false;
   hanging.notify_all();
+  hanging.wait(lock, [] { return hung_threads == 0; });  // it ends by itself, without its store
 }
 
 void a_file_where_the_directory_should_be_is_one_warning() {
