@@ -6,6 +6,7 @@ system refuses that much address space, and on other devices, chunks are added a
 
 from __future__ import annotations
 
+import contextlib
 import mmap
 from bisect import bisect_right
 from collections.abc import Callable, Iterator
@@ -18,6 +19,7 @@ from torchcache.rows import Layout, Leaf, movable, select
 _CHUNK_BYTES = 64 << 20
 _GROWTH = 8  # a chunk is at least an eighth of all before it: few chunks, little of the last one unused
 _MAP_NORESERVE = 0x4000  # Linux; Python's mmap does not name it
+_SMALL_BYTES = 16 << 20  # of a leaf: only behind those pages may be huge, of which the last is hardly ever full
 
 # Told of every new chunk: the slot of its first row, and its tensors.
 Know = Callable[[int, list[Tensor]], None]
@@ -110,8 +112,16 @@ def _reserve(leaf: Leaf, capacity: int) -> Tensor | None:
     try:
         # Private: a forked child must not write into its parent. Never closed: the tensor keeps it alive.
         memory = mmap.mmap(-1, size, flags=flags)
+        _use_huge_pages(memory)
         with torch.inference_mode(False):
             flat = torch.frombuffer(memory, dtype=leaf.stored)
     except (OSError, ValueError, OverflowError):
         return None
     return flat.view(capacity, *leaf.shape)
+
+
+def _use_huge_pages(memory: mmap.mmap) -> None:
+    """Fewer page faults while rows come, and fewer misses of the address cache while they are gathered."""
+    if hasattr(mmap, "MADV_HUGEPAGE") and len(memory) > _SMALL_BYTES:
+        with contextlib.suppress(OSError):  # a system without them
+            memory.madvise(mmap.MADV_HUGEPAGE, _SMALL_BYTES)
