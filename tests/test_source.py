@@ -1,40 +1,23 @@
-"""What code computes: a change that matters changes it, the way back finds the old one."""
+"""What the code in files computes: a change that matters changes it, the way back finds the old one."""
 
 from __future__ import annotations
 
-import functools
 import importlib
 import itertools
-import linecache
 import logging
 import os
 import pathlib
 import subprocess
 import sys
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import pytest
-import torch
-from torch import nn
+from source_harness import of
 
-from torchcache import origin, source
-from torchcache.encoding import Unencodable
-from torchcache.source import describe, describe_value
+from torchcache import origin
 
 numbers = itertools.count()
-
-
-def tensors(tensor: torch.Tensor) -> bytes:
-    return repr((tensor.dtype, tensor.tolist())).encode()
-
-
-def of(obj: object) -> bytes:
-    return describe(obj, tensors=tensors)
-
-
-def value_of(value: object) -> bytes:
-    return describe_value(value, tensors=tensors)
 
 
 class User:
@@ -159,6 +142,8 @@ class M(Base):
         import inner as nested
         return [late(F.relu(offset(item))) + nested.far(item) for item in self.pre(x)], Mode.A
 """
+
+
 HELPERS = """
 LIMIT = 10
 UNUSED = 11
@@ -167,7 +152,10 @@ def stretch(x): return x * 13
 def late(x): return x + 14
 def unused(x): return x
 """
+
+
 INNER = "def far(x): return x * 15\n"
+
 
 MATTERS = {
     "the class": ("self.pre(x)], Mode.A", "self.pre(x) + 1], Mode.A"),
@@ -198,13 +186,19 @@ MATTERS = {
     "the class of an object": ("return x + 16", "return x + 17"),
     "a library's function": ("F.relu", "F.gelu"),
 }
+
+
 MATTERS_IN_HELPERS = {
     "a constant of an imported module": ("LIMIT = 10", "LIMIT = 11"),
     "a function imported by name": ("x + 12", "x + 13"),
     "a function of an imported module": ("x * 13", "x * 14"),
     "a function imported in the function": ("x + 14", "x + 15"),
 }
+
+
 MATTERS["a constant in a dict"] = ('MUTABLE = {"a": 1}', 'MUTABLE = {"a": 2}')
+
+
 MATTERS_NOT = {
     "a comment": ("return x - 1", "return x - 1  # one less"),
     "a blank line": ("return x - 1", "\n\n        return x - 1"),
@@ -289,93 +283,6 @@ def test_the_decorator_and_its_options_are_not_part_of_what_it_decorates(user: U
     assert user(module + patch) == user(module)
 
 
-def test_a_wrapper_around_a_decorated_function_still_counts() -> None:
-    def make(factor: int) -> Callable[[int], int]:
-        def original(x: int) -> int:
-            return x
-
-        def ours(x: int) -> int:
-            return original(x)
-
-        vars(ours)["__torchcache_original__"] = original
-
-        @functools.wraps(ours)
-        def outer(x: int) -> int:
-            return ours(x) * factor
-
-        return outer
-
-    assert of(make(1)) != of(make(2))
-    assert of(make(1)) == of(make(1))
-
-
-def test_functions_of_one_name_differ() -> None:
-    def make(n: int) -> list[Callable[[int], int]]:
-        def f(x: int) -> int:
-            return x + n
-
-        return [f]
-
-    first = make(1) + make(2)
-
-    def f(x: int) -> int:
-        return x * 2
-
-    assert len({of(item) for item in [*first, f]}) == 3
-    assert of(make(1)[0]) == of(first[0])
-
-
-def test_lambdas_on_one_line_differ() -> None:
-    pair = (lambda x: x + 1, lambda x: x + 2)
-    assert of(pair[0]) != of(pair[1])
-    assert of(pair[0]) == of(pair[0])
-
-
-def test_classes_made_in_a_loop_differ_by_what_they_close_over() -> None:
-    def make(n: int) -> type[nn.Module]:
-        class M(nn.Module):
-            def forward(self, x: torch.Tensor) -> torch.Tensor:
-                return x * n
-
-        return M
-
-    assert of(make(1)) != of(make(2))
-    assert of(make(1)) == of(make(1))
-
-
-def test_a_notebook_cell_is_read_and_the_number_of_the_cell_does_not_count() -> None:
-    def run(number: int, text: str) -> bytes:
-        name = f"<ipython-input-{number}>"
-        linecache.cache[name] = (len(text), None, text.splitlines(True), name)
-        scope: dict[str, object] = {"__name__": "__main__"}
-        exec(compile(text, name, "exec"), scope)
-        return of(scope["M"])
-
-    cell = "from torch import nn\nclass M(nn.Module):\n    def forward(self, x):\n        return x\n"
-    first = run(1, cell)
-    assert run(2, "\n" + cell + "        # the end") == first
-    assert run(3, cell.replace("return x", "return -x")) != first
-    assert b"source" in first
-
-
-def test_code_without_source_is_described_by_bytecode_with_one_warning(
-    caplog: pytest.LogCaptureFixture,
-) -> None:
-    def run(text: str) -> bytes:
-        scope: dict[str, object] = {}
-        exec(text, scope)
-        return of(scope["without_source"])
-
-    source._without_source.clear()
-
-    first = run("def without_source(x): return x + 1")
-    assert run("def without_source(x): return x + 1") == first
-    assert run("def without_source(x): return x + 2") != first
-    assert run("def without_source(x): return x - 1") != first
-    named = [item.message for item in caplog.records if "without_source" in item.message]
-    assert len(named) == 1 and "bytecode" in named[0]
-
-
 def test_a_file_that_was_edited_after_its_import_is_not_believed(user: User) -> None:
     old, new = "def M(x):\n    return x + 1\n", "def M(x):\n    return x + 2222\n"
     module = user.load(old)
@@ -386,76 +293,6 @@ def test_a_file_that_was_edited_after_its_import_is_not_believed(user: User) -> 
     assert stale not in (user(new), first) and b"bytecode" in stale
 
 
-def test_the_parts_of_a_module_count_by_class_hook_and_function() -> None:
-    def make(act: object = nn.ReLU, hook: object = None, forward: object = None) -> bytes:
-        assert isinstance(act, type)
-        module = nn.Sequential(nn.Linear(1, 1), act())
-        if hook is not None:
-            module[0].register_forward_hook(hook)  # type: ignore[arg-type]
-        if forward is not None:
-            module[1].forward = forward  # type: ignore[assignment]
-        return of(module)
-
-    described = {
-        make(),
-        make(nn.GELU),
-        make(hook=lambda module, args, out: out + 1),
-        make(hook=lambda module, args, out: out + 2),
-        make(forward=torch.relu),
-        make(forward=nn.functional.relu),
-        make(forward=functools.partial(nn.functional.leaky_relu, negative_slope=0.1)),
-        make(forward=functools.partial(nn.functional.leaky_relu, negative_slope=0.2)),
-    }
-    assert len(described) == 8
-    assert make() in described
-
-
-def test_the_state_of_the_described_module_does_not_count_even_where_a_hook_holds_it() -> None:
-    class M(nn.Module):
-        def __init__(self, weight: float) -> None:
-            super().__init__()
-            self.linear = nn.Linear(1, 1)
-            nn.init.constant_(self.linear.weight, weight)
-            self.register_forward_hook(self.hook)
-
-        def hook(self, module: nn.Module, args: object, out: torch.Tensor) -> torch.Tensor:
-            return out
-
-    assert of(M(1)) == of(M(2))
-
-
-class Scaled(nn.Module):
-    def __init__(self, scale: float) -> None:
-        super().__init__()
-        self.scale = scale
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return x * self.scale
-
-
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")
-@pytest.mark.parametrize(
-    "make",
-    [
-        lambda n: torch.jit.trace(lambda x: x * n, torch.ones(1)),
-        lambda n: torch.jit.trace(lambda x: x + torch.arange(2000) * n, torch.ones(1)),
-        lambda n: torch.jit.trace(Scaled(n), torch.ones(1)),
-        lambda n: torch.jit.script(Scaled(n)),
-        lambda n: torch.jit.script(nn.Sequential(Scaled(1.0), Scaled(n))),
-        lambda n: torch.jit.freeze(torch.jit.script(Scaled(1 + n * 1e-12)).eval()),
-    ],
-)
-def test_scripted_and_traced_code_counts(make: Callable[[float], object]) -> None:
-    def held(n: float) -> bytes:
-        holder = nn.Module()
-        holder.part = make(n)
-        return of(holder)
-
-    first = held(2.0)
-    assert held(3.0) != first
-    assert held(2.0) == first
-
-
 def test_a_generated_graph_counts_by_its_code_and_what_that_calls(user: User) -> None:
     text = "import torch\nfrom torch import nn, fx\ndef f(x): return x + 3\nfx.wrap('f')\n"
     text += "class N(nn.Module):\n    def forward(self, x): return f(x) * 2\n"
@@ -464,29 +301,6 @@ def test_a_generated_graph_counts_by_its_code_and_what_that_calls(user: User) ->
     assert user(text.replace("* 2", "* 4")) != first
     assert user(text.replace("+ 3", "+ 4")) != first
     assert user(text) == first
-
-
-def test_a_compiled_function_is_the_same_after_its_first_call() -> None:
-    function = torch.compile(lambda x: x + 1, backend="eager")
-    first = of(function)
-    function(torch.ones(1))
-    assert of(function) == first
-
-
-@pytest.mark.parametrize(
-    "make",
-    [
-        lambda n: torch.compile(lambda x: x + n),
-        lambda n: torch.no_grad()(lambda x: x + n),
-        lambda n: functools.lru_cache(lambda x: x + n),
-        lambda n: functools.partial(lambda x, y: x + y, n),
-        lambda n: nn.LeakyReLU(n).forward,
-        lambda n: nn.utils.parametrizations.weight_norm(nn.Linear(1, 1)) if n == 1 else nn.Linear(1, 1),
-    ],
-)
-def test_wrapped_functions_count_with_what_they_wrap(make: Callable[[int], object]) -> None:
-    assert of(make(1)) != of(make(2))
-    assert of(make(1)) == of(make(1))
 
 
 @pytest.mark.parametrize("form", ["dataclasses.dataclass", "dataclasses.dataclass(frozen=True)"])
@@ -526,88 +340,6 @@ def test_an_installed_distribution_counts_by_version_and_one_under_work_by_code(
     assert install("1.1", "x") != first
     under_work = '{"url": "file:///work", "dir_info": {}}'
     assert install("1.0", "x", direct_url=under_work) != install("1.0", "-x", direct_url=under_work)
-
-
-def test_methods_of_one_name_of_a_library_differ() -> None:
-    assert of(nn.ReLU.forward) != of(nn.GELU.forward)
-    assert of(torch.relu) != of(torch.sigmoid)
-    assert of(torch.Tensor.add) != of(torch.Tensor.mul)
-
-
-def test_a_patched_method_of_a_library_counts(monkeypatch: pytest.MonkeyPatch) -> None:
-    first = of(nn.Sequential(nn.ReLU()))
-    monkeypatch.setattr(nn.ReLU, "forward", lambda self, x: x)
-    assert of(nn.Sequential(nn.ReLU())) != first
-    monkeypatch.undo()
-    assert of(nn.Sequential(nn.ReLU())) == first
-
-
-class Config:
-    def __init__(self, width: object, hook: object = None) -> None:
-        self.width = width
-        self.hook = hook
-
-    def get(self) -> object:
-        return self.width
-
-
-def test_init_arguments_count_by_value() -> None:
-    numpy = pytest.importorskip("numpy")
-    different = [
-        *(1, 1.0, "1", True, None, [1], (1,), {"a": 1}, nn.ReLU, nn.GELU, torch.relu, Config),
-        *(torch.zeros(2), torch.zeros(3), numpy.zeros(2), numpy.zeros(2, "f4"), numpy.float32(1)),
-        *(numpy.array([[1], [2]]), numpy.array([[1, 2]]), nn.LeakyReLU(0.1), nn.LeakyReLU(0.2)),
-        *(Config(1), Config(2), Config(1, len), [Config(1)], lambda x: x, lambda x: -x),
-        *(Config([1]).get, Config([2]).get, [1].append, [2].append, torch.ones(1).add),
-        *(functools.partial(max, [1]), functools.partial(max, [2])),
-        *(nn.Dropout(), nn.Dropout().eval(), range(3), functools.partial(int, base=2)),
-    ]
-    encodings = [value_of(value) for value in different]
-    clashes = [
-        (different[i], different[j])
-        for i, j in itertools.combinations(range(len(different)), 2)
-        if encodings[i] == encodings[j]
-    ]
-    assert clashes == []
-    assert value_of(Config(1)) == value_of(Config(1))
-    assert value_of(nn.LeakyReLU(0.1)) == value_of(nn.LeakyReLU(0.1))
-
-
-def test_a_module_given_to_init_counts_with_its_state() -> None:
-    linear = nn.Linear(2, 2)
-    nn.init.zeros_(linear.weight)
-    first = value_of({"backbone": linear})
-    with torch.no_grad():
-        linear.weight[0, 0] = 1
-    assert value_of({"backbone": linear}) != first
-    with torch.no_grad():
-        linear.weight[0, 0] = 0
-    assert value_of({"backbone": linear}) == first
-
-
-def test_what_has_no_stable_encoding_is_refused_with_its_place(tmp_path: pathlib.Path) -> None:
-    with open(tmp_path / "file", "w") as file:
-        for bad in (file, (i for i in ())):
-            with pytest.raises(Unencodable, match=r"^config\['a'\]\[0\] is of type"):
-                describe_value({"a": [bad]}, tensors=tensors, name="config")
-            with pytest.raises(Unencodable, match=r"^Config\[2\]\['hook'\] is of type"):
-                value_of(Config(1, bad))
-
-
-def test_a_method_given_to_init_counts_with_its_object_though_that_may_change() -> None:
-    config = Config(1)
-    config.hook = config.get
-    other = Config(2)
-    other.hook = other.get
-    assert value_of(config.get) != value_of(other.get)
-
-
-def test_an_object_that_contains_itself_has_an_encoding() -> None:
-    config = Config(1)
-    config.hook = config
-    other = Config(1)
-    other.hook = other
-    assert value_of(config) == value_of(other) != value_of(Config(1))
 
 
 MAIN = f"""{PROGRAM}
