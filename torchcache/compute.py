@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -37,7 +38,7 @@ class Computer:
         once: Once,
         lock: threading.RLock,
         cache_dtype: torch.dtype | None,
-        generators: Callable[[], Generators],
+        generators: Callable[[State | None], Generators],
     ) -> None:
         self._once = once
         self._generators = generators
@@ -61,7 +62,7 @@ class Computer:
         self, forward: Callable[..., Any], call: Call, rows: Tensor, kind: Kind, state: State | None
     ) -> tuple[Layout, list[Tensor]]:
         """Layout and leaves of these rows of the call (int64 ``[M]``). Raises Uncacheable if they must not be kept."""
-        noise = Noise(self._generators)
+        noise = Noise(functools.partial(self._generators, state))
         before = None if state is None else state.before_forward()
         everything = len(rows) == call.batch
         args, kwargs = call.args, call.kwargs

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torchcache import source
 from torchcache.encoding import Unencodable, encode, is_plain
 from torchcache.logs import logger
-from torchcache.noise import Generators, is_generator
+from torchcache.noise import Generators, generates
 from torchcache.objects import OPERATORS, settings, tensor_bytes
 from torchcache.options import Options
 from torchcache.state import Moved, State
@@ -95,14 +95,21 @@ class Fingerprint:
         """Every module whose training flag may matter."""
         return [m for _, m in self._named_modules()]
 
-    def generators(self) -> Generators:
-        """Those of random numbers that the forward may draw from: what its code reaches, attributes of modules."""
-        return self._generators | {
-            f"{path}.{name}": value
-            for path, module in self._named_modules()
-            for name in module.__dict__.keys() - _MODULE_ATTRIBUTES
-            if is_generator(value := module.__dict__[name])
-        }
+    def generators(self, state: State | None) -> Generators:
+        """Those of random numbers that the forward may draw from: what its code reaches, attributes of modules.
+
+        The state, where there is one, knows the modules: to look for them takes longer than to look at them.
+        """
+        found = dict(self._generators)
+        modules = self.modules() if state is None else state.modules
+        if any(map(generates, set().union(*(map(type, m.__dict__.values()) for m in modules)))):
+            found |= {
+                f"{path}.{name}": value
+                for path, module in self._named_modules()
+                for name, value in module.__dict__.items()
+                if generates(type(value)) and name not in _MODULE_ATTRIBUTES
+            }
+        return found
 
     def _roots(self) -> dict[str, nn.Module]:
         own = {"": self._target} if isinstance(self._target, nn.Module) else {}

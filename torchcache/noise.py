@@ -15,9 +15,9 @@ from torch import Tensor
 Generators = dict[str, object]  # by the place where they are found
 
 
-def is_generator(value: object) -> bool:
-    """Whether it is a generator of random numbers, of torch, of Python or of NumPy."""
-    return _generates(type(value))  # type: ignore[arg-type]
+def generates(kind: type) -> bool:
+    """Whether objects of this class are generators of random numbers, of torch, of Python or of NumPy."""
+    return _generates(kind)  # type: ignore[arg-type]
 
 
 @functools.lru_cache(maxsize=4096)

@@ -94,6 +94,7 @@ class State:
         self._moved: Moved = {}  # attributes of submodules that forward changes: what they were at first
         self.generation = 0  # of the set of submodules
         self.parts: dict[str, bytes] = {}  # what the digest is made of; replaced, never changed
+        self.modules: list[nn.Module] = []  # all of them, as they were at the last look; replaced, never changed
         self._probe = 0
         self._versions: list[int] = []
         self._watch = NativeWatch([])
@@ -187,18 +188,18 @@ class State:
             for root, module in self._roots().items()
             for name, m in module.named_modules()
         ]
-        self._order = [m for _, m in self._named]
-        self._attribute_dicts = [m.__dict__ for m in self._order]
+        self.modules = [m for _, m in self._named]
+        self._attribute_dicts = [m.__dict__ for m in self.modules]
         slots = list(self._slots())
-        plain = [m for m in self._order if isinstance(m._parameters, dict)]  # TorchScript makes new ones each time
+        plain = [m for m in self.modules if isinstance(m._parameters, dict)]  # TorchScript makes new ones each time
         held = [(d, key, value) for _, d, key, value in slots]
         held += [(m.__dict__, name, m.__dict__[name]) for m in plain for name in _CONTAINERS]
         self._settings_from = len(held)
         held += self._settings()
         dicts, keys, self._values = map(list, zip(*held)) if held else ([], [], [])
         self._columns: Any = dicts, keys, [_ABSENT] * len(held)
-        hooks = [m.__dict__.get(name, {}) for m in self._order if m is not self._own for name in _HOOKS]
-        self._dicts = [d for m in self._order for d in (*_holders(m), m.__dict__)]
+        hooks = [m.__dict__.get(name, {}) for m in self.modules if m is not self._own for name in _HOOKS]
+        self._dicts = [d for m in self.modules for d in (*_holders(m), m.__dict__)]
         self._no_hooks, self._next_hook = [d for d in hooks if not d], RemovableHandle.next_id
         self._ordered = [m._modules for m in plain if len(m._modules) > 1] + [d for d in hooks if d]
         self._orders = list(map(list, self._ordered))
@@ -238,7 +239,7 @@ class State:
         """
         return [
             (m.__dict__, key, value)
-            for m in self._order
+            for m in self.modules
             if m is not self._own and not type(m).__module__.startswith("torch.nn.")
             for key, value in m.__dict__.items()
             if value is not None and key not in _MODULE_ATTRIBUTES and is_plain(value)

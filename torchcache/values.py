@@ -12,7 +12,7 @@ from collections.abc import Callable
 import torch
 
 from torchcache.encoding import Unencodable, encode, type_name
-from torchcache.noise import is_generator
+from torchcache.noise import generates
 from torchcache.objects import array, held, is_without_value, owner
 from torchcache.origin import attributes_of, of_module, unwrap
 from torchcache.torchscript import script_object
@@ -89,7 +89,7 @@ class Values(ABC):
         known = isinstance(value, (torch.Tensor, types.ModuleType, *CODE)) and owner(value) is None
         if known or "__wrapped__" in attributes_of(value):
             return encode(self.mention(value, ""))
-        if is_generator(value):  # it changes as it is used
+        if generates(type(value)):  # it changes as it is used
             if self.generators is not None:
                 self.generators(value)
             return encode(("without value", type_name(type(value))))
