@@ -17,7 +17,7 @@ Generators = dict[str, object]  # by the place where they are found
 
 def generates(kind: type) -> bool:
     """Whether objects of this class are generators of random numbers, of torch, of Python or of NumPy."""
-    return _generates(kind)  # type: ignore[arg-type]
+    return _generates(kind)
 
 
 @functools.lru_cache(maxsize=4096)
