@@ -5,7 +5,10 @@ from __future__ import annotations
 import copy
 import functools
 import logging
+import pathlib
 import random
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -181,3 +184,61 @@ def test_a_generator_that_every_forward_makes_anew_from_a_seed_is_no_noise() -> 
     for _ in range(4):
         assert torch.equal(module(X), plain(X))
     assert rows(module) == len(X)
+
+
+def test_a_first_forward_that_imports_what_draws_costs_one_computation(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, warnings: Callable[[], list[str]]
+) -> None:
+    (tmp_path / "drawn_at_import.py").write_text("import random\nNUMBER = random.random()\n")
+    monkeypatch.syspath_prepend(tmp_path)
+
+    def draw(x: Tensor) -> Tensor:
+        import drawn_at_import  # type: ignore[import-not-found]
+
+        return x + len(drawn_at_import.__name__)
+
+    module = torchcache()(Noisy(draw))
+    outputs = [module(X) for _ in range(3)]
+    assert rows(module) == 3 and module.cache_instance.info().misses == 3
+    assert all(torch.equal(output, X + 15) for output in outputs) and warnings() == []
+    monkeypatch.delitem(sys.modules, "drawn_at_import")
+
+
+def test_a_forward_that_imports_and_draws_is_never_cached(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, warnings: Callable[[], list[str]]
+) -> None:
+    (tmp_path / "imported_with_noise.py").touch()
+    monkeypatch.syspath_prepend(tmp_path)
+
+    def draw(x: Tensor) -> Tensor:
+        import imported_with_noise  # type: ignore[import-not-found]  # noqa: F401
+
+        return x + torch.rand(())
+
+    module = torchcache()(Noisy(draw))
+    assert len({float(module(X).sum()) for _ in range(4)}) == 4
+    assert rows(module) == 0 and len(warnings()) == 1
+    monkeypatch.delitem(sys.modules, "imported_with_noise")
+
+
+def test_a_forward_that_begins_to_use_numpys_generator_in_a_new_process_is_cached_where_it_draws_nothing(
+    tmp_path: pathlib.Path,
+) -> None:
+    program = tmp_path / "program.py"
+    program.write_text("""
+import sys, torch
+from torch import nn
+from torchcache import torchcache
+
+class M(nn.Module):
+    def forward(self, x):
+        import numpy.random
+        return x * 2
+
+module = torchcache()(M())
+for _ in range(3):
+    module(torch.ones(2, 2))
+print(module.cache_instance.info().memory_rows)
+""")
+    result = subprocess.run([sys.executable, program], capture_output=True, text=True)
+    assert (result.stdout, result.stderr) == ("1\n", "")

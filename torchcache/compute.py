@@ -79,7 +79,10 @@ class Computer:
         if state is not None and before is not None:
             with self._lock:
                 changed |= not state.after_forward(before)
-        if noise.drawn():
+        drawn = noise.drawn()
+        if drawn and noise.imported():
+            pass  # it may have been the import, as that of torch._dynamo by a checkpoint: the next time will tell
+        elif drawn:
             self.refuse(kind, _NOISE)
         elif changed and not alone:
             pass  # nobody knows which forward it was

@@ -42,6 +42,11 @@ class Noise:
         self._torch = _torch_states()
         self._python = random.getstate()
         self._numpy = _numpy_state()
+        self._imported = len(sys.modules)
+
+    def imported(self) -> bool:
+        """Whether modules were imported meanwhile: they may draw numbers, and NumPy's generator may be one of them."""
+        return len(sys.modules) != self._imported
 
     def drawn(self) -> bool:
         now = _torch_states()
