@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
+from collections.abc import Callable
 
+import hypothesis
+import hypothesis.strategies as st
 import pytest
 import torch
 from test_state import X, keys
 from torch import Tensor, nn
 
 from torchcache import torchcache
+from torchcache.state import NativeWatch
 
 
 def test_submodules_in_another_order_are_another_state() -> None:
@@ -178,3 +182,33 @@ def test_a_counter_does_not_stop_caching_where_threads_begin_together(caplog: py
     before = module.calls
     assert torch.equal(module(X), X * 2) and module.calls == before
     assert "not cached" not in caplog.text
+
+
+@hypothesis.given(data=st.data())
+def test_any_edit_of_a_small_tensor_that_moves_no_counter_is_seen(data: st.DataObject) -> None:
+    dtype = data.draw(st.sampled_from([torch.uint8, torch.half, torch.float32, torch.float64, torch.complex128]))
+    size = data.draw(st.integers(1, 256 // dtype.itemsize))
+    tensor = torch.zeros(size, dtype=dtype)
+    watch = NativeWatch([tensor])
+    first = watch.probe()
+    element = data.draw(st.integers(0, size - 1))
+    tensor.data[element] = 1
+    assert watch.probe() != first
+    tensor.data[element] = 0
+    assert watch.probe() == first
+
+
+@pytest.mark.parametrize("edit", [lambda t: t.mul_(2), lambda t: t.neg_(), lambda t: t.clamp_(min=0)])
+@pytest.mark.parametrize("apart", [False, True])
+def test_edits_of_a_whole_tensor_that_move_no_counter_are_seen(edit: Callable[[Tensor], object], apart: bool) -> None:
+    for seed in range(50):
+        generator = torch.Generator().manual_seed(seed)
+        tensor = torch.randn(64, 64, dtype=torch.float64, generator=generator)
+        if apart:
+            tensor = tensor[:, ::2]
+        else:
+            tensor *= torch.rand(64, 64, generator=generator) < 0.5  # pruned
+        watch = NativeWatch([tensor])
+        first = watch.probe()
+        edit(tensor.data)
+        assert watch.probe() != first

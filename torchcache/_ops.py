@@ -91,7 +91,7 @@ def watch_open(tensors: list[Tensor]) -> int:
 
 
 def watch_probe(watch: int) -> int:
-    """A number that stays the same while addresses, shapes and a few words of the tensors do.
+    """A number that stays the same while addresses, shapes and some bytes of the tensors do.
 
     One wait for each CUDA device with tensors of the watch; none if it rides along with `table_take` of rows there.
     """

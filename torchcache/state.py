@@ -1,7 +1,7 @@
 """State of what computes: weights, buffers, plain tensor attributes.
 
 A digest of everything is taken once. After that each call takes a cheap look (identities, version
-counters, and natively addresses, shapes and a few words of every tensor), and only what changed is
+counters, and natively addresses, shapes and some bytes of every tensor), and only what changed is
 digested again. Tensors that require grad are digested in full at every look: an optimizer may change
 them without moving a counter.
 """

@@ -73,13 +73,9 @@ __global__ void __launch_bounds__(kThreads, kBlocksAtOnce) digest_kernel(const _
   digest_batch<Source>(team, batch, place.first, place.step);
 }
 
-__global__ void word_kernel(const Word* words, int64_t count, uint64_t* out) {
+__global__ void sample_kernel(const Sample* samples, int64_t count, uint64_t* out) {
   const int64_t i = blockIdx.x * static_cast<int64_t>(kThreads) + threadIdx.x;
-  if (i >= count) return;
-  const Word word = words[i];
-  uint64_t value = 0;
-  for (uint64_t byte = 0; byte < word.bytes; ++byte) value |= static_cast<uint64_t>(word.at[byte]) << (8 * byte);
-  out[i] = value;
+  if (i < count) out[i] = samples[i].value();
 }
 
 // ---- pinned memory
@@ -137,15 +133,15 @@ class Pinned {
 
 // ---- questions and answers
 
-struct ListOnDevice : WordList {
-  ListOnDevice(int32_t where, const std::vector<Word>& words)
-      : WordList(where, words.size()), memory(device_memory(where, static_cast<int64_t>(2 * words.size()))) {
-    if (words.empty()) return;
+struct ListOnDevice : SampleList {
+  ListOnDevice(int32_t where, const std::vector<Sample>& samples)
+      : SampleList(where, samples.size()), memory(device_memory(where, static_cast<int64_t>(2 * samples.size()))) {
+    if (samples.empty()) return;
     const cudaStream_t stream = current_stream(where);
-    check(cudaMemcpyAsync(memory.mutable_data_ptr(), words.data(), sizeof(Word) * words.size(), cudaMemcpyHostToDevice,
-                          stream),
-          "copying a list of words to a CUDA device");
-    check(cudaStreamSynchronize(stream), "copying a list of words to a CUDA device");  // for readers on any stream
+    check(cudaMemcpyAsync(memory.mutable_data_ptr(), samples.data(), sizeof(Sample) * samples.size(),
+                          cudaMemcpyHostToDevice, stream),
+          "copying a list of samples to a CUDA device");
+    check(cudaStreamSynchronize(stream), "copying a list of samples to a CUDA device");  // for readers on any stream
   }
 
   Tensor memory;
@@ -205,10 +201,12 @@ class QueuedAnswer : public Answer {
     return result;
   }
 
-  const uint64_t* words() const override { return list_size() == 0 ? nullptr : pinned_->words() + 2 * count_; }
+  const uint64_t* values() const override { return list_size() == 0 ? nullptr : pinned_->words() + 2 * count_; }
 
  private:
-  int64_t list_size() const { return question_.words == nullptr ? 0 : static_cast<int64_t>(question_.words->count); }
+  int64_t list_size() const {
+    return question_.samples == nullptr ? 0 : static_cast<int64_t>(question_.samples->count);
+  }
 
   int64_t space_needed() const { return question_.keyed ? space_for_keys(question_.rows) : space_for(question_.rows); }
 
@@ -228,11 +226,11 @@ class QueuedAnswer : public Answer {
   }
 
   void look(uint64_t* out) const {
-    const auto& list = static_cast<const ListOnDevice&>(*question_.words);
+    const auto& list = static_cast<const ListOnDevice&>(*question_.samples);
     const auto blocks = static_cast<unsigned>((list_size() + kThreads - 1) / kThreads);
-    word_kernel<<<blocks, kThreads, 0, stream_>>>(static_cast<const Word*>(list.memory.const_data_ptr()), list_size(),
-                                                  out);
-    check(cudaGetLastError(), "starting the kernel that looks at words");
+    sample_kernel<<<blocks, kThreads, 0, stream_>>>(static_cast<const Sample*>(list.memory.const_data_ptr()),
+                                                    list_size(), out);
+    check(cudaGetLastError(), "starting the kernel that looks at samples");
   }
 
   int32_t device_;
@@ -249,10 +247,10 @@ class Cuda : public Device {
     return std::make_unique<QueuedAnswer>(device, std::move(question));
   }
 
-  std::shared_ptr<const WordList> keep(int32_t device, const std::vector<Word>& words) const override {
+  std::shared_ptr<const SampleList> keep(int32_t device, const std::vector<Sample>& samples) const override {
     const Current current(device);
     refuse_capture(current_stream(device));
-    return std::make_shared<ListOnDevice>(device, words);
+    return std::make_shared<ListOnDevice>(device, samples);
   }
 
   std::vector<int64_t> architectures() const override { return {__CUDA_ARCH_LIST__}; }

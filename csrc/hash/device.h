@@ -3,28 +3,42 @@
 #pragma once
 
 #include <cstdint>
+#include <cstring>
 #include <memory>
 #include <vector>
 
 #include "hash/digest.h"
 #include "hash/layout.h"
+#include "hash/xxh3.h"
 
 namespace torchcache {
 
-// Up to 8 bytes somewhere on a device.
-struct Word {
+// Up to 64 bytes somewhere on a device, which are looked at as one number.
+struct Sample {
+  static constexpr uint64_t kMost = xxh3::kStripe;
   const uint8_t* at;
   uint64_t bytes;
+
+  TORCHCACHE_HD uint64_t value() const {
+    constexpr uint64_t secret[8] = {xxh3::secret64(0),  xxh3::secret64(8),  xxh3::secret64(16), xxh3::secret64(24),
+                                    xxh3::secret64(32), xxh3::secret64(40), xxh3::secret64(48), xxh3::secret64(56)};
+    uint64_t words[8] = {};
+    if (bytes == kMost)
+      memcpy(words, at, kMost);
+    else
+      memcpy(words, at, bytes);
+    return xxh3::merge(words, secret, bytes);
+  }
 };
 
-// Words to look at again and again; the list of them lies on their device.
-struct WordList {
+// Samples to look at again and again; the list of them lies on their device.
+struct SampleList {
   int32_t device;
   size_t count;
-  virtual ~WordList() = default;
+  virtual ~SampleList() = default;
 
  protected:
-  WordList(int32_t where, size_t n) : device(where), count(n) {}
+  SampleList(int32_t where, size_t n) : device(where), count(n) {}
 };
 
 // All that a call wants of one device: one answer, one transfer, one wait.
@@ -32,7 +46,7 @@ struct Question {
   std::vector<Rows> rows;
   bool keyed = false;  // the rows are the arguments of one batch, of which the keys are wanted, not the row digests
   Digest call{};
-  std::shared_ptr<const WordList> words;  // or none
+  std::shared_ptr<const SampleList> samples;  // or none
 };
 
 // Work that was queued on the caller's stream. Waits for it when it is destroyed.
@@ -41,9 +55,9 @@ class Answer {
   virtual ~Answer() = default;
   virtual void wait() = 0;
 
-  // After wait(): the keys, or the digests of all rows in order; and the words.
+  // After wait(): the keys, or the digests of all rows in order; and the values of the samples.
   virtual std::vector<Digest> digests() const = 0;
-  virtual const uint64_t* words() const = 0;
+  virtual const uint64_t* values() const = 0;
 };
 
 // Thread-safe. Everything is queued on the stream that is current for the calling thread, on the device that is named,
@@ -53,7 +67,7 @@ class Device {
  public:
   virtual ~Device() = default;
   virtual std::unique_ptr<Answer> ask(int32_t device, Question question) const = 0;
-  virtual std::shared_ptr<const WordList> keep(int32_t device, const std::vector<Word>& words) const = 0;
+  virtual std::shared_ptr<const SampleList> keep(int32_t device, const std::vector<Sample>& samples) const = 0;
   // 100 × the compute capabilities that there is code for, such as 900.
   virtual std::vector<int64_t> architectures() const = 0;
 };

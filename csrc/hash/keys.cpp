@@ -27,7 +27,7 @@ class Devices {
   }
 
   void look_at(const Look& look) {
-    for (const auto& words : look.lists) question(words->device).words = words;
+    for (const auto& list : look.lists) question(list->device).samples = list;
   }
 
   void ask() {
@@ -53,8 +53,8 @@ class Devices {
   int64_t probe(const Look& look) const {
     Mix mix{look.value};
     for (const auto& list : look.lists) {
-      const uint64_t* words = answers_.at(list->device)->words();
-      for (size_t i = 0; i < list->count; ++i) mix(words[i]);
+      const uint64_t* values = answers_.at(list->device)->values();
+      for (size_t i = 0; i < list->count; ++i) mix(values[i]);
     }
     return static_cast<int64_t>(mix.value);
   }

@@ -21,15 +21,13 @@ int64_t offset_of(int64_t position, const Tensor& t) {
   return offset;
 }
 
-uint64_t word_at(Word word) {
-  uint64_t value = 0;
-  memcpy(&value, word.at, word.bytes);
-  return value;
-}
-
-// What is looked at of a tensor: mixes in where it lies and its shape, and gives the words, none if it has no bytes.
+// What is looked at of a tensor: mixes in where it lies and its shape, and gives the samples, none if it has no bytes.
 struct Sight {
-  std::array<Word, 4> words;
+  static constexpr int64_t kLine = Sample::kMost;  // what the processor fetches at once costs as much as a part of it
+  static constexpr int64_t kWhole = 4 * kLine;     // bytes of a tensor that is read in full
+  static constexpr int64_t kApart = 16;            // elements of one that does not lie together
+
+  std::array<Sample, kApart> samples;
   size_t count = 0;
 
   Sight(const Tensor& t, Mix& mix) {
@@ -45,16 +43,29 @@ struct Sight {
       n *= sizes[d], last += (sizes[d] - 1) * strides[d];
     }
     if (n == 0 || data == nullptr || !has_bytes(t, last, item)) return;
-    const bool dense = last == n - 1;  // then any order of the dimensions will do
-    for (const int64_t position : {int64_t{0}, n / 3, n / 2 + n / 7, n - 1})
-      words[count++] = {data + (dense ? position : offset_of(position, t)) * item,
-                        static_cast<uint64_t>(std::min<int64_t>(item, 8))};
+    const int64_t bytes = n * item;
+    if (last != n - 1) {
+      for (int64_t i = 0; i < kApart; ++i) add(data + offset_of((n - 1) * i / (kApart - 1), t) * item, item);
+    } else if (bytes <= kWhole) {
+      for (int64_t at = 0; at < bytes; at += kLine) add(data + at, std::min(kLine, bytes - at));
+    } else {
+      for (const int64_t at : {int64_t{0}, bytes / 3, bytes / 2 + bytes / 7, bytes - kLine}) add(line(data, at), kLine);
+    }
   }
+
+ private:
+  // One line of the processor, unless that begins before the data.
+  static const uint8_t* line(const uint8_t* data, int64_t at) {
+    const int64_t before = static_cast<int64_t>(reinterpret_cast<uintptr_t>(data + at) % kLine);
+    return data + std::max<int64_t>(0, at - before);
+  }
+
+  void add(const uint8_t* at, int64_t bytes) { samples[count++] = {at, static_cast<uint64_t>(bytes)}; }
 };
 
-std::vector<std::shared_ptr<const WordList>> kept(const std::map<int32_t, std::vector<Word>>& words) {
-  std::vector<std::shared_ptr<const WordList>> lists;
-  for (const auto& [device, list] : words) lists.push_back(cuda()->keep(device, list));
+std::vector<std::shared_ptr<const SampleList>> kept(const std::map<int32_t, std::vector<Sample>>& samples) {
+  std::vector<std::shared_ptr<const SampleList>> lists;
+  for (const auto& [device, list] : samples) lists.push_back(cuda()->keep(device, list));
   return lists;
 }
 
@@ -64,15 +75,15 @@ Watch::Watch(std::vector<Tensor> tensors) : tensors_(std::move(tensors)) {}
 
 Look Watch::look() const {
   Mix mix;
-  std::map<int32_t, std::vector<Word>> elsewhere;
+  std::map<int32_t, std::vector<Sample>> elsewhere;
   for (const Tensor& t : tensors_) {
     const Sight sight(t, mix);
     if (t.is_cpu()) {
-      for (size_t i = 0; i < sight.count; ++i) mix(word_at(sight.words[i]));
+      for (size_t i = 0; i < sight.count; ++i) mix(sight.samples[i].value());
     } else if (cuda() != nullptr && t.is_cuda()) {
       mix(sight.count);  // a list must not outlive the bytes
-      auto& words = elsewhere[t.get_device_index()];
-      words.insert(words.end(), sight.words.begin(), sight.words.begin() + sight.count);
+      auto& samples = elsewhere[t.get_device_index()];
+      samples.insert(samples.end(), sight.samples.begin(), sight.samples.begin() + sight.count);
     }
   }
   if (elsewhere.empty()) return {mix.value, {}};

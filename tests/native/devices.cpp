@@ -36,9 +36,9 @@ int32_t place_at(const void* data) {
 
 void note(const char* what, int32_t device) { log.push_back(what + (" " + std::to_string(device))); }
 
-struct HeldList : WordList {
-  HeldList(int32_t where, std::vector<Word> held) : WordList(where, held.size()), words(std::move(held)) {}
-  std::vector<Word> words;
+struct HeldList : SampleList {
+  HeldList(int32_t where, std::vector<Sample> held) : SampleList(where, held.size()), samples(std::move(held)) {}
+  std::vector<Sample> samples;
 };
 
 // Does what it is asked only when it is waited for.
@@ -64,11 +64,10 @@ class LateAnswer : public Answer {
         run(batch_of(rows, space.data(), answer_.data() + answer_.size() - rows.count));
       }
     }
-    if (question_.words == nullptr) return;
-    for (const Word& word : static_cast<const HeldList&>(*question_.words).words) {
-      if (place_at(word.at) != device_) throw std::logic_error("words of another device");
-      words_.push_back(0);
-      memcpy(&words_.back(), word.at, word.bytes);
+    if (question_.samples == nullptr) return;
+    for (const Sample& sample : static_cast<const HeldList&>(*question_.samples).samples) {
+      if (place_at(sample.at) != device_) throw std::logic_error("samples of another device");
+      values_.push_back(sample.value());
     }
   }
 
@@ -77,13 +76,13 @@ class LateAnswer : public Answer {
     for (const Canonical& one : answer_) result.push_back(number(one));
     return result;
   }
-  const uint64_t* words() const override { return words_.data(); }
+  const uint64_t* values() const override { return values_.data(); }
 
  private:
   int32_t device_;
   Question question_;
   std::vector<Canonical> answer_;
-  std::vector<uint64_t> words_;
+  std::vector<uint64_t> values_;
 };
 
 class LoopDevice : public Device {
@@ -92,9 +91,9 @@ class LoopDevice : public Device {
     if (capturing) throw std::runtime_error("capturing");
     return std::make_unique<LateAnswer>(device, std::move(question));
   }
-  std::shared_ptr<const WordList> keep(int32_t device, const std::vector<Word>& words) const override {
+  std::shared_ptr<const SampleList> keep(int32_t device, const std::vector<Sample>& samples) const override {
     note("keep", device);
-    return std::make_shared<HeldList>(device, words);
+    return std::make_shared<HeldList>(device, samples);
   }
   std::vector<int64_t> architectures() const override { return {}; }
 };
