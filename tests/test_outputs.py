@@ -166,6 +166,76 @@ def test_what_torch_functions_return_comes_back_as_it_was() -> None:
         assert_same(tuple(cached(x)), tuple(function(x)))
 
 
+@dataclasses.dataclass
+class Doubled:
+    x: Tensor
+
+    def __post_init__(self) -> None:
+        self.x = self.x * 2
+
+
+@dataclasses.dataclass
+class Late:
+    x: Tensor
+    late: Any = dataclasses.field(init=False, default=None)
+
+
+@dataclasses.dataclass
+class Weighted:
+    x: Tensor
+    weight: dataclasses.InitVar[int] = 1
+    sum: Any = dataclasses.field(init=False, default=None)
+
+    def __post_init__(self, weight: int) -> None:
+        self.sum = self.x * weight
+
+
+class Shifted(NamedTuple("Shifted", [("x", Tensor)])):
+    def __new__(cls, x: Tensor) -> Any:
+        return super().__new__(cls, x + 1)
+
+
+def late(x: Tensor) -> Any:
+    output = Late(x)
+    output.late = x * 3
+    return output
+
+
+def more(x: Tensor) -> Any:
+    output = Result(x)
+    output.more = x * 5  # type: ignore[attr-defined]
+    return output
+
+
+@pytest.mark.parametrize("make", [Doubled, late, more, lambda x: Weighted(x, 2), Shifted, lambda x: (x, [Doubled(x)])])
+def test_what_a_class_does_to_its_fields_is_never_done_twice_and_nothing_is_lost(
+    make: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    x = torch.arange(6.0).view(3, 2)
+    cached = torchcache()(lambda x: make(x))
+    for _ in range(3):
+        assert repr(cached(x)) == repr(make(x)) and repr(vars_of(cached(x))) == repr(vars_of(make(x)))
+    assert len([r for r in caplog.records if "would differ" in r.getMessage()]) == 1
+
+
+def vars_of(value: Any) -> Any:
+    return getattr(value, "__dict__", None)
+
+
+@dataclasses.dataclass(slots=True)
+class Slots:
+    x: Tensor
+    kind: Any = dataclasses.field(init=False, default="plain")
+
+
+def test_classes_that_hold_what_they_are_given_are_cached() -> None:
+    x = torch.arange(6.0).view(3, 2)
+    for make in (Slots, Result, lambda x: Pair(x, None), lambda x: {"a": Result(x, [x])}):
+        cached = torchcache()(lambda x, make=make: make(x))
+        assert repr(cached(x)) == repr(cached(x)) == repr(make(x))
+        assert cached.cache_instance.info().memory_rows == 3
+
+
 def test_rows_from_several_places_keep_their_dtype_under_autocast() -> None:
     cached = torchcache(max_memory_cache_size=24)(lambda x: x.half())
     x = torch.arange(18.0).view(6, 3)

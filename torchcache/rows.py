@@ -17,6 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from torchcache.encoding import is_plain
+
 # The nesting: "*" for a leaf, None for None, else (kind, …): see Layout.to_json.
 Tree = Any
 
@@ -148,7 +150,7 @@ def split(
             f"the output is not batched: for {batch} rows of input every output tensor must have {batch} rows "
             f"in dimension 0, got {shapes}"
         )
-    _check_rebuilds(tree, tensors)
+    _check_rebuilds(output, tree, tensors)
     leaves = []
     kept = []
     for t in tensors:
@@ -162,14 +164,40 @@ def split(
     return Layout(tree, tuple(leaves)), kept
 
 
-def _check_rebuilds(tree: Tree, tensors: list[Tensor]) -> None:
-    """A class may want more than its fields; better told now than in the middle of a later hit."""
+def _check_rebuilds(output: Any, tree: Tree, tensors: list[Tensor]) -> None:
+    """A class may want or make more than its fields; better told now than by a later hit."""
     if tree == "*":
         return
     try:
-        _build(tree, iter(tensors))
+        rebuilt = _build(tree, iter(tensors))
     except Exception as error:  # a class of the user's may raise what it likes
         raise UnsupportedOutput(f"an output of this class cannot be made anew from its fields: {error}") from error
+    if not _is_like(output, rebuilt):
+        raise UnsupportedOutput(
+            f"made anew from its fields an output would differ: {type(output).__qualname__}, or a class in it, "
+            "changes them in its constructor or holds something else"
+        )
+
+
+def _is_like(a: Any, b: Any) -> bool:
+    """Whether two outputs are alike and hold the same tensors."""
+    if a is b:
+        return True
+    if type(a) is not type(b) or isinstance(a, Tensor):
+        return False
+    if isinstance(a, dict) and not (list(a) == list(b) and all(_is_like(a[key], b[key]) for key in a)):
+        return False
+    if isinstance(a, (tuple, list)) and not (len(a) == len(b) and all(map(_is_like, a, b))):
+        return False
+    if isinstance(a, (dict, tuple, list)) or dataclasses.is_dataclass(a):
+        return _is_like(_attributes(a), _attributes(b)) if type(a) is not dict else True
+    return is_plain(a) and bool(a == b)
+
+
+def _attributes(value: Any) -> dict[str, Any]:
+    """What an object holds, also in slots."""
+    names = [f.name for f in dataclasses.fields(value)] if dataclasses.is_dataclass(value) else []
+    return {**{name: getattr(value, name) for name in names if hasattr(value, name)}, **getattr(value, "__dict__", {})}
 
 
 def _is_alias(output: Tensor, rows: Tensor, inputs: list[Tensor]) -> bool:
