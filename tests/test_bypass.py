@@ -190,6 +190,19 @@ def test_what_a_first_forward_sets_up_does_not_stop_caching(
     assert module.calls == 2 and rows(module) == 3 and warnings() == []
 
 
+def test_hooks_for_all_modules_are_never_cached_and_warned_of_once(warnings: Callable[[], list[str]]) -> None:
+    inner = Double()
+    module = torchcache()(nn.Sequential(inner))
+    assert torch.equal(module(X), X * 2)
+    handle = nn.modules.module.register_module_forward_hook(lambda m, args, out: out * 3 if m is inner else None)
+    try:
+        assert torch.equal(module(X), X * 6) and torch.equal(module(X), X * 6)
+    finally:
+        handle.remove()
+    assert torch.equal(module(X), X * 2) and inner.calls == 3
+    assert len(warnings()) == 1 and "register_module_forward_hook" in warnings()[0]
+
+
 def test_lazy_modules_are_cached_once_they_are_initialized() -> None:
     for module in (torchcache()(nn.LazyLinear(4)), torchcache()(nn.Sequential(nn.LazyLinear(4)))):
         right = module(X)

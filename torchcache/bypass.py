@@ -17,6 +17,8 @@ from torchcache.call import Call
 
 _grad_enabled = torch.is_grad_enabled
 _strided = torch.strided
+_global_hooks = nn.modules.module._global_forward_hooks
+_global_pre_hooks = nn.modules.module._global_forward_pre_hooks
 _forward_ad = torch.autograd.forward_ad
 _tracing_state = torch._C._get_tracing_state
 _is_compiling = torch.compiler.is_compiling
@@ -49,6 +51,13 @@ def of_surroundings() -> str | None:
         return "a torch dispatch mode is active"
     if _function_modes() > 0 and not all(isinstance(mode, DeviceContext) for mode in _function_mode_stack()):
         return "a torch function mode is active"
+    return None
+
+
+def of_hooks() -> str | None:
+    """What runs in every module of the process, and may change what the module's parts give."""
+    if _global_hooks or _global_pre_hooks:
+        return "forward hooks for all modules are registered (torch.nn.modules.module.register_module_forward_hook)"
     return None
 
 

@@ -187,6 +187,9 @@ class Cache:
         """The output of ``forward(*args, **kwargs)``, row by row from the cache where it has them."""
         if bypass.of_surroundings() is not None:
             return forward(*args, **kwargs)
+        if (reason := bypass.of_hooks()) is not None:
+            self._once.warn("hooks", "calls are not cached while %s", reason)
+            return forward(*args, **kwargs)
         call = self._binder.bind(args, kwargs)
         if call is None or call.batch == 0 or bypass.of_call(call) is not None:
             return forward(*args, **kwargs)

@@ -10,7 +10,7 @@ import functools
 import hashlib
 import os
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -21,12 +21,22 @@ from torchcache.logs import logger
 from torchcache.noise import Generators, generates
 from torchcache.objects import OPERATORS, settings, tensor_bytes
 from torchcache.options import Options
-from torchcache.state import Moved, State
+from torchcache.state import ABSENT, Moved, State
 from torchcache.values import CODE
 
 FINGERPRINT_FORMAT = 1
 
 _MODULE_ATTRIBUTES = frozenset((*nn.Module().__dict__, "_torchdynamo_wrapper_id"))  # the latter counts compilations
+
+
+class _Contents(NamedTuple):
+    """What a module's attributes held when they were first seen: by name the object and its encoding."""
+
+    module: nn.Module | None  # kept alive, so that no id is used twice
+    values: dict[str, tuple[Any, bytes]]
+
+
+_NOTHING = _Contents(None, {})
 
 
 class Fingerprint:
@@ -53,12 +63,12 @@ class Fingerprint:
         self._tensors: dict[str, Tensor] = {}
         self._generators: Generators = {}
         self.fixed = options.persistent_module_hash is not None
-        self._known: dict[int, tuple[nn.Module, dict[str, bytes]]] = {}  # what modules held when first seen, by id
+        self._known: dict[int, _Contents] = {}  # by the id of the module
         self._class_code: dict[type, bytes] = {}
         self._is_watched = False
         if not self.fixed:
-            self._contents()
-        code = self._first_code = self._code(constants=True)
+            self._contents({})
+        code = self._first_code = self._code(constants=True, moved={})
         self._later_code = b""
         self.parts = {
             "code": code,
@@ -82,8 +92,8 @@ class Fingerprint:
     def _look_anew(self) -> None:
         self._known.clear()
         self._class_code.clear()
-        self._contents()
-        code = self._code(constants=True)
+        self._contents({})
+        code = self._code(constants=True, moved={})
         self._later_code = b"" if code == self._first_code else code
 
     def classes(self) -> dict[str, bytes]:
@@ -122,8 +132,9 @@ class Fingerprint:
             for name, m in module.named_modules()
         ]
 
-    def _code(self, constants: bool) -> bytes:
+    def _code(self, constants: bool, moved: Moved) -> bytes:
         """Of the forward, the module, and the modules that their code reaches, and so on."""
+        attributes = functools.partial(_attributes, moved=moved)
         scripted = isinstance(self._target, torch.jit.ScriptModule)  # then the module has the code of its forward
         todo: list[Any] = [] if scripted else [self._forward]
         if isinstance(self._target, nn.Module):
@@ -132,7 +143,7 @@ class Fingerprint:
         todo += self._modules.values()
         parts = []
         for what in todo:
-            parts.append(source.describe(what, **self._reached, constants=constants))
+            parts.append(source.describe(what, **self._reached, attributes=attributes, constants=constants))
             todo += list(self._modules.values())[known:]
             known = len(self._modules)
         return encode(tuple(parts))
@@ -161,37 +172,51 @@ class Fingerprint:
     def _describe(self, moved: Moved) -> dict[str, bytes]:
         """Code and configuration of all modules as they are now, for the state digest.
 
-        What constants, lists, dicts and other objects hold counts as it was when it was first seen: these may be
+        What constants, lists, dicts and other objects hold counts as it was when they were first seen: these may be
         places for results.
         """
-        parts = {**self._contents(), "code": self._code(constants=False), "constants": self._later_code}
+        parts = {
+            **self._contents(moved),
+            "code": self._code(constants=False, moved=moved),
+            "constants": self._later_code,
+        }
         for path, module in self._named_modules():
-            parts[f"configuration of {path or 'the module'}"] = _configuration(module, module is self._target, moved)
+            values = _attributes(module, moved)
+            is_own = module is self._target
+            parts[f"configuration of {path or 'the module'}"] = _configuration(module, {} if is_own else values)
         return parts
 
-    def _contents(self) -> dict[str, bytes]:
-        """What classes reach, and what mutable attributes of modules hold, as it was when the module was first seen."""
+    def _contents(self, moved: Moved) -> dict[str, bytes]:
+        """What classes reach, and what mutable attributes of modules hold, as it was when the object was first seen."""
         parts, known = {}, {}
         alike: dict[int, bytes] = {}  # submodules often share a configuration
         for path, module in self._named_modules():
-            before = self._known.get(id(module))
-            contents = self._contents_of(module, path, alike) if before is None else before[1]
-            known[id(module)] = module, contents
-            for name, encoded in contents.items():
+            before = self._known.get(id(module), _NOTHING)
+            contents = self._contents_of(module, path, before, alike, moved)
+            known[id(module)] = _Contents(module, contents)
+            parts[f"contents of {path}"] = self._class_code[type(module)]
+            for name, (_, encoded) in contents.items():
                 parts[f"contents of {'.'.join(filter(None, (path, name)))}"] = encoded
         self._known = known
         return parts
 
-    def _contents_of(self, module: nn.Module, path: str, alike: dict[int, bytes]) -> dict[str, bytes]:
+    def _contents_of(
+        self, module: nn.Module, path: str, before: _Contents, alike: dict[int, bytes], moved: Moved
+    ) -> dict[str, tuple[Any, bytes]]:
+        """Name → object and what it holds."""
         kind = type(module)
         if kind not in self._class_code:
             self._class_code[kind] = source.describe(kind, **self._reached)
-        contents = {"": self._class_code[kind]}
-        for name, value in sorted(module.__dict__.items()):
-            if _has_contents(name, value):
-                if id(value) not in alike:
-                    alike[id(value)] = self._encoded(value, ".".join(filter(None, (path, name))))
-                contents[name] = alike[id(value)]
+        contents = {}
+        for name, value in _attributes(module, moved).items():
+            if not _has_contents(name, value):
+                continue
+            if name in before.values and before.values[name][0] is value:
+                contents[name] = before.values[name]
+                continue
+            if id(value) not in alike:
+                alike[id(value)] = self._encoded(value, ".".join(filter(None, (path, name))))
+            contents[name] = value, alike[id(value)]
         return contents
 
     def _encoded(self, value: Any, what: str) -> bytes:
@@ -240,13 +265,16 @@ def _name_of(what: Any, known: dict[str, Any], kind: str) -> str:
     return name
 
 
-def _configuration(module: nn.Module, is_own: bool, moved: Moved) -> bytes:
+def _attributes(module: nn.Module, moved: Moved) -> dict[str, Any]:
+    """Those of a module, in order of their names, as if no forward had set any."""
+    d = module.__dict__
+    now = {name: moved.get((id(d), name), value) for name, value in sorted(d.items()) if name not in _MODULE_ATTRIBUTES}
+    return {name: value for name, value in now.items() if value is not ABSENT}
+
+
+def _configuration(module: nn.Module, attributes: dict[str, Any]) -> bytes:
     """Plain attributes (the decorated module's own are watched live instead), and the order of tensors."""
-    plain = {
-        name: moved.get((id(module.__dict__), name), value)
-        for name, value in sorted(module.__dict__.items())
-        if not is_own and name not in _MODULE_ATTRIBUTES and not name.startswith("torchcache_") and is_plain(value)
-    }
+    plain = {k: v for k, v in attributes.items() if not k.startswith("torchcache_") and is_plain(v)}
     names = (tuple(module._parameters), tuple(module._buffers)) if isinstance(module._parameters, dict) else ()
     return encode((plain, names))
 

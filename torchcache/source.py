@@ -16,7 +16,8 @@ import enum
 import functools
 import logging
 import types
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
 
 import torch
 
@@ -53,6 +54,7 @@ def describe(
     tensors: Tensors,
     modules: Modules | None = None,
     generators: Generators | None = None,
+    attributes: Callable[[torch.nn.Module], dict[str, Any]] | None = None,
     constants: bool = True,
 ) -> bytes:
     """What `obj`, a class, a module, a function or another callable, computes.
@@ -60,12 +62,14 @@ def describe(
     Of a module: the classes, hooks and functions of it and its submodules, not their state. Tensors
     that functions reach are given to `tensors`, which says what they hold, modules to `modules`;
     without it they count with their state. `generators` is given those of random numbers, which do not count.
-    `constants`: whether containers and objects that code reaches count, by what they hold; empty containers do not.
+    `attributes` are those of a module that count, if not all. `constants`: whether containers and objects that code reaches count,
+    by what they hold; empty containers do not.
     """
     describer = _Describer(tensors, modules, constants=constants)
     describer.unknown, describer.generators = describer.leave_out, generators
     if not isinstance(obj, torch.nn.Module):
         return describer.finish(encode(obj, describer.value, name="the callable"))
+    describer.attributes_of = attributes
     for name, module in tree(obj):
         describer.own.setdefault(id(module), name)
     return describer.finish(encode(describer.module(obj, state=False)))
@@ -117,6 +121,8 @@ def _say_bytecode(name: str) -> None:
 
 class _Describer(Values):
     """Functions, classes and modules, each described once."""
+
+    attributes_of: Callable[[torch.nn.Module], dict[str, Any]] | None = None  # those that count; None: all
 
     def finish(self, root: bytes) -> bytes:
         # Describing one may mention more: the list grows under the loop.
@@ -323,7 +329,7 @@ class _Describer(Values):
         """What the module's own __dict__ adds to its class; with its state or without."""
         where = f"an attribute of a {type_name(type(module))}"
         found: list[tuple[str, object]] = []
-        for name, value in sorted(vars(module).items()):
+        for name, value in sorted((self.attributes_of or vars)(module).items()):
             if name in _MODULE_ATTRIBUTES or _is_own_attribute(name):
                 continue
             said = settings(value) if state else None

@@ -26,10 +26,12 @@ from torchcache.encoding import encode, is_plain
 _MODULE_ATTRIBUTES = frozenset(nn.Module().__dict__)
 _OWN_PREFIXES = ("_torchcache", "torchcache_", "_torchdynamo_")  # the last counts compilations
 
-# (id of a module's __dict__, name) → the value that is to be described instead of the present one.
+ABSENT = object()
+
+# (id of a module's __dict__, name) of what forwards set → the value that is to be described instead of the present one;
+# ABSENT for what was not there before.
 Moved = dict[tuple[int, str], Any]
 
-_ABSENT = object()
 _get = dict.get
 _requires_grad = attrgetter("requires_grad")
 _get_version = attrgetter("_version")
@@ -90,8 +92,7 @@ class State:
         self._describe = describe
         self._own = own
         self._fixed: dict[str, Any] = {}  # own attributes that forward changes: what they were at first
-        self._products: set[tuple[int, str]] = set()  # attributes that a forward made
-        self._moved: Moved = {}  # attributes of submodules that forward changes: what they were at first
+        self._moved: Moved = {}  # other attributes that forwards set: what they were at first
         self.generation = 0  # of the set of submodules
         self.parts: dict[str, bytes] = {}  # what the digest is made of; replaced, never changed
         self.modules: list[nn.Module] = []  # all of them, as they were at the last look; replaced, never changed
@@ -111,6 +112,7 @@ class State:
         if (
             not all(map(is_, map(_get, *self._columns), self._values))
             or any(self._empty)
+            or list(map(type, self.modules)) != self._classes
             or list(map(len, self._filled)) != self._counts
             or (self._ordered and list(map(list, self._ordered)) != self._orders)
             or (RemovableHandle.next_id != self._next_hook and self._hooks_added())
@@ -165,7 +167,7 @@ class State:
         """Whether the forward left the state as it was. Attributes that it adds or counts with do not matter."""
         value, names, own = before
         for d, old in zip(self._attribute_dicts, names):
-            self._products.update((id(d), name) for name in d.keys() - old)
+            self._moved.update({(id(d), name): ABSENT for name in d.keys() - old})
         known = len(self._fixed)
         for name, now in self._own_attributes().items():
             if name in own and not _same(own[name], now):
@@ -189,6 +191,7 @@ class State:
             for name, m in module.named_modules()
         ]
         self.modules = [m for _, m in self._named]
+        self._classes = list(map(type, self.modules))
         self._attribute_dicts = [m.__dict__ for m in self.modules]
         slots = list(self._slots())
         plain = [m for m in self.modules if isinstance(m._parameters, dict)]  # TorchScript makes new ones each time
@@ -197,7 +200,7 @@ class State:
         self._settings_from = len(held)
         held += self._settings()
         dicts, keys, self._values = map(list, zip(*held)) if held else ([], [], [])
-        self._columns: Any = dicts, keys, [_ABSENT] * len(held)
+        self._columns: Any = dicts, keys, [ABSENT] * len(held)
         hooks = [m.__dict__.get(name, {}) for m in self.modules if m is not self._own for name in _HOOKS]
         self._dicts = [d for m in self.modules for d in (*_holders(m), m.__dict__)]
         self._no_hooks, self._next_hook = [d for d in hooks if not d], RemovableHandle.next_id
@@ -228,29 +231,36 @@ class State:
                 for key, value in d.items():
                     yield prefix + key, d, key, value
             for key, value in m.__dict__.items():
-                product = (id(m.__dict__), key) in self._products
-                if not product and (isinstance(value, Tensor) or value is None) and key not in _MODULE_ATTRIBUTES:
+                if (
+                    not self._is_product(m.__dict__, key)
+                    and (isinstance(value, Tensor) or value is None)
+                    and key not in _MODULE_ATTRIBUTES
+                ):
                     yield prefix + key, m.__dict__, key, value
 
-    def _settings(self) -> list[tuple[dict[str, Any], str, Any]]:
-        """(dictionary, key, value) of the plain attributes of submodules, such as the switch of an adapter.
+    def _is_product(self, attributes: dict[str, Any], name: str) -> bool:
+        return self._moved.get((id(attributes), name)) is ABSENT
 
-        Not of torch's own layers, which have ten each and hardly ever one that is set later.
+    def _settings(self) -> list[tuple[dict[str, Any], str, Any]]:
+        """(dictionary, key, value) of other attributes: switches of submodules, functions and objects that they use.
+
+        Plain ones of the module itself are compared by value. Those of torch's own layers, which have ten each, are
+        hardly ever set later, and what these keep for themselves they renew.
         """
         return [
             (m.__dict__, key, value)
             for m in self.modules
-            if m is not self._own and not type(m).__module__.startswith("torch.nn.")
             for key, value in m.__dict__.items()
-            if value is not None and key not in _MODULE_ATTRIBUTES and is_plain(value)
-            if (id(m.__dict__), key) not in self._moved and not key.startswith(_OWN_PREFIXES)
+            if value is not None and key not in _MODULE_ATTRIBUTES and not key.startswith(_OWN_PREFIXES)
+            if not isinstance(value, Tensor) and (id(m.__dict__), key) not in self._moved
+            if _may_be_set(m, key, value) and not (m is self._own and is_plain(value))
         ]
 
     def _leave_out_moved_settings(self) -> None:
         """What a forward sets, a counter of a submodule, say, counts as it was before."""
         dicts, keys, absent = self._columns
         moved = [
-            i for i in range(self._settings_from, len(keys)) if dicts[i].get(keys[i], _ABSENT) is not self._values[i]
+            i for i in range(self._settings_from, len(keys)) if dicts[i].get(keys[i], ABSENT) is not self._values[i]
         ]
         for i in reversed(moved):
             self._moved[id(dicts[i]), keys[i]] = self._values[i]
@@ -270,7 +280,7 @@ class State:
         assert self._own is not None
         now = self._own.__dict__
         for name, value in self._attributes.items():
-            if (found := now.get(name, _ABSENT)) is not value and not _same(found, value):
+            if (found := now.get(name, ABSENT)) is not value and not _same(found, value):
                 return True
         return False
 
@@ -285,7 +295,7 @@ class State:
 
     def _combine(self) -> None:
         own = {**self._attributes, **self._fixed}
-        own = {k: v for k, v in own.items() if self._own is None or (id(self._own.__dict__), k) not in self._products}
+        own = {k: v for k, v in own.items() if self._own is None or not self._is_product(self._own.__dict__, k)}
         self.parts = {
             **self._description,
             **{f"attribute {name}": encode(value) for name, value in own.items()},
@@ -344,6 +354,12 @@ def _plain_view(t: Tensor) -> Tensor:
     if t.layout is not torch.strided or t.is_quantized or t.is_meta:
         return torch.empty(0, device="cpu")
     return _ops.bits(t)
+
+
+def _may_be_set(m: nn.Module, name: str, value: Any) -> bool:
+    if not type(m).__module__.startswith("torch.nn."):
+        return True
+    return not (is_plain(value) or name.startswith("_"))
 
 
 def _holders(m: nn.Module) -> list[dict[str, Any]]:
