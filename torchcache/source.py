@@ -62,8 +62,8 @@ def describe(
     Of a module: the classes, hooks and functions of it and its submodules, not their state. Tensors
     that functions reach are given to `tensors`, which says what they hold, modules to `modules`;
     without it they count with their state. `generators` is given those of random numbers, which do not count.
-    `attributes` are those of a module that count, if not all. `constants`: whether containers and objects that code reaches count,
-    by what they hold; empty containers do not.
+    `attributes` are those of a module that count, if not all. `constants`: whether containers and objects that code
+    reaches count, by what they hold; empty containers do not.
     """
     describer = _Describer(tensors, modules, constants=constants)
     describer.unknown, describer.generators = describer.leave_out, generators
