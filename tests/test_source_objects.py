@@ -11,7 +11,7 @@ import torch
 from source_harness import of
 from torch import nn
 
-from torchcache import source
+from torchcache import source, torchcache
 
 
 def test_a_wrapper_around_a_decorated_function_still_counts() -> None:
@@ -206,3 +206,101 @@ def test_a_patched_method_of_a_library_counts(monkeypatch: pytest.MonkeyPatch) -
     assert of(nn.Sequential(nn.ReLU())) != first
     monkeypatch.undo()
     assert of(nn.Sequential(nn.ReLU())) == first
+
+
+def test_the_cases_of_a_generic_function_count() -> None:
+    def make(factor: int) -> Callable[..., object]:
+        @functools.singledispatch
+        def generic(x: object) -> object:
+            return x
+
+        generic.register(torch.Tensor, lambda x: x * factor)
+
+        def function(x: torch.Tensor) -> object:
+            return generic(x)
+
+        return function
+
+    assert of(make(2)) != of(make(3))
+    assert of(make(2)) == of(make(2))
+
+
+def test_the_cases_of_a_generic_method_count() -> None:
+    def make(factor: int) -> type:
+        class M(nn.Module):
+            @functools.singledispatchmethod
+            def scaled(self, x: object) -> object:
+                return x
+
+            @scaled.register
+            def _(self, x: torch.Tensor) -> object:
+                return x * factor
+
+            def forward(self, x: torch.Tensor) -> object:
+                return self.scaled(x)
+
+        return M
+
+    assert of(make(2)) != of(make(3))
+    assert of(make(2)) == of(make(2))
+
+
+def test_operators_that_python_code_defines_count_by_name_and_by_namespace() -> None:
+    def make(factor: int) -> list[Callable[[torch.Tensor], object]]:
+        @torch.library.custom_op("torchcache_tests::scaled", mutates_args=())
+        def scaled(x: torch.Tensor) -> torch.Tensor:
+            return x * factor
+
+        ops = torch.ops
+        return [
+            lambda x: scaled(x),
+            lambda x: torch.ops.torchcache_tests.scaled(x),
+            lambda x: ops.torchcache_tests.scaled.default(x),
+            functools.partial(torch.ops.torchcache_tests.scaled.default),
+        ]
+
+    first = [of(function) for function in make(2)]
+    assert all(of(function) != before for function, before in zip(make(3), first, strict=True))
+    assert [of(function) for function in make(2)] == first
+
+
+def test_attributes_of_functions_that_code_reads_count() -> None:
+    def make(value: int) -> Callable[[int], int]:
+        def helper(x: int) -> int:
+            return x * helper._factor  # type: ignore[attr-defined, no-any-return]
+
+        vars(helper)["_factor"] = value
+        return lambda x: helper(x)
+
+    assert of(make(2)) != of(make(3))
+    assert of(make(2)) == of(make(2))
+
+
+class Unpicklable:
+    def __init__(self, factor: int) -> None:
+        self.factor = factor
+
+    def __reduce__(self) -> str:
+        raise TypeError("never")
+
+
+def test_objects_that_forbid_pickling_count_by_what_they_hold() -> None:
+    def make(factor: int) -> Callable[[int], int]:
+        held = Unpicklable(factor)
+        return lambda x: x * held.factor
+
+    assert of(make(2)) != of(make(3))
+    assert of(make(2)) == of(make(2))
+
+
+def test_an_attribute_of_a_decorated_function_that_it_reads_itself_counts() -> None:
+    def make(value: int) -> Callable[[torch.Tensor], torch.Tensor]:
+        @torchcache()
+        def scaled(x: torch.Tensor) -> torch.Tensor:
+            return x * scaled.factor  # type: ignore[attr-defined, no-any-return]
+
+        scaled.factor = value  # type: ignore[attr-defined]
+        return scaled
+
+    hashes = [make(value).cache_instance.module_hash for value in (2, 3, 2)]  # type: ignore[attr-defined]
+    assert hashes[0] == hashes[2] != hashes[1]

@@ -9,14 +9,19 @@ import sys
 import threading
 import types
 import weakref
+from collections.abc import Sequence
 from concurrent.futures import Executor
+from typing import Any
 
 import torch
+from torch._library.custom_ops import OPDEFS, CustomOpDef
 
 from torchcache.encoding import encode
+from torchcache.origin import attributes_of, of_module
 from torchcache.state import digests, scales
 
 OPERATORS = (torch._ops.OpOverload, torch._ops.OpOverloadPacket)
+_NAMESPACES = (torch._ops._Ops, torch._ops._OpNamespace)
 
 # They say nothing about what is computed.
 _WITHOUT_VALUE = (
@@ -43,6 +48,24 @@ def settings(value: object) -> dict[str, object] | None:
         return None
 
 
+def definition(value: object) -> object:
+    """What defined an operator, if that was Python code (``torch.library.custom_op``); other objects as they are."""
+    packet = value.overloadpacket if isinstance(value, torch._ops.OpOverload) else value
+    if not isinstance(packet, torch._ops.OpOverloadPacket):
+        return value
+    return OPDEFS.get(packet._qualified_op_name, value)
+
+
+def operator(value: object, names: Sequence[str]) -> CustomOpDef | None:
+    """What defined the operator that ``torch.ops.…`` or an attribute of a part of it stands for, if Python code did."""
+    for name in names:
+        if value is not torch and not isinstance(value, _NAMESPACES):
+            break
+        value = getattr(value, name, None)
+    found = definition(value)
+    return found if isinstance(found, CustomOpDef) else None
+
+
 def is_without_value(value: object) -> bool:
     streams = (sys.stdin, sys.stdout, sys.stderr, sys.__stdin__, sys.__stdout__, sys.__stderr__)
     return isinstance(value, _WITHOUT_VALUE) or any(value is stream for stream in streams)
@@ -67,14 +90,23 @@ def held(value: object) -> object | None:
             return ["reference", value()]
         if isinstance(value, OPERATORS):
             return ["operator", str(value)]
-        reduce = copyreg.dispatch_table.get(type(value))
-        reduced = value.__reduce_ex__(2) if reduce is None else reduce(value)
+        reduced = _reduced(value)
         if isinstance(reduced, str):  # the name of a global
             return [type(value), reduced]
         parts = list(reduced)
         return [*parts[:3], *(None if part is None else list(part) for part in parts[3:5]), *parts[5:]]
     except Exception:  # a class may raise what it likes
         return None
+
+
+def _reduced(value: object) -> Any:
+    reduce = copyreg.dispatch_table.get(type(value))
+    try:
+        return value.__reduce_ex__(2) if reduce is None else reduce(value)
+    except Exception:
+        if of_module(type(value).__module__) is not None or not attributes_of(value):
+            raise
+        return type(value), (), dict(attributes_of(value))  # a class of the user's that forbids pickling
 
 
 def owner(function: object) -> object | None:

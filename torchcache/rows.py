@@ -226,6 +226,7 @@ def _flatten(value: Any, tensors: list[Tensor]) -> Tree:
         raise ValueError(
             "the output is not batched: it must be a tensor or tuples, lists, dicts, named tuples or dataclasses of "
             f"tensors and None, got {kind.__name__}"
+            + ("; pass use_cache=False" if kind.__name__.endswith("Cache") else "")
         )
     return ("class", kind, *((name, _flatten(v, tensors)) for name, v in fields))
 

@@ -17,13 +17,15 @@ import functools
 import logging
 import types
 from collections.abc import Callable, Iterable, Iterator
+from operator import itemgetter
 from typing import Any
 
 import torch
+from torch._library.custom_ops import CustomOpDef
 
 from torchcache import syntax
 from torchcache.encoding import encode, is_plain, type_name
-from torchcache.objects import owner, settings
+from torchcache.objects import definition, operator, owner, settings
 from torchcache.origin import (
     attributes_of,
     import_users,
@@ -130,7 +132,7 @@ class _Describer(Values):
 
     def mention(self, value: object, where: str) -> object:
         """A value that code reaches; `where` it stands, if what it holds counts too."""
-        value = unwrap(value)
+        value = definition(unwrap(value))
         if is_plain(value):
             return "value", encode(value, self.value)
         if isinstance(value, torch.Tensor):
@@ -162,6 +164,8 @@ class _Describer(Values):
             return self.imported(obj)
         if isinstance(obj, torch.jit.ScriptFunction):
             return "script", program(obj)
+        if isinstance(obj, CustomOpDef):
+            return self.operator(obj)
         if isinstance(obj, C_FUNCTIONS):
             return self.c_function(obj)
         return type_name(type(obj)), self.wrapper(obj)
@@ -181,8 +185,13 @@ class _Describer(Values):
         if isinstance(obj, (functools.partial, functools.partialmethod)):
             values = [self.mention(item, where) for item in (obj.func, *obj.args)]
             return values, [(name, self.mention(item, where)) for name, item in obj.keywords.items()]
-        parts = ("__func__", "__self__", "fget", "fset", "fdel", "func")
+        parts = ("__func__", "__self__", "fget", "fset", "fdel", "func", "dispatcher")
         return [self.mention(getattr(obj, part), where) for part in parts if hasattr(obj, part)]
+
+    def operator(self, op: CustomOpDef) -> object:
+        """An operator that Python code defines, for all devices and for some."""
+        kernels = [(str(device), self.mention(kernel, "")) for device, kernel in op._backend_fns.items()]
+        return "operator", op._qualname, self.mention(op._init_fn, ""), sorted(kernels, key=itemgetter(0))
 
     def c_function(self, function: object) -> object:
         name = str(getattr(function, "__qualname__"))  # noqa: B009
@@ -203,6 +212,8 @@ class _Describer(Values):
             name = function.__code__.co_name if wraps else function.__qualname__
             home = str(function.__globals__.get("__name__"))
             inside = {key: self.mention(value, "") for key, value in sorted(cells.items())}
+            if isinstance(registry := vars(function).get("registry"), types.MappingProxyType):  # of singledispatch
+                inside["cases"] = [(self.mention(kind, ""), self.mention(case, "")) for kind, case in registry.items()]
             return "library function", origin, home, name, inside
         name, where = function.__qualname__, f"of the function {function.__qualname__}"
         defaults = [self.mention(item, f"a default {where}") for item in function.__defaults__ or ()]
@@ -252,7 +263,10 @@ class _Describer(Values):
         return [(name, self.mention(found[name], f"{name}, {where}")) for name in sorted(found)]
 
     def follow(self, value: object, chain: tuple[str, ...], found: dict[str, object]) -> None:
-        """Follow attributes of the user's modules as far as they are modules."""
+        """Follow attributes of the user's modules as far as they are modules, and of a function the first one."""
+        if (defined := operator(value, chain[1:])) is not None:
+            found[".".join(chain)] = defined
+            return
         done = 1
         while isinstance(value, types.ModuleType) and of_module(value.__name__) is None:
             if done == len(chain) or not hasattr(value, chain[done]):
@@ -260,6 +274,8 @@ class _Describer(Values):
             value = getattr(value, chain[done])
             done += 1
         found[".".join(chain[:done])] = value
+        if isinstance(value, types.FunctionType) and chain[done : done + 1] and chain[done] in vars(value):
+            found[".".join(chain[: done + 1])] = vars(value)[chain[done]]
 
     def search(self, value: object, name: str, names: set[str], found: dict[str, object]) -> None:
         """Take from a module that a function imports itself all that the function may mean."""

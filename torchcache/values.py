@@ -10,10 +10,11 @@ from collections import deque
 from collections.abc import Callable
 
 import torch
+from torch._library.custom_ops import CustomOpDef
 
 from torchcache.encoding import Unencodable, encode, type_name
 from torchcache.noise import generates
-from torchcache.objects import array, held, is_without_value, owner
+from torchcache.objects import array, definition, held, is_without_value, owner
 from torchcache.origin import attributes_of, of_module, unwrap
 from torchcache.torchscript import script_object
 
@@ -33,8 +34,8 @@ C_FUNCTIONS = (
 CODE = (
     *C_FUNCTIONS,
     *(types.FunctionType, types.MethodType, functools.partial, functools.partialmethod),
-    *(staticmethod, classmethod, property, functools.cached_property),
-    *(torch.jit.ScriptFunction, type, torch.nn.Module),
+    *(staticmethod, classmethod, property, functools.cached_property, functools.singledispatchmethod),
+    *(torch.jit.ScriptFunction, CustomOpDef, type, torch.nn.Module),
 )
 # Where a program puts its results: empty at first, they say nothing.
 PLACES = (list, dict, set, deque, bytearray)
@@ -81,7 +82,7 @@ class Values(ABC):
 
     def value(self, value: object) -> bytes | None:
         """The hook of `encode`: a value that counts with all it holds."""
-        value = unwrap(value)
+        value = definition(unwrap(value))
         if isinstance(value, types.MethodType):
             return encode(("method", value.__func__, value.__self__), self.value)
         if isinstance(value, functools.partial):
