@@ -146,3 +146,58 @@ def test_what_a_forward_sets_does_not_count(
     module(X)
     assert module.cache_instance.info().misses == 6 * 5  # type: ignore[union-attr]
     assert caplog.records == []
+
+
+class Scale(nn.Module):
+    def __init__(self, factor: Any) -> None:
+        super().__init__()
+        self.factor = factor
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.factor = float(self.factor)
+        return x * self.factor
+
+
+def test_what_the_forward_of_a_replaced_part_set_says_nothing_of_its_successors() -> None:
+    module = torchcache()(nn.Sequential(Scale(0)))
+    for factor in range(1, 200):
+        module[0] = Scale(factor)  # soon at the address of one that is gone
+        assert torch.equal(module(X), X * factor)
+
+
+class Late(nn.Module):
+    """Makes what it needs when it first sees an input."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.kind = kind
+        self.other = nn.Linear(4, 4).requires_grad_(False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not hasattr(self, "late"):
+            size = x.shape[1]
+            if self.kind == "buffer":
+                self.register_buffer("late", torch.ones(size))
+            elif self.kind == "parameter":
+                self.late = nn.Parameter(torch.ones(size), requires_grad=False)
+            else:
+                self.late = nn.LayerNorm(size).requires_grad_(False)
+        return self.late(x) if isinstance(self.late, nn.Module) else self.other(x) * self.late  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("inside", [False, True])
+@pytest.mark.parametrize("kind", ["buffer", "parameter", "module"])
+def test_what_a_first_forward_makes_is_watched_from_then_on(kind: str, inside: bool) -> None:
+    module = torchcache()(nn.Sequential(Late(kind)) if inside else Late(kind))
+    for _ in range(4):
+        module(X)
+    assert module.cache_instance.info().memory_hits == 12
+    first = module(X)
+    before = {name: tensor.clone() for name, tensor in module.state_dict().items()}
+    for state in ({name: torch.randn_like(tensor) for name, tensor in before.items()}, before):
+        module.load_state_dict(state)
+        now = module(X)
+        module.torchcache_enabled = False
+        assert torch.equal(now, module(X))
+        module.torchcache_enabled = True
+    assert torch.equal(now, first) and module.cache_instance.info().misses == 12

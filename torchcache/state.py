@@ -93,6 +93,7 @@ class State:
         self._own = own
         self._fixed: dict[str, Any] = {}  # own attributes that forward changes: what they were at first
         self._moved: Moved = {}  # other attributes that forwards set: what they were at first
+        self._owners: dict[int, weakref.ref[nn.Module]] = {}  # by the id of their __dict__
         self.generation = 0  # of the set of submodules
         self.parts: dict[str, bytes] = {}  # what the digest is made of; replaced, never changed
         self.modules: list[nn.Module] = []  # all of them, as they were at the last look; replaced, never changed
@@ -164,7 +165,11 @@ class State:
         return self._value, [set(d) for d in self._attribute_dicts], self._own_attributes()
 
     def after_forward(self, before: tuple[bytes, list[set[str]], dict[str, Any]]) -> bool:
-        """Whether the forward left the state as it was. Attributes that it adds or counts with do not matter."""
+        """Whether the forward left the state as it was.
+
+        Attributes that it adds or counts with do not matter. Parameters, buffers and submodules do: these are watched
+        from then on.
+        """
         value, names, own = before
         for d, old in zip(self._attribute_dicts, names):
             self._moved.update({(id(d), name): ABSENT for name in d.keys() - old})
@@ -176,7 +181,7 @@ class State:
         if len(self._fixed) != known:
             self._combine()  # another thread may have looked while the forward ran
         self._leave_out_moved_settings()
-        self._note_sizes()
+        self._counts[self._attributes_from :] = map(len, self._attribute_dicts)
         # A probe on a GPU would wait for the forward. What only that would see counts from the next call on.
         return self.digest(probe=not any(t.is_cuda for t in self._frozen_tensors)) == value
 
@@ -184,6 +189,7 @@ class State:
 
     def _scan(self) -> None:
         self.generation += 1
+        self._forget_the_dead()
         self._description = self._describe(self._moved)  # first: it may reach tensors and modules that are then watched
         self._named = [
             (".".join(filter(None, (root, name))), m)
@@ -193,6 +199,7 @@ class State:
         self.modules = [m for _, m in self._named]
         self._classes = list(map(type, self.modules))
         self._attribute_dicts = [m.__dict__ for m in self.modules]
+        self._owners.update({id(m.__dict__): weakref.ref(m) for m in self.modules})
         slots = list(self._slots())
         plain = [m for m in self.modules if isinstance(m._parameters, dict)]  # TorchScript makes new ones each time
         held = [(d, key, value) for _, d, key, value in slots]
@@ -202,11 +209,14 @@ class State:
         dicts, keys, self._values = map(list, zip(*held)) if held else ([], [], [])
         self._columns: Any = dicts, keys, [ABSENT] * len(held)
         hooks = [m.__dict__.get(name, {}) for m in self.modules if m is not self._own for name in _HOOKS]
-        self._dicts = [d for m in self.modules for d in (*_holders(m), m.__dict__)]
         self._no_hooks, self._next_hook = [d for d in hooks if not d], RemovableHandle.next_id
         self._ordered = [m._modules for m in plain if len(m._modules) > 1] + [d for d in hooks if d]
         self._orders = list(map(list, self._ordered))
-        self._note_sizes()
+        holders = [d for m in self.modules for d in _holders(m)]
+        self._empty = [d for d in holders if not d]
+        self._filled = [*filter(None, holders), *self._attribute_dicts]
+        self._attributes_from = len(self._filled) - len(self._attribute_dicts)
+        self._counts = list(map(len, self._filled))
         watched = [_Watched(name, t) for name, t in self._tensors.items()]
         watched += [_Watched(name, value) for name, _, _, value in slots if isinstance(value, Tensor)]
         for w in watched:
@@ -266,10 +276,11 @@ class State:
             self._moved[id(dicts[i]), keys[i]] = self._values[i]
             del dicts[i], keys[i], absent[i], self._values[i]
 
-    def _note_sizes(self) -> None:
-        self._empty = [d for d in self._dicts if not d]
-        self._filled = [d for d in self._dicts if d]
-        self._counts = list(map(len, self._filled))
+    def _forget_the_dead(self) -> None:
+        """What forwards set on modules that are gone: others may have their ids."""
+        gone = {key for key, owner in self._owners.items() if owner() is None}
+        self._owners = {key: owner for key, owner in self._owners.items() if key not in gone}
+        self._moved = {key: value for key, value in self._moved.items() if key[0] not in gone}
 
     def _hooks_added(self) -> bool:
         """Asked only when some module of the process has got a hook."""
