@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import threading
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,7 @@ from torchcache.fingerprint import Fingerprint
 from torchcache.keeper import Keeper
 from torchcache.keys import Keys, Kind, autocast
 from torchcache.lazy import lazy
+from torchcache.locks import lock
 from torchcache.logs import Once, logger
 from torchcache.memory import Found, MemoryTier, RowView
 from torchcache.mode import Mode
@@ -51,7 +51,7 @@ class Cache:
         self._takes_self = takes_self
         self._init = init
         self._options_now = options
-        self._lock = threading.RLock()
+        self._lock = lock(self)
         self._counts = Counts()
         self.filling = False  # rows are expected to be new
         self._last: Asked | None = None

@@ -10,7 +10,6 @@ import contextlib
 import functools
 import inspect
 import os
-import threading
 import types
 import weakref
 from collections.abc import Callable
@@ -22,6 +21,7 @@ from torch._C._dynamo import eval_frame
 
 from torchcache.cache import Cache
 from torchcache.fingerprint import init_arguments
+from torchcache.locks import module_lock
 from torchcache.options import ATTRIBUTE_PREFIX, Options
 
 T = TypeVar("T")
@@ -31,7 +31,7 @@ _HANDLE = "_torchcache_handle"
 _ORIGINAL = "__torchcache_original__"
 _ENABLED = ATTRIBUTE_PREFIX + "enabled"
 
-_lock = threading.Lock()
+_lock = module_lock(__name__)
 
 
 def torchcache(

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from torchcache import _ops
+from torchcache.locks import lock, module_lock
 from torchcache.logs import Once
 from torchcache.options import Options
 from torchcache.rows import Layout, select
@@ -171,7 +172,7 @@ class _Store:
     def __init__(self, directory: Path, options: Options) -> None:
         self._directory = directory
         self._options = options
-        self._lock = threading.Lock()  # held while rows are removed
+        self._lock = lock(self)  # held while rows are removed
         self._ids = [self._open()]  # the last one is in use
         close = functools.partial(_close_all, self._ids)
         weakref.finalize(self, _close_early, close).atexit = False
@@ -230,7 +231,7 @@ def _close_at_child_exit(close: functools.partial[None]) -> None:
 
 
 _stores: weakref.WeakValueDictionary[tuple[object, ...], _Store] = weakref.WeakValueDictionary()
-_stores_lock = threading.Lock()
+_stores_lock = module_lock(__name__, "_stores_lock")
 
 
 def _shared_store(directory: Path, options: Options) -> _Store:

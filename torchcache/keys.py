@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import threading
-
 import torch
 from torch import Tensor
 
@@ -11,6 +9,7 @@ from torchcache import _ops
 from torchcache._ops import Digest
 from torchcache.call import Call
 from torchcache.encoding import encode
+from torchcache.locks import lock
 
 KEY_FORMAT = 1
 
@@ -34,7 +33,7 @@ class Keys:
         """With a `subsample_count` only about so many elements of a row are hashed."""
         self._subsample_count = subsample_count
         self._digests: dict[tuple[bytes, ...], Digest] = {}
-        self._lock = threading.Lock()
+        self._lock = lock(self)
 
     def parts(self, call: Call, kind: Kind, state: bytes) -> tuple[list[Tensor], Digest]:
         """What the keys of a call are made of: the tensors to hash, row by row, and the call digest."""

@@ -1,17 +1,45 @@
-"""A cached property for objects with a lock."""
+"""Properties that are computed when they are first needed.
+
+Those of functools have a lock before Python 3.12, which stays taken in a child that is forked meanwhile.
+"""
 
 from __future__ import annotations
 
-import functools
-from typing import Any, TypeVar
+from collections.abc import Callable
+from typing import Any, Generic, TypeVar, overload
 
 T = TypeVar("T")
 
 
-class lazy(functools.cached_property[T]):
-    """A cached property that is computed once, whichever thread comes first; the object's ``_lock`` sees to that."""
+class remembered(Generic[T]):
+    """For what is cheap: two threads that come first may both compute it."""
 
-    def __get__(self, instance: Any, owner: type[Any] | None = None) -> T:  # type: ignore[override]
+    def __init__(self, compute: Callable[[Any], T]) -> None:
+        self._compute = compute
+        self.__doc__ = compute.__doc__
+
+    def __set_name__(self, owner: type[Any], name: str) -> None:
+        self._name = name
+
+    @overload
+    def __get__(self, instance: None, owner: type[Any]) -> remembered[T]: ...
+    @overload
+    def __get__(self, instance: object, owner: type[Any]) -> T: ...
+    def __get__(self, instance: object | None, owner: type[Any]) -> remembered[T] | T:
+        return self if instance is None else self._value(instance)
+
+    def _value(self, instance: Any) -> T:
+        value = self._compute(instance)
+        instance.__dict__[self._name] = value
+        return value
+
+
+class lazy(remembered[T]):
+    """Computed once, whichever thread comes first; the object's ``_lock`` sees to that."""
+
+    def _value(self, instance: Any) -> T:
         with instance._lock:
-            value: T = super().__get__(instance, owner)
-            return value
+            if self._name in instance.__dict__:
+                found: T = instance.__dict__[self._name]
+                return found
+            return super()._value(instance)

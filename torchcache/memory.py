@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import threading
 import weakref
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -13,6 +12,7 @@ from torch import Tensor
 
 from torchcache import _ops
 from torchcache.arenas import Know, RowArena
+from torchcache.locks import lock
 from torchcache.rows import Layout, select
 
 MIXED = -2  # the layout of a lookup that found rows of several
@@ -24,7 +24,7 @@ class MemoryTier:
     def __init__(self, device: str, limit: int) -> None:
         self.device = torch.device(device)
         self.limit = limit
-        self._lock = threading.Lock()
+        self._lock = lock(self)
         self._begin()
 
     def _begin(self) -> None:

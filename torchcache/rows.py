@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from torchcache.encoding import is_plain
+from torchcache.lazy import remembered
 
 # The nesting: "*" for a leaf, None for None, else (kind, …): see Layout.to_json.
 Tree = Any
@@ -36,7 +37,7 @@ class Leaf:
     shape: tuple[int, ...]  # of one row
     device: str | None  # None: the device of the input
 
-    @functools.cached_property
+    @remembered
     def row_bytes(self) -> int:
         return self.stored.itemsize * functools.reduce(int.__mul__, self.shape, 1)
 
@@ -51,16 +52,16 @@ class Layout:
     tree: Tree
     leaves: tuple[Leaf, ...]
 
-    @functools.cached_property
+    @remembered
     def row_bytes(self) -> int:
         return sum(leaf.row_bytes for leaf in self.leaves)
 
-    @functools.cached_property
+    @remembered
     def verbatim(self) -> bool:
         """Whether rows are kept as they are given back, on the device of the input."""
         return all(leaf.stored is leaf.dtype and leaf.device is None for leaf in self.leaves)
 
-    @functools.cached_property
+    @remembered
     def json(self) -> str:
         """The canonical form that stands in a block; classes by name."""
         leaves = []

@@ -12,14 +12,15 @@ import fcntl
 import os
 import shutil
 import tempfile
-import threading
 from multiprocessing import util
 from pathlib import Path
+
+from torchcache.locks import module_lock
 
 _PREFIX = "torchcache-"
 _OWNER = ".owner"
 
-_lock = threading.Lock()
+_lock = module_lock(__name__)
 _made: dict[int, tuple[Path, int]] = {}  # and the lock, by process, so that a forked child has none of its own
 
 
