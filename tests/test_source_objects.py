@@ -251,8 +251,15 @@ def test_operators_that_python_code_defines_count_by_name_and_by_namespace() -> 
         def scaled(x: torch.Tensor) -> torch.Tensor:
             return x * factor
 
+        def by_local_names(x: torch.Tensor) -> torch.Tensor:
+            import torch as t
+
+            space = t.ops.torchcache_tests
+            return space.scaled(x)  # type: ignore[no-any-return]
+
         ops = torch.ops
         return [
+            by_local_names,
             lambda x: scaled(x),
             lambda x: torch.ops.torchcache_tests.scaled(x),
             lambda x: ops.torchcache_tests.scaled.default(x),

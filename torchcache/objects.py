@@ -9,7 +9,6 @@ import sys
 import threading
 import types
 import weakref
-from collections.abc import Sequence
 from concurrent.futures import Executor
 from typing import Any
 
@@ -17,11 +16,10 @@ import torch
 from torch._library.custom_ops import OPDEFS, CustomOpDef
 
 from torchcache.encoding import encode
-from torchcache.origin import attributes_of, of_module
+from torchcache.origin import attributes_of, of_function, of_module
 from torchcache.state import digests, scales
 
 OPERATORS = (torch._ops.OpOverload, torch._ops.OpOverloadPacket)
-_NAMESPACES = (torch._ops._Ops, torch._ops._OpNamespace)
 
 # They say nothing about what is computed.
 _WITHOUT_VALUE = (
@@ -56,14 +54,10 @@ def definition(value: object) -> object:
     return OPDEFS.get(packet._qualified_op_name, value)
 
 
-def operator(value: object, names: Sequence[str]) -> CustomOpDef | None:
-    """What defined the operator that ``torch.ops.…`` or an attribute of a part of it stands for, if Python code did."""
-    for name in names:
-        if value is not torch and not isinstance(value, _NAMESPACES):
-            break
-        value = getattr(value, name, None)
-    found = definition(value)
-    return found if isinstance(found, CustomOpDef) else None
+def operators(names: set[str]) -> list[CustomOpDef]:
+    """The operators of the user's that code with these names may call, in whatever way it comes to ``torch.ops``."""
+    named = [op for op in list(OPDEFS.values()) if op._name in names and op._namespace in names]
+    return [op for op in named if of_function(op._init_fn) is None]
 
 
 def is_without_value(value: object) -> bool:

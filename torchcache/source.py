@@ -25,7 +25,7 @@ from torch._library.custom_ops import CustomOpDef
 
 from torchcache import syntax
 from torchcache.encoding import encode, is_plain, type_name
-from torchcache.objects import definition, operator, owner, settings
+from torchcache.objects import definition, operators, owner, settings
 from torchcache.origin import (
     attributes_of,
     import_users,
@@ -256,17 +256,16 @@ class _Describer(Values):
                 self.follow(cells[chain[0]], chain, found)
             elif chain[0] in function.__globals__:
                 self.follow(function.__globals__[chain[0]], chain, found)
+        names = syntax.attribute_names(function.__code__)
         package = function.__globals__.get("__package__")
         for name in syntax.imported(function.__code__, package):
-            self.search(import_users(name), name, syntax.attribute_names(function.__code__), found)
+            self.search(import_users(name), name, names, found)
+        found.update({f"operator {op._qualname}": op for op in operators(names)})
         where = f"that {function.__qualname__} reads"
         return [(name, self.mention(found[name], f"{name}, {where}")) for name in sorted(found)]
 
     def follow(self, value: object, chain: tuple[str, ...], found: dict[str, object]) -> None:
         """Follow attributes of the user's modules as far as they are modules, and of a function the first one."""
-        if (defined := operator(value, chain[1:])) is not None:
-            found[".".join(chain)] = defined
-            return
         done = 1
         while isinstance(value, types.ModuleType) and of_module(value.__name__) is None:
             if done == len(chain) or not hasattr(value, chain[done]):
