@@ -232,3 +232,16 @@ def test_what_is_no_segment_is_passed_over(cache: Path, capsys: Output) -> None:
     for command in ("ls", "stat", "verify", "compact"):
         assert run(command, cache) == 0
     assert len(list((cache / "first").iterdir())) == 6 and (cache / "notes").exists()
+
+
+@pytest.mark.parametrize(
+    "text", ["[" * 100_000, "[]", '{"class": 3}', '{"class": "a\\nZZ"}', '{"class": "\\ud800"}', "\0", None]
+)
+def test_whatever_is_in_a_meta_json_directories_are_listed(text: str | None, cache: Path, capsys: Output) -> None:
+    for path in cache.glob("*/meta.json"):
+        path.unlink()
+        path.write_text(text) if text is not None else os.mkfifo(path)
+    for command in ("ls", "stat"):
+        assert run(command, cache) == 0
+        lines = capsys.readouterr().out.encode().decode().splitlines()
+        assert not any(line.startswith("ZZ") for line in lines)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
 import resource
+import stat
 import struct
 from pathlib import Path
 
@@ -141,3 +143,19 @@ def test_memory_is_bounded_by_the_part(tmp_path: Path) -> None:
 
     assert succeeded(forked(take_little_memory))
     assert torch.equal(load_file(tmp_path / "file")["rows"][:, -1].sort().values, torch.arange(64).to(torch.uint8))
+
+
+def test_what_is_no_regular_file_is_never_replaced(directory: Path, tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "fifo")
+    (tmp_path / "folder").mkdir()
+    for name in ("fifo", "folder", "."):
+        with pytest.raises(MaintenanceError, match="is no regular file"):
+            export(directory, tmp_path / name)
+    assert stat.S_ISFIFO((tmp_path / "fifo").stat().st_mode)
+
+
+def test_a_link_stays_and_what_it_points_to_gets_the_rows(directory: Path, tmp_path: Path) -> None:
+    (tmp_path / "target").touch()
+    (tmp_path / "link").symlink_to(tmp_path / "target")
+    export(directory, tmp_path / "link")
+    assert (tmp_path / "link").is_symlink() and len(exported(tmp_path / "target")) == 6

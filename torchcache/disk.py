@@ -29,9 +29,22 @@ from torchcache.rows import Layout, select
 T = TypeVar("T")
 
 META_FILE = "meta.json"
+_MOST_META_BYTES = 16 << 20
 QUEUE_BYTES = 64 << 20  # of rows that wait to be written
 
 _MAX_ROW_BYTES = 1 << 30  # docs/format.md
+
+
+def read_meta(directory: Path) -> dict[str, Any]:
+    """What the meta.json of a directory says; nothing where that is missing, damaged or something else."""
+    path = directory / META_FILE
+    try:
+        if not path.is_file() or path.stat().st_size > _MOST_META_BYTES:  # a fifo would be waited for
+            return {}
+        found = json.loads(path.read_text())
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 class DiskTier:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -11,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 
 from torchcache.call import Form
-from torchcache.disk import META_FILE
+from torchcache.disk import META_FILE, read_meta
 from torchcache.fingerprint import Fingerprint
 from torchcache.keys import KEY_FORMAT, Kind
 from torchcache.options import Options
@@ -81,29 +80,21 @@ def meta(fingerprint: Fingerprint, options: Options, call: Parts) -> dict[str, A
 
 def since_directory(directory: Path, fingerprint: Fingerprint, call: Parts) -> list[str] | None:
     """What differs from what a meta.json remembers: that of the directory, else the newest one of the same class."""
-    own = _remembered(directory)
+    own = read_meta(directory)
     if own:
         return _compared(call, own.get("key_parts"))
     others = [m.parent for m in directory.parent.glob(f"*/{META_FILE}")]
-    others = [d for d in others if _remembered(d).get("class") == fingerprint.name]
+    others = [d for d in others if read_meta(d).get("class") == fingerprint.name]
     if not others:
         return None
     newest = max(others, key=lambda d: (d / META_FILE).stat().st_mtime)
-    return _compared(_hash_parts(fingerprint), _remembered(newest).get("hash_parts"))
+    return _compared(_hash_parts(fingerprint), read_meta(newest).get("hash_parts"))
 
 
 def _hash_parts(fingerprint: Fingerprint) -> Parts:
     """The parts of a module hash, with the code of each class by itself."""
     classes = {f"code of {name}": code for name, code in fingerprint.classes().items()}
     return {**fingerprint.parts, **classes}
-
-
-def _remembered(directory: Path) -> dict[str, Any]:
-    try:
-        found = json.loads((directory / META_FILE).read_text())
-    except (OSError, ValueError):
-        return {}
-    return found if isinstance(found, dict) else {}
 
 
 def _compared(now: Parts, before: Any) -> list[str] | None:

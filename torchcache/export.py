@@ -53,8 +53,13 @@ def export(directory: Path, file: Path, progress: Progress = lambda n: None, par
     layouts. Damaged rows are left out.
 
     Args:
+        file: a regular file, which is replaced as a whole, or none yet.
         part: bytes of rows that are in memory at once, beside the keys of all of them.
+
+    Raises:
+        MaintenanceError: there are no rows, or the file is something else, such as a directory or a device.
     """
+    file = _regular(file)
     summary = summarize(directory)
     if not summary.rows:
         raise MaintenanceError(f"{str(directory)!r} has no rows to export")
@@ -66,6 +71,14 @@ def export(directory: Path, file: Path, progress: Progress = lambda n: None, par
         while not _write(temporary, store, tables, about, progress, part):
             pass  # again, without the rows that turned out to be damaged
     return sum(len(table.keys) for table in tables)
+
+
+def _regular(file: Path) -> Path:
+    """Where the file is, or will be: what a link points to."""
+    target = Path(os.path.realpath(file))
+    if target.exists() and not target.is_file():
+        raise MaintenanceError(f"{str(file)!r} is no regular file: name one, or one that is not there yet")
+    return target
 
 
 @contextlib.contextmanager

@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import fcntl
-import json
 import math
 import os
 import re
@@ -19,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from torchcache import _ops
-from torchcache.disk import META_FILE
+from torchcache.disk import META_FILE, read_meta
 
 _SEGMENT = re.compile(r"[0-9a-f]{32}\.seg")
 _DERIVED = re.compile(r"([0-9a-f]{32})\.(idx|tmp)")
@@ -153,11 +152,10 @@ def _segment(path: Path) -> Segment:
 
 
 def _module(directory: Path) -> str:
-    try:
-        meta = json.loads((directory / META_FILE).read_text())
-        return str(meta["class"])
-    except (OSError, ValueError, KeyError, TypeError):
+    name = read_meta(directory).get("class")
+    if not isinstance(name, str):
         return "?"
+    return name if name.isprintable() else ascii(name)[1:-1]  # it goes to a terminal
 
 
 def duplicates(summary: Summary) -> int:
