@@ -151,7 +151,7 @@ def _mentions(value: Any, tensors: dict[int, Any]) -> bool:
 
 
 _REGISTRIES = frozenset(vars(nn.Module()))
-_TORCHS_OWN = _REGISTRIES | {"_flat_weights"}
+_TORCHS_OWN = _REGISTRIES | {"_flat_weights", "_flat_weight_refs"}
 
 
 def plain_attributes(module: nn.Module) -> dict[str, Any]:

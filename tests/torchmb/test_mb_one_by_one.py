@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 import warnings
 from typing import Any
 
@@ -176,6 +178,19 @@ def test_packed_sequences_are_right() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         run_alike(BatchModule.from_modules(models), models, torch.randn(3, 3, 3, 5))
+
+
+@pytest.mark.parametrize("layer", [nn.RNN, nn.LSTM, nn.GRU])
+def test_recurrent_layers_that_ran_model_by_model_can_be_copied(layer: Any) -> None:
+    def forward(m: Any, x: Tensor) -> Tensor:
+        return m.l(x * (2 if x.sum() > 0 else 1))[0]
+
+    batch, x = BatchModule(Own(forward, l=layer(5, 4)), 3), torch.rand(3, 3, 2, 5) - torch.arange(3).view(3, 1, 1, 1)
+    with pytest.warns(UserWarning, match="one by one"):
+        expected = batch(x)
+    torch.testing.assert_close(copy.deepcopy(batch)(x), expected)
+    torch.testing.assert_close(batch.unstack(1)(x[1]), expected[1])
+    assert pickle.dumps(batch.l)
 
 
 def test_outputs_that_cannot_be_stacked_are_a_list() -> None:
