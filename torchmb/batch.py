@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections import OrderedDict
 from collections.abc import Sequence
@@ -30,7 +31,7 @@ from .nest import map_leaves, map_tensors, take
 from .run import Inputs, Kept, Models, RunLock, merged, one_by_one, vectorised
 from .seeds import initialised
 from .shared import Shared
-from .state import Attributes, copied, is_batch_module, named_tensors, plain_modules, stack_tensors, walk
+from .state import Absent, Attributes, copied, is_batch_module, named_tensors, plain_modules, stack_tensors, walk
 
 __all__ = ["BatchModule", "test_batch_module"]
 # What code written for torchmb 0.2 imports from here.
@@ -271,10 +272,16 @@ class BatchModule(AbstractBatchModule):
             instead[id(self._batch_module(name))] = one_module = copied(plain)
             if plain.state_dict():
                 one_module.load_state_dict(self._batch_module(name).state_dicts()[index], assign=True)
-        for place, value in self._kept.held(plain_modules(self._template)).items():
-            if take(value)[0]:
-                instead[id(value)] = self._kept.share(place, value, index)
-        return copied(self._template, instead)
+        modules = plain_modules(self._template)
+        shares = self._kept.shares(modules, index)
+        for place, value in self._kept.held(modules).items():
+            if take(value)[0] or place in self._kept.lists:
+                instead[id(value)] = copy.deepcopy(map_tensors(lambda t: t.detach().clone(), shares[place]))
+        model = copied(self._template, instead)
+        for module in model.modules():
+            for name in [n for n, value in vars(module).items() if value is Absent]:
+                delattr(module, name)
+        return model
 
     def extra_repr(self) -> str:
         return f"{type(self._template).__name__}, batch={self.batch}"

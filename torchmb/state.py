@@ -159,36 +159,81 @@ def plain_attributes(module: nn.Module) -> dict[str, Any]:
     return {name: value for name, value in vars(module).items() if name not in _TORCHS_OWN}
 
 
+class Absent:
+    """Stands, as a class, for the value of an attribute that a module does not have."""
+
+
 class Attributes:
     """What modules hold besides parameters, buffers and modules, as it was: to see and undo what a forward does."""
 
     def __init__(self, modules: Sequence[nn.Module]) -> None:
         self._modules = modules
         self._before = [dict(m.__dict__) for m in modules]
-        self._contents = [
-            (value, copy.copy(value))
+        self._contents = {
+            id(part): (part, copy.copy(part))
             for module in modules
             for value in plain_attributes(module).values()
-            if type(value) in (list, dict)
-        ]
+            for part in _containers(value)
+        }
 
     def restore(self) -> None:
         for module, before in zip(self._modules, self._before, strict=True):
             for name in module.__dict__.keys() - before.keys():
                 del module.__dict__[name]
             module.__dict__.update(before)
-        for value, content in self._contents:
-            refill(value, content)
+        for part, content in self._contents.values():
+            refill(part, content)
 
     def changed(self) -> dict[tuple[int, str], Any]:
-        """(number of the module, name) → value, of attributes that are new or replaced or have other contents."""
-        contents = {id(value): content for value, content in self._contents}
-        return {
-            (i, name): copy.copy(value) if type(value) in (list, dict) else value  # its contents are about to go
-            for i, (module, before) in enumerate(zip(self._modules, self._before, strict=True))
-            for name, value in plain_attributes(module).items()
-            if name not in before or before[name] is not value or _differs(contents.get(id(value)), value)
-        }
+        """(number of the module, name) → value, of attributes that are new or replaced or have other contents.
+
+        Absent for those that are gone. Lists and dicts are copies: the contents of the others are about to go.
+        """
+        copies: dict[int, Any] = {}
+        found = {}
+        for i, (module, before) in enumerate(zip(self._modules, self._before, strict=True)):
+            now = plain_attributes(module)
+            for name, value in now.items():
+                if name not in before or before[name] is not value or any(map(self._differs, _containers(value))):
+                    found[i, name] = separated(value, copies)
+            found.update(((i, name), Absent) for name in before.keys() - vars(module).keys())
+        return found
+
+    def _differs(self, part: Any) -> bool:
+        """Whether a list or dict holds other objects than before."""
+        if id(part) not in self._contents:
+            return True
+        before = self._contents[id(part)][1]
+        if isinstance(part, dict):
+            return before.keys() != part.keys() or any(before[k] is not v for k, v in part.items())
+        return len(before) != len(part) or any(a is not b for a, b in zip(before, part))
+
+
+def _parts(value: Any) -> Iterable[Any]:
+    """What is directly in a list, tuple or dict."""
+    if type(value) is dict:
+        return value.values()
+    return value if type(value) in (list, tuple) else ()
+
+
+def _containers(value: Any) -> Iterator[Any]:
+    """The lists and dicts of a value, outer ones first."""
+    if type(value) in (list, dict):
+        yield value
+    for part in _parts(value):
+        yield from _containers(part)
+
+
+def separated(value: Any, copies: dict[int, Any] | None = None) -> Any:
+    """The same objects in lists and dicts of their own. `copies`: those made before, by the id of what they are of."""
+    copies = {} if copies is None else copies
+    kind = type(value)
+    if kind not in (list, tuple, dict):
+        return value
+    if id(value) not in copies:
+        parts = [separated(part, copies) for part in _parts(value)]
+        copies[id(value)] = dict(zip(value, parts)) if kind is dict else kind(parts)
+    return copies[id(value)]
 
 
 def refill(value: Any, content: Any) -> None:
@@ -196,12 +241,3 @@ def refill(value: Any, content: Any) -> None:
     content = copy.copy(content)
     value.clear()
     (value.extend if isinstance(value, list) else value.update)(content)
-
-
-def _differs(before: Any, now: Any) -> bool:
-    """Whether a list or dict holds other objects than before."""
-    if before is None:
-        return False
-    if isinstance(now, dict):
-        return before.keys() != now.keys() or any(before[k] is not v for k, v in now.items())
-    return len(before) != len(now) or any(a is not b for a, b in zip(before, now))

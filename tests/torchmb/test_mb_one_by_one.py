@@ -122,6 +122,127 @@ def test_what_a_forward_keeps_for_the_next_is_each_models_own() -> None:
         close(batch.unstack(1).state.unsqueeze(0), [models[1].state], "state")
 
 
+class Remembering(nn.Module):
+    """Changes its attributes only where its input is positive; `log` is its layer's too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.l, self.scale, self.peak = nn.Linear(4, 3), 1.0, torch.zeros(())
+        self.log: list[float] = []
+        self.nested: dict[str, list[float]] = {"log": []}
+        self.l.log = self.log
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.sum() > 0:
+            self.log.append(x.sum().item())
+            self.nested["log"].append(x.mean().item())
+            self.scale *= 2
+            self.peak = torch.maximum(self.peak, x.detach().max())
+            if hasattr(self, "once"):
+                del self.once
+            else:
+                self.once = x.mean().item()
+        return self.l(x) * self.scale + self.peak + sum(self.nested["log"]) + len(self.l.log)  # type: ignore[arg-type]
+
+
+def state_of(model: Any) -> tuple[Any, ...]:
+    return model.log, model.nested, model.l.log, model.scale, model.peak.item(), getattr(model, "once", None)
+
+
+@pytest.mark.parametrize("how", [lambda b: b, copy.deepcopy, lambda b: pickle.loads(pickle.dumps(b))])
+def test_an_attribute_that_only_some_models_change_is_each_models_own(how: Any) -> None:
+    models = separate(Remembering, 3)
+    batch = BatchModule.from_modules(models)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for signs in ([-1, 1, 1], [1, -1, 1], [-1, -1, -1], [1, 1, 1], [-1, 1, -1]):
+            batch = how(batch)
+            run_alike(batch, models, torch.rand(3, 6, 4) * torch.tensor(signs)[:, None, None])
+            for i, model in enumerate(models):
+                one = batch.unstack(i)
+                assert state_of(one) == state_of(model)
+                assert one.l.log is one.log and hasattr(one, "once") == hasattr(model, "once")
+                one.log.append(1.0)  # of a copy
+
+
+def test_an_attribute_that_a_forward_resets_is_reset() -> None:
+    class Resetting(nn.Module):
+        state: Tensor | None = None
+
+        def forward(self, x: Tensor) -> Tensor:
+            if self.state is not None:
+                x, self.state = x + self.state, None
+            else:
+                self.state = x * (2 if x.sum() > 0 else 1)
+            return x
+
+    models = separate(lambda: nn.Sequential(Resetting()), 3)
+    batch = BatchModule.from_modules(models)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for _ in range(4):
+            run_alike(batch, models, torch.randn(3, 6, 4))
+
+
+@pytest.mark.parametrize("branch", [False, True])
+def test_what_two_modules_share_stays_shared(branch: bool) -> None:
+    class Reading(nn.Module):
+        def __init__(self, notes: dict[str, Tensor]) -> None:
+            super().__init__()
+            self.notes = notes
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x + self.notes["x"]
+
+    class Writing(Reading):
+        def forward(self, x: Tensor) -> Tensor:
+            self.notes["x"] = x * 2
+            return x * (2 if branch and x.sum() > 0 else 1)
+
+    def make() -> nn.Module:
+        notes: dict[str, Tensor] = {}
+        return nn.Sequential(Writing(notes), Reading(notes))
+
+    models = separate(make, 3)
+    batch = BatchModule.from_modules(models)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore" if branch else "error")
+        for _ in range(3):
+            run_alike(batch, models, torch.randn(3, 6, 4))
+
+
+def test_an_error_leaves_buffers_and_attributes_as_they_were() -> None:
+    class Failing(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.n, self.state, self.log = nn.BatchNorm1d(4), None, []
+
+        def forward(self, x: Tensor, fail: bool = False) -> Tensor:
+            y = self.n(x if self.state is None else x + self.state)
+            self.state = y.detach() * (2 if x.sum() > 0 else 1)
+            if x.sum() > 0:
+                self.log.append(len(self.log))
+            if fail and x.sum() > 0:
+                raise ValueError("of the model's own")
+            return y
+
+    def state_of_batch() -> Any:
+        f: Any = batch.f
+        return copy.deepcopy((f.state, f.log, dict(f.n.named_buffers()), dict(f.n.named_parameters())))
+
+    batch = BatchModule(Own(lambda m, x, fail=False: m.f(x, fail), f=Failing()), 3)
+    x = torch.rand(3, 6, 4) * torch.tensor([-1, 1, 1])[:, None, None]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for run in (lambda: None, lambda: batch(x)):
+            run()
+            before = state_of_batch()
+            with pytest.raises(ValueError, match="of the model's own"):
+                batch(x, fail=True)
+            torch.testing.assert_close(state_of_batch(), before)
+    assert before[0].shape == (3, 6, 4) and before[1] == [[], [0], [0]]
+
+
 def test_a_numpy_step_in_the_forward_is_right() -> None:
     def forward(m: Any, x: Tensor) -> Tensor:
         return m.l(x) * float(x.detach().numpy().max())
