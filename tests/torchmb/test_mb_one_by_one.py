@@ -37,6 +37,7 @@ def test_a_data_dependent_branch_is_right_and_batch_norm_is_updated_once() -> No
 
 def test_one_warning_names_module_and_reason_and_is_not_repeated() -> None:
     batch, x = BatchModule(Own(lambda m, x: m.inner(x), inner=make()), 5), torch.randn(5, 6, 5)
+    x[1] = -x[0]
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         for _ in range(3):
