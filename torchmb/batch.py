@@ -107,6 +107,8 @@ class BatchModule(AbstractBatchModule):
 
     def _batched(self, cls: type[AbstractBatchModule], modules: Sequence[nn.Module]) -> AbstractBatchModule:
         batch_module = cls.from_module(modules[0], self.batch).train(modules[0].training)
+        _convert(batch_module, modules[0])
+        _copy_requires_grad(modules[0], batch_module)
         if states := [m.state_dict() for m in modules if m.state_dict()]:
             batch_module.load_state_dicts(states)
         return batch_module
@@ -272,6 +274,7 @@ class BatchModule(AbstractBatchModule):
             instead[id(self._batch_module(name))] = one_module = copied(plain)
             if plain.state_dict():
                 one_module.load_state_dict(self._batch_module(name).state_dicts()[index], assign=True)
+            _copy_requires_grad(self._batch_module(name), one_module)
         modules = plain_modules(self._template)
         shares = self._kept.shares(modules, index)
         for place, value in self._kept.held(modules).items():
@@ -293,6 +296,31 @@ def _told_apart(a: type, b: type) -> tuple[str, str]:
         return a.__name__, b.__name__
     names = tuple(f"{cls.__module__}.{cls.__qualname__}" for cls in (a, b))
     return names[0], names[1] if names[0] != names[1] else f"{names[1]} of an earlier definition"
+
+
+def _convert(batch_module: nn.Module, module: nn.Module) -> None:
+    """Gives a batch module the devices and dtypes of `module`: by names, and those of its first tensor to the rest."""
+    given = {name: tensor for name, (tensor, _) in named_tensors(module, lambda _: False).items()}
+    if not given:
+        return
+    first = next((t for t in given.values() if t.is_floating_point()), next(iter(given.values())))
+    own = named_tensors(batch_module, lambda _: False)
+    like = {id(tensor): given.get(name, first) for name, (tensor, _) in own.items()}
+
+    def converted(tensor: Tensor) -> Tensor:
+        other = like.get(id(tensor), first)
+        dtype = other.dtype if other.is_floating_point() == tensor.is_floating_point() else tensor.dtype
+        return tensor.to(other.device, dtype)
+
+    batch_module._apply(converted)  # type: ignore[no-untyped-call]
+
+
+def _copy_requires_grad(source: nn.Module, target: nn.Module) -> None:
+    """By names; parameters of other names are frozen if all of the source are."""
+    flags = {name: p.requires_grad for name, p in source.named_parameters()}
+    trained = any(flags.values()) or not flags
+    for name, p in target.named_parameters():
+        p.requires_grad_(flags.get(name, p.requires_grad and trained))
 
 
 def _join(outer: str, inner: str) -> str:

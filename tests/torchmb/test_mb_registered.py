@@ -126,6 +126,57 @@ def test_hooks_of_registered_modules_and_their_neighbours_are_called() -> None:
     assert shapes == [("Linear", (3, 6, 4)), ("BatchScale", (3, 6, 4))]
 
 
+class OtherScale(Scale):
+    pass
+
+
+class RenamedScale(AbstractBatchModule):
+    """Keeps the parameter under another name."""
+
+    base_class = OtherScale
+
+    @classmethod
+    def from_module(cls, module: Any, batch: int) -> RenamedScale:
+        return cls(batch, module.size)
+
+    def __init__(self, batch: int, size: int) -> None:
+        super().__init__(batch)
+        self.all_scales = nn.Parameter(torch.empty(batch, size))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.all_scales.repeat(inner_batch_size(x, self.batch), 1)
+
+    def load_state_dicts(self, state_dicts: Any, strict: bool = True) -> None:
+        with torch.no_grad():
+            self.all_scales.copy_(torch.stack([s["scale"] for s in state_dicts]))
+
+    def state_dicts(self) -> Any:
+        return [{"scale": one.detach().clone(), "calls": torch.zeros(())} for one in self.all_scales]
+
+
+@pytest.mark.parametrize("cls", [BatchScale, RenamedScale])
+def test_registered_modules_keep_requires_grad_dtype_and_device(cls: Any) -> None:
+    register_batch_module(cls)
+
+    def make() -> nn.Module:
+        return nn.Sequential(nn.Linear(4, 4), cls.base_class(4))
+
+    for frozen in ("0", "1"):
+        net = make()
+        net.get_submodule(frozen).requires_grad_(False)
+        batch = BatchModule(net, 3)
+        flags = [p.requires_grad for p in net.parameters()]
+        assert [p.requires_grad for p in batch.parameters()] == flags
+        assert [p.requires_grad for p in batch.unstack(1).parameters()] == flags
+        assert not any(p.requires_grad for p in batch.requires_grad_(False).unstack(1).parameters())
+    for net in (make().double(), make().to("meta")):
+        tensor = next(net.parameters())
+        batch = BatchModule(net, 3)
+        for module in (batch, batch.unstack(1)):
+            assert {(p.dtype, p.device) for p in module.parameters()} == {(tensor.dtype, tensor.device)}
+        assert batch(torch.ones(3, 6, 4).to(tensor)).dtype == tensor.dtype
+
+
 def test_what_cannot_be_registered_is_named() -> None:
     class Unknown(nn.Module):
         pass
