@@ -16,9 +16,10 @@ from torch.nn.utils.parametrize import type_before_parametrizations
 from .base import (
     AbstractBatchModule,
     StateDict,
-    check_names,
+    check_entries,
     check_state_dicts,
-    load_stacked,
+    entry_shapes,
+    load_entries,
     merge_batch,
     register_batch_module,
     registered,
@@ -227,20 +228,19 @@ class BatchModule(AbstractBatchModule):
     def load_state_dicts(self, state_dicts: StateDict | Sequence[StateDict], strict: bool = True) -> None:
         """Loads state dicts of the original class, one for each model or one for all.
 
-        ValueError if their number or a shape differs, or, when `strict`, a name; nothing is loaded then.
+        Nothing is loaded if one does not fit: ValueError if their number, a shape or an extra state differs, or, when
+        `strict`, a name; TypeError if a tensor is none.
         """
-        dicts = check_state_dicts(state_dicts, self.batch)
-        own, expected = self._own_state(), {*self._own_state()}
+        dicts, own = check_state_dicts(state_dicts, self.batch), self._own_state()
+        shapes = entry_shapes(own, models=True)
         for name, plain in self._plain.items():
-            expected |= {_join(name, key) for key in plain.state_dict()}
-        for i, state in enumerate(dicts):
-            if strict:
-                check_names(f"state dict {i}", expected, set(state))
-        load_stacked(own, dicts, strict=False)
+            below = entry_shapes(plain.state_dict(), models=False)
+            shapes |= {_join(name, key): shape for key, shape in below.items()}
+        check_entries(shapes, dicts, strict)
+        load_entries(self._template, own, dicts)
         for name, plain in self._plain.items():
             if plain.state_dict():
-                below = [_below(state, name) for state in dicts]
-                self._batch_module(name).load_state_dicts(below, strict)
+                self._batch_module(name).load_state_dicts([_below(state, name) for state in dicts], strict)
 
     def state_dicts(self) -> list[OrderedDict[str, Any]]:
         """State dicts of the models, copies, each of which loads into the original class."""

@@ -126,6 +126,24 @@ def test_hooks_of_registered_modules_and_their_neighbours_are_called() -> None:
     assert shapes == [("Linear", (3, 6, 4)), ("BatchScale", (3, 6, 4))]
 
 
+@pytest.mark.parametrize(
+    ("change", "error", "said"),
+    [
+        ({"1.scale": torch.zeros(7)}, ValueError, r"1\.scale of state dict 2 has shape \(7,\), expected \(4,\)"),
+        ({"1.scale": [0.0] * 4}, TypeError, r"1\.scale of state dict 2 is a list"),
+        ({"1.other": torch.zeros(4)}, ValueError, r"state dict 2 .*unexpected \['1\.other'\]"),
+    ],
+)
+def test_a_state_that_does_not_fit_a_registered_module_changes_nothing(change: Any, error: Any, said: str) -> None:
+    register_batch_module(BatchScale)
+    batch = BatchModule(nn.Sequential(nn.Linear(4, 4), Scale(4)), 3)
+    before = {k: v.clone() for k, v in batch.state_dict().items()}
+    states = [nn.Sequential(nn.Linear(4, 4), Scale(4)).state_dict() for _ in range(3)]
+    with pytest.raises(error, match=said):
+        batch.load_state_dicts([*states[:2], states[2] | change])
+    assert all(torch.equal(v, before[k]) for k, v in batch.state_dict().items())
+
+
 class OtherScale(Scale):
     pass
 

@@ -13,6 +13,7 @@ import pytest
 import torch
 import torch.nn as nn
 from models_harness import LeNet, Own, Wrapped, close, run_alike, separate
+from torch import Tensor
 
 from torchmb import BatchLinear, BatchModule, check
 
@@ -99,6 +100,51 @@ def test_state_dicts_that_do_not_fit_change_nothing_and_are_named(given: Any, nu
         batch.load_state_dicts(given(separate(make, 1)[0].state_dict()))
     assert all(number in str(error.value) for number in numbers), error.value
     assert all(torch.equal(v, before[k]) for k, v in batch.state_dict().items())
+
+
+@pytest.mark.parametrize("value", [np.ones((2, 4)), [[1.0] * 4] * 2, None])
+def test_what_is_no_tensor_is_not_loaded_but_named(value: Any) -> None:
+    batch, state = BatchModule(make(), 3), separate(make, 1)[0].state_dict()
+    before = {k: v.clone() for k, v in batch.state_dict().items()}
+    for strict in (True, False):
+        with pytest.raises(TypeError, match=rf"2\.0\.weight of state dict 1 is a {type(value).__name__}, no tensor"):
+            batch.load_state_dicts([state, state | {"2.0.weight": value}, state], strict=strict)
+    assert all(torch.equal(v, before[k]) for k, v in batch.state_dict().items())
+
+
+class Extra(nn.Linear):
+    """Multiplies by what is in its extra state."""
+
+    def __init__(self) -> None:
+        super().__init__(5, 4)
+        self.factor = torch.tensor([1.0, 2.0])
+
+    def get_extra_state(self) -> Any:
+        return {"factor": self.factor}
+
+    def set_extra_state(self, state: Any) -> None:
+        self.factor = state["factor"]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) * self.factor.sum()
+
+
+@pytest.mark.parametrize("wrap", [Extra, lambda: nn.Sequential(nn.Sequential(Extra()))])
+def test_an_extra_state_is_loaded_if_all_models_have_the_same(wrap: Any) -> None:
+    models = separate(wrap, 3)
+    for model in models:
+        list(model.modules())[-1].factor = torch.tensor([3.0, 4.0])
+    batch, states = BatchModule(wrap(), 3), [m.state_dict() for m in models]
+    batch.load_state_dicts(states)
+    run_alike(batch, models, torch.randn(3, 6, 5))
+    wrap().load_state_dict(batch.state_dicts()[2])
+    (name,) = (name for name in states[0] if name.endswith("_extra_state"))
+    before = {k: v.clone() for k, v in batch.state_dict().items() if k != name}
+    for strict in (True, False):
+        other = {k: v + 1 for k, v in states[0].items() if k != name}
+        with pytest.raises(ValueError, match=rf"{name} differs between state dicts 0 and 2"):
+            batch.load_state_dicts([states[0], states[1], other | {name: {"factor": torch.zeros(2)}}], strict)
+    assert all(torch.equal(batch.state_dict()[k], v) for k, v in before.items())
 
 
 def test_names_that_do_not_fit_may_be_allowed() -> None:
