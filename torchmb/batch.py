@@ -5,14 +5,14 @@ from __future__ import annotations
 import copy
 import warnings
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.fx import Tracer as BatcherTracer
-from torch.nn.utils.parametrize import type_before_parametrizations
 
+from .alike import check_alike
 from .base import (
     AbstractBatchModule,
     StateDict,
@@ -74,19 +74,18 @@ class BatchModule(AbstractBatchModule):
             self._adopt(module)
 
     @classmethod
-    def from_modules(cls, modules: Sequence[nn.Module]) -> BatchModule:
+    def from_modules(cls, modules: Iterable[nn.Module]) -> BatchModule:
         """A batch of existing models of one architecture, with their weights. They are left alone.
 
-        What is no parameter or buffer is taken from the first. ValueError if there are none, or if a type, name or
-        shape differs.
+        They must be alike in all but the values of parameters and buffers. What cannot be compared is taken from the
+        first: attributes other than numbers, strings, None and tuples of them, hooks, and whether they are in training.
+        ValueError if there are none, or if anything else differs: types of submodules, names, shapes, dtypes, devices,
+        ties or requires_grad of tensors, attributes.
         """
+        modules = list(modules)
         if not modules:
             raise ValueError("from_modules needs at least 1 module, got 0")
-        for i, module in enumerate(modules):
-            kinds = [type_before_parametrizations(m) for m in (module, modules[0])]
-            if kinds[0] is not kinds[1]:
-                own, first = _told_apart(*kinds)
-                raise ValueError(f"module {i} is a {own}, module 0 a {first}")
+        check_alike(modules)
         self = cls.__new__(cls)
         AbstractBatchModule.__init__(self, len(modules))
         self._build(modules)
@@ -288,14 +287,6 @@ class BatchModule(AbstractBatchModule):
 
     def extra_repr(self) -> str:
         return f"{type(self._template).__name__}, batch={self.batch}"
-
-
-def _told_apart(a: type, b: type) -> tuple[str, str]:
-    """Names of two classes: with their modules if those without are the same."""
-    if a.__name__ != b.__name__:
-        return a.__name__, b.__name__
-    names = tuple(f"{cls.__module__}.{cls.__qualname__}" for cls in (a, b))
-    return names[0], names[1] if names[0] != names[1] else f"{names[1]} of an earlier definition"
 
 
 def _convert(batch_module: nn.Module, module: nn.Module) -> None:

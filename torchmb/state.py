@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from .base import AbstractBatchModule, check_names
+from .base import AbstractBatchModule
 from .nest import map_tensors, take
 
 
@@ -68,23 +68,14 @@ def named_tensors(root: nn.Module, stop: Stop) -> dict[str, tuple[Tensor, str]]:
 
 
 def stack_tensors(modules: Sequence[nn.Module], stop: Stop) -> dict[int, Tensor]:
-    """id of each tensor of the first module → that of all modules, (M, …).
-
-    ValueError if the modules do not have the same names and shapes.
-    """
+    """id of each tensor of the first module → that of all modules, (M, …); they are alike. ValueError if it is lazy."""
     all_tensors = [named_tensors(m, stop) for m in modules]
-    for i, tensors in enumerate(all_tensors):
-        check_names(f"module {i}", set(all_tensors[0]), set(tensors))
     found: dict[int, Tensor] = {}
     for name, (tensor, kind) in all_tensors[0].items():
         if is_lazy(tensor):
             raise ValueError(f"{name} has no shape yet: run the lazy module once before it is batched")
-        column = [tensors[name][0] for tensors in all_tensors]
-        for i, other in enumerate(column):
-            if other.shape != tensor.shape:
-                raise ValueError(f"{name} is {tuple(tensor.shape)} in module 0, {tuple(other.shape)} in module {i}")
         if id(tensor) not in found:
-            found[id(tensor)] = _stacked(kind, column)
+            found[id(tensor)] = _stacked(kind, [tensors[name][0] for tensors in all_tensors])
     return found
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import io
 import pickle
+import re
 import warnings
 from typing import Any
 
@@ -213,6 +214,56 @@ def test_models_that_do_not_fit_together_are_named() -> None:
         BatchModule.from_modules([nn.Linear(2, 2), nn.Linear(3, 2)])
     with pytest.raises(ValueError, match=r"module 1.*bias"):
         BatchModule.from_modules([nn.Linear(2, 2), nn.Linear(2, 2, bias=False)])
+
+
+def linears() -> Any:
+    return nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
+
+
+def tied() -> Any:
+    net = linears()
+    net[1].weight = net[0].weight
+    return net
+
+
+def frozen() -> Any:
+    net = linears()
+    net[0].weight.requires_grad_(False)
+    return net
+
+
+def scaled(factor: Any) -> Any:
+    net = linears()
+    net[1].factor = factor
+    return net
+
+
+@pytest.mark.parametrize(
+    ("first", "other", "difference"),
+    [
+        (nn.Sequential(nn.ReLU()), nn.Sequential(nn.Tanh()), "0 is a ReLU in module 0, a Tanh in module 1"),
+        (linears(), nn.Sequential(*linears(), nn.ReLU()), "module 0 has no 2, which is a ReLU in module 1"),
+        (linears(), linears()[:1], "module 1 has no 1, which is a Linear in module 0"),
+        (tied(), linears(), "what 1.weight is tied to is '0.weight' in module 0, None in module 1"),
+        (linears(), tied(), "what 1.weight is tied to is None in module 0, '0.weight' in module 1"),
+        (linears(), frozen(), "0.weight.requires_grad is True in module 0, False in module 1"),
+        (linears(), linears().double(), "0.weight.dtype is torch.float32 in module 0, torch.float64 in module 1"),
+        (nn.Sequential(nn.Dropout(0.1)), nn.Sequential(nn.Dropout(0.2)), "0.p is 0.1 in module 0, 0.2 in module 1"),
+        (nn.Conv2d(2, 2, 3), nn.Conv2d(2, 2, 3, 2), "stride is (1, 1) in module 0, (2, 2) in module 1"),
+        (scaled(2.0), scaled(3.0), "1.factor is 2.0 in module 0, 3.0 in module 1"),
+        (scaled(None), scaled(torch.ones(3)), "1.factor is None in module 0, a Tensor in module 1"),
+        (scaled(nn.ReLU()), scaled(None), "1.factor is a ReLU in module 0, None in module 1"),
+        (linears(), scaled(2.0), "module 0 has no 1.factor, which is 2.0 in module 1"),
+    ],
+)
+def test_models_that_would_compute_something_else_are_refused(first: Any, other: Any, difference: str) -> None:
+    with pytest.raises(ValueError, match=f"^{re.escape(difference)}$"):
+        BatchModule.from_modules([first, other])
+
+
+def test_models_may_differ_in_mode_and_in_what_a_forward_has_left() -> None:
+    models = [scaled(torch.ones(3)), scaled(torch.zeros(3)).eval(), linears()]
+    assert BatchModule.from_modules(m for m in models).training
 
 
 def test_two_classes_of_one_name_are_told_apart() -> None:
