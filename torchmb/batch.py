@@ -29,7 +29,7 @@ from .base import (
 from .layers import BatchBatchNorm2d, BatchConv2d, BatchLinear
 from .native import native
 from .nest import map_leaves, map_tensors, take
-from .run import Inputs, Kept, Models, RunLock, merged, one_by_one, vectorised
+from .run import Apart, Inputs, Kept, Models, RunLock, merged, one_by_one, vectorised
 from .seeds import initialised
 from .shared import Shared
 from .state import Absent, Attributes, copied, is_batch_module, named_tensors, plain_modules, stack_tensors, walk
@@ -153,14 +153,22 @@ class BatchModule(AbstractBatchModule):
     def forward(self, *args: Any, merge: bool = True, split: bool = True, **kwargs: Any) -> Any:
         """All models on their share of the arguments, tensors (M, B, …) → the template's output, tensors (M, B, …).
 
-        Threads that call one batch take turns.
+        Outputs that cannot be stacked are a list of M. Threads that call one batch take turns.
         merge=False: tensors are merged already, (B · M, …), index b * M + m. split=False: those of the output shall be.
-        ValueError if a tensor's first dimension is not M (or no multiple of M, if merged).
+        ValueError if a tensor's first dimension is not M (or no multiple of M, if merged), or if the output cannot be
+        merged.
         """
         # torch.compile would try to look into vmap, and would leave the models to run one by one.
         compiling = torch.compiler.is_dynamo_compiling()
         run = torch.compiler.disable(self._run) if compiling else self._run  # type: ignore[no-untyped-call]
         output = run(self._inputs(args, kwargs, merged=not merge))
+        if isinstance(output, Apart):
+            if not split:
+                raise ValueError(
+                    f"the outputs of the {self.batch} models cannot be merged, since they cannot be stacked; "
+                    "with split=True they are a list"
+                )
+            return list(output)
         return output if split else map_tensors(merge_batch, output)
 
     def _inputs(self, args: tuple[Any, ...], kwargs: dict[str, Any], merged: bool) -> Inputs:

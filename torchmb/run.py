@@ -250,8 +250,12 @@ def _leave(models: Models, left: dict[Name, Any], lists: set[Name]) -> None:
     models.kept.attributes = held | left
 
 
+class Apart(list[Any]):
+    """One output for each model, where they cannot be stacked."""
+
+
 def one_by_one(models: Models, inputs: Inputs) -> Any:
-    """Model after model, as M separate ones would run → output with tensors (M, …), lists of M where they differ."""
+    """Model after model, as M separate ones would run → output with tensors (M, …), or `Apart`."""
     parameters = _Unique([s.tensor for s in models.parameters])
     buffers = _Unique([s.tensor for s in models.buffers])
     copies = [b.clone() for b in buffers.tensors]
@@ -278,7 +282,8 @@ def one_by_one(models: Models, inputs: Inputs) -> Any:
     _commit(models.buffers, buffers, copies, [replaced.get(j, c) for j, c in enumerate(buffers.spread(copies))])
     models.register({name: _stacked_or_none([made.get(name) for made in mades]) for name in set().union(*mades)})
     _leave_each(models, lefts, given)
-    return stack(outputs)[0]
+    output, stacks = stack(outputs)
+    return output if stacks else Apart(output)
 
 
 def _shares(tensor: Tensor) -> Sequence[Tensor]:

@@ -319,7 +319,17 @@ def test_outputs_that_cannot_be_stacked_are_a_list() -> None:
     batch = BatchModule(Own(lambda m, x: x[x > 0]), 2)
     with pytest.warns(UserWarning, match="one by one"):
         out = batch(torch.tensor([[1.0, -1.0], [1.0, 2.0]]))
-    assert [o.tolist() for o in out] == [[1.0], [1.0, 2.0]]
+    assert type(out) is list and [o.tolist() for o in out] == [[1.0], [1.0, 2.0]]
+
+
+def test_outputs_that_cannot_be_stacked_cannot_be_merged() -> None:
+    batch = BatchModule(Own(lambda m, x: x[x[:, 0] > 0]), 2)
+    with (
+        pytest.warns(UserWarning, match="one by one"),
+        pytest.raises(ValueError, match="of the 2 models cannot be mer"),
+    ):
+        batch(torch.tensor([[[1.0], [-1.0]], [[1.0], [2.0]]]), split=False)
+    assert batch(torch.ones(2, 3, 1), split=False).shape == (6, 1)
 
 
 def test_shared_inputs_are_right_model_by_model() -> None:
