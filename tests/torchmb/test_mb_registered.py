@@ -270,6 +270,25 @@ def test_batch_follows_the_last_argument_that_is_neither_device_nor_dtype(name: 
     assert "batch=3" in repr(layer)
 
 
+@pytest.mark.parametrize("name", LAYERS)
+def test_a_forward_takes_the_arguments_of_its_counterpart(name: str) -> None:
+    own, of_torch = (inspect.signature(cls.forward) for cls in (getattr(torchmb, f"Batch{name}"), getattr(nn, name)))
+    assert list(own.parameters) == list(of_torch.parameters)
+
+
+@pytest.mark.parametrize("spatial", [1, 2, 3])
+def test_the_size_that_a_transposed_convolution_puts_out_can_be_chosen(spatial: int) -> None:
+    plain, cls = getattr(nn, f"ConvTranspose{spatial}d"), getattr(torchmb, f"BatchConvTranspose{spatial}d")
+    models, x = separate(lambda: plain(4, 6, 3, stride=3, padding=1), 2), torch.randn(2, 5, 4, *[3] * spatial)
+    layer = cls(4, 6, 3, stride=3, padding=1, batch=2)
+    layer.load_state_dicts([m.state_dict() for m in models])
+    for size in ([8] * spatial, [5, 6, *[9] * spatial], None):
+        out = split_batch(layer(input=merge_batch(x), output_size=size), 2)
+        close(out, [m(one, output_size=size) for m, one in zip(models, x)], "output")
+    with pytest.raises(ValueError, match="valid sizes"):
+        layer(merge_batch(x), output_size=[10] * spatial)
+
+
 def test_layers_of_a_batch_are_initialised_one_by_one() -> None:
     assert len(torchmb.BatchLinear(5, 4, True, 17).weight.unique(dim=0)) == 17
 
