@@ -19,6 +19,7 @@ from .base import (
     check_entries,
     check_state_dicts,
     entry_shapes,
+    integer,
     load_entries,
     merge_batch,
     register_batch_module,
@@ -50,9 +51,9 @@ class BatchModule(AbstractBatchModule):
 
     module: starts all models; it is left alone unless `inplace`, which makes it a part of the batch.
     batch: M; the number of `seeds` if it is None and they are given, else 1.
-    seeds: M numbers; model m is initialised as `module` would be after torch.manual_seed(seeds[m]).
+    seeds: M integers; model m is initialised as `module` would be after torch.manual_seed(seeds[m]).
 
-    ValueError if `batch` < 1, or `batch` and `seeds` do not agree.
+    ValueError if `batch` < 1, or `batch` and `seeds` do not agree; TypeError if `module` or `seeds` are something else.
     """
 
     def __init__(
@@ -61,8 +62,13 @@ class BatchModule(AbstractBatchModule):
         batch: int | None = None,
         inplace: bool = False,
         *,
-        seeds: Sequence[int] | None = None,
+        seeds: Iterable[int] | None = None,
     ) -> None:
+        _check_is_module("module", module)
+        if seeds is not None:
+            if not isinstance(seeds, Iterable):
+                raise TypeError(f"seeds must be integers, one for each model, got {seeds!r}")
+            seeds = [integer("a seed", seed) for seed in seeds]
         if batch is None:
             batch = 1 if seeds is None else len(seeds)
         super().__init__(batch)
@@ -80,9 +86,11 @@ class BatchModule(AbstractBatchModule):
         They must be alike in all but the values of parameters and buffers. What cannot be compared is taken from the
         first: attributes other than numbers, strings, None and tuples of them, hooks, and whether they are in training.
         ValueError if there are none, or if anything else differs: types of submodules, names, shapes, dtypes, devices,
-        ties or requires_grad of tensors, attributes.
+        ties or requires_grad of tensors, attributes. TypeError if one is no module.
         """
         modules = list(modules)
+        for i, module in enumerate(modules):
+            _check_is_module(f"module {i}", module)
         if not modules:
             raise ValueError("from_modules needs at least 1 module, got 0")
         check_alike(modules)
@@ -295,6 +303,11 @@ class BatchModule(AbstractBatchModule):
 
     def extra_repr(self) -> str:
         return f"{type(self._template).__name__}, batch={self.batch}"
+
+
+def _check_is_module(name: str, value: Any) -> None:
+    if not isinstance(value, nn.Module):
+        raise TypeError(f"{name} must be a torch.nn.Module, got {value!r}")
 
 
 def _convert(batch_module: nn.Module, module: nn.Module) -> None:

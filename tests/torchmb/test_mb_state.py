@@ -323,6 +323,18 @@ def test_a_bad_number_of_models_is_named(arguments: Any, numbers: str) -> None:
         BatchModule(nn.Linear(2, 2), **arguments)
 
 
+def test_what_is_no_module_and_what_are_no_seeds_is_named() -> None:
+    for given in (None, nn.Linear):
+        with pytest.raises(TypeError, match=f"module must be a torch.nn.Module, got {re.escape(repr(given))}"):
+            BatchModule(given, 3)  # type: ignore[arg-type]
+        with pytest.raises(TypeError, match=f"module 1 must be a torch.nn.Module, got {re.escape(repr(given))}"):
+            BatchModule.from_modules([nn.Linear(2, 2), given])  # type: ignore[list-item]
+    with pytest.raises(TypeError, match="seeds must be integers, one for each model, got 3"):
+        BatchModule(nn.Linear(2, 2), seeds=3)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"a seed must be an integer, got 0\.5"):
+        BatchModule(nn.Linear(2, 2), seeds=[0.5])  # type: ignore[list-item]
+
+
 def test_the_number_of_models_may_be_any_integer() -> None:
     for three in (np.int64(3), torch.tensor(3)):
         assert BatchModule(nn.Linear(5, 2), three)(torch.randn(3, 6, 5)).shape == (3, 6, 2)
