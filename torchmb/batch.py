@@ -33,7 +33,17 @@ from .nest import map_leaves, map_tensors, take
 from .run import Apart, Inputs, Kept, Models, RunLock, merged, one_by_one, vectorised
 from .seeds import initialised
 from .shared import Shared
-from .state import Absent, Attributes, copied, is_batch_module, named_tensors, plain_modules, stack_tensors, walk
+from .state import (
+    Absent,
+    Attributes,
+    copied,
+    is_batch_module,
+    named_tensors,
+    plain_attributes,
+    plain_modules,
+    stack_tensors,
+    walk,
+)
 
 __all__ = ["BatchModule", "test_batch_module"]
 # What code written for torchmb 0.2 imports from here.
@@ -140,6 +150,29 @@ class BatchModule(AbstractBatchModule):
     def _template(self) -> nn.Module:
         root: nn.Module = self.__dict__["_root"]
         return root
+
+    # What a forward leaves in attributes of the root is to be found as in those of other modules.
+
+    def __getattr__(self, name: str) -> Any:
+        if self._is_of_root(name):
+            return vars(self._template)[name]
+        return super().__getattr__(name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if self._is_of_root(name):
+            setattr(self._template, name, value)
+        else:
+            super().__setattr__(name, value)
+
+    def _is_of_root(self, name: str) -> bool:
+        """Whether it is a plain attribute of the root, and this module has none of that name."""
+        own = self.__dict__
+        return (
+            "_root" in own
+            and name not in own
+            and not hasattr(type(self), name)
+            and name in plain_attributes(self._template)
+        )
 
     # What torch does with a module's own contents, a class such as BatchNorm may do in its own way.
 

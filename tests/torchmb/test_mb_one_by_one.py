@@ -244,6 +244,31 @@ def test_an_error_leaves_buffers_and_attributes_as_they_were() -> None:
     assert before[0].shape == (3, 6, 4) and before[1] == [[], [0], [0]]
 
 
+@pytest.mark.parametrize("how", [lambda b: b, copy.copy, copy.deepcopy, lambda b: pickle.loads(pickle.dumps(b))])
+def test_attributes_of_the_root_are_attributes_of_the_batch(how: Any) -> None:
+    batch: Any = BatchModule(Feature(), 3)
+    x = torch.randn(3, 6, 5)
+    batch(x)
+    batch = how(batch)
+    close(batch.feature, [x[m] * 2 for m in range(3)], "feature")
+    assert batch.batch == 3 and batch.calls == 1 and batch._template.batch == "of the model"
+    batch.calls = 7
+    batch(x)
+    assert batch.calls == batch.unstack(1).calls == 8 and "calls" not in vars(batch)
+    with pytest.raises(AttributeError, match="'BatchModule' object has no attribute 'other'"):
+        _ = batch.other
+
+
+class Feature(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls, self.batch = 0, "of the model"
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls, self.feature = self.calls + 1, x * 2
+        return self.feature
+
+
 def test_a_numpy_step_in_the_forward_is_right() -> None:
     def forward(m: Any, x: Tensor) -> Tensor:
         return m.l(x) * float(x.detach().numpy().max())
