@@ -250,6 +250,7 @@ class BatchModule(AbstractBatchModule):
     def _try(self, models: Models, inputs: Inputs) -> Any:
         """Under vmap, or else model by model from where it began."""
         attributes = Attributes(models.modules)
+        plain = [(t, t.clone(), t._version) for t in models.plain_tensors().values() if not t.is_inference()]
         devices = {t.device for t in inputs.tensors if t.is_cuda}
         versions = models.versions(inputs)
         rng = torch.get_rng_state(), {d: torch.cuda.get_rng_state(d) for d in devices}
@@ -259,6 +260,9 @@ class BatchModule(AbstractBatchModule):
             raise
         except Exception as error:
             attributes.restore()
+            for tensor, content, version in plain:
+                if tensor._version != version:
+                    tensor.detach().copy_(content)
             if models.batch_modules or versions != models.versions(inputs):
                 raise
             torch.set_rng_state(rng[0])

@@ -76,7 +76,7 @@ class Kept:
         for name, value in held.items():
             if id(value) not in found:
                 listed = name in self.lists
-                found[id(value)] = separated(value[index]) if listed else map_tensors(lambda t: t[index], value)
+                found[id(value)] = separated(value[index]) if listed else map_tensors(lambda t: t[index].clone(), value)
         return {name: found[id(value)] for name, value in held.items()}
 
 
@@ -95,6 +95,16 @@ class Models:
     @property
     def places(self) -> list[Slot]:
         return self.parameters + self.buffers
+
+    def plain_tensors(self) -> dict[Name, Tensor]:
+        """Attributes that are a tensor of which models have no share yet: a forward may edit it in place."""
+        known = {id(slot.tensor) for slot in self.places}
+        held = self.kept.held(self.modules)
+        return {
+            name: value
+            for name, value in _held_attributes(self.modules)
+            if isinstance(value, Tensor) and id(value) not in known and name not in held
+        }
 
     def made(self) -> dict[Name, Tensor | None]:
         """Buffers that a forward has registered. RuntimeError for a parameter, whose gradient would be lost."""
@@ -182,6 +192,7 @@ def vectorised(models: Models, inputs: Inputs) -> Any:
     held = models.kept.held(models.modules)
     kept, kept_rest = take({id(value): value for value in held.values()})
     counts = [len(parameters.tensors), len(copies), len(inputs.tensors), len(kept)]
+    kept = [t.clone() for t in kept]  # may be edited in place, and is to be as it was if the run is refused
     with under_vmap(models.batch) as level:
         given = [wrap(t, level) for t in (*parameters.tensors, *copies, *inputs.tensors, *kept)]
         ours, buffer, tensors, attributes = _divided(given, counts)
@@ -262,20 +273,25 @@ def one_by_one(models: Models, inputs: Inputs) -> Any:
     shares = [_shares(t) for t in (*parameters.tensors, *copies, *inputs.tensors)]
     counts = [len(parameters.tensors), len(copies), len(inputs.tensors)]
     before = Attributes(models.modules)
+    plain = models.plain_tensors()
     given = [models.kept.shares(models.modules, i) for i in range(models.batch)]
     outputs, afters, lefts, mades = [], [], [], []
     for i in range(models.batch):
+        clones = {id(tensor): tensor.clone() for tensor in plain.values()}
+        attributes = given[i] | {name: clones[id(tensor)] for name, tensor in plain.items()}
         ours, buffer, tensors = _divided([s[i] for s in shares], counts)
         own_buffers = buffers.spread(buffer)
         try:
             with swapped(models.modules, models.places, [*parameters.spread(ours), *own_buffers]):
-                _put_attributes(models.modules, given[i])
+                _put_attributes(models.modules, attributes)
                 args, kwargs = inputs.filled(tensors)
                 outputs.append(models.root(*args, **kwargs))
                 now = [s.tensor for s in models.buffers]
                 mades.append(models.made())
                 afters.append({j: a for j, (a, own) in enumerate(zip(now, own_buffers)) if a is not own})
-            lefts.append(before.changed())
+            left = before.changed()
+            same = {name for name, t in plain.items() if left.get(name) is clones[id(t)] and not _edited(left[name], t)}
+            lefts.append({name: value for name, value in left.items() if name not in same})
         finally:
             before.restore()
     replaced = {j: _stacked_or_none([a.get(j) for a in afters]) for j in set().union(*afters)}
@@ -284,6 +300,10 @@ def one_by_one(models: Models, inputs: Inputs) -> Any:
     _leave_each(models, lefts, given)
     output, stacks = stack(outputs)
     return output if stacks else Apart(output)
+
+
+def _edited(clone: Tensor, tensor: Tensor) -> bool:
+    return not clone.equal(tensor) if clone.is_inference() else clone._version > 0
 
 
 def _shares(tensor: Tensor) -> Sequence[Tensor]:

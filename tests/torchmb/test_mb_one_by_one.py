@@ -166,6 +166,35 @@ def test_an_attribute_that_only_some_models_change_is_each_models_own(how: Any) 
                 one.log.append(1.0)  # of a copy
 
 
+@pytest.mark.parametrize("branch_from", [1, 2, 3])
+def test_a_tensor_in_an_attribute_that_a_forward_edits_in_place_is_each_models_own(branch_from: int) -> None:
+    class Editing(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.calls, self.count, self.peak, self.fixed = 0, torch.zeros(()), torch.zeros(4), torch.ones(4)
+            self.also_count, self.state = self.count, None
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.calls += 1
+            self.count.add_(1)
+            if self.state is None:
+                self.state = x.detach().sum(0)
+            else:
+                self.state.add_(x.detach().sum(0))
+            if self.calls >= branch_from and x.sum() > 0:
+                self.peak.add_(x.detach().amax(0))
+            return x + self.also_count + self.peak + self.state + self.fixed
+
+    models = separate(Editing, 3)
+    batch: Any = BatchModule.from_modules(models)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for signs in ([1, -1, 1], [-1, 1, 1], [1, -1, 1], [-1, -1, 1]):
+            run_alike(batch, models, torch.rand(3, 6, 4) * torch.tensor(signs)[:, None, None])
+    close(batch.peak, [m.peak for m in models], "peak")  # type: ignore[misc]
+    assert batch.fixed.shape == (4,)
+
+
 def test_an_attribute_that_a_forward_resets_is_reset() -> None:
     class Resetting(nn.Module):
         state: Tensor | None = None
