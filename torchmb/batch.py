@@ -250,7 +250,8 @@ class BatchModule(AbstractBatchModule):
     def _try(self, models: Models, inputs: Inputs) -> Any:
         """Under vmap, or else model by model from where it began."""
         attributes = Attributes(models.modules)
-        plain = [(t, t.clone(), t._version) for t in models.plain_tensors().values() if not t.is_inference()]
+        tensors = models.plain_tensors(attributes).values()
+        plain = [(t, t.clone(), t._version) for t in tensors if not t.is_inference()]
         devices = {t.device for t in inputs.tensors if t.is_cuda}
         versions = models.versions(inputs)
         rng = torch.get_rng_state(), {d: torch.cuda.get_rng_state(d) for d in devices}

@@ -96,13 +96,13 @@ class Models:
     def places(self) -> list[Slot]:
         return self.parameters + self.buffers
 
-    def plain_tensors(self) -> dict[Name, Tensor]:
-        """Attributes that are a tensor of which models have no share yet: a forward may edit it in place."""
+    def plain_tensors(self, attributes: Attributes) -> dict[Name, Tensor]:
+        """Those that are a tensor of which models have no share yet: a forward may edit it in place."""
         known = {id(slot.tensor) for slot in self.places}
         held = self.kept.held(self.modules)
         return {
             name: value
-            for name, value in _held_attributes(self.modules)
+            for name, value in attributes.plain.items()
             if isinstance(value, Tensor) and id(value) not in known and name not in held
         }
 
@@ -273,7 +273,7 @@ def one_by_one(models: Models, inputs: Inputs) -> Any:
     shares = [_shares(t) for t in (*parameters.tensors, *copies, *inputs.tensors)]
     counts = [len(parameters.tensors), len(copies), len(inputs.tensors)]
     before = Attributes(models.modules)
-    plain = models.plain_tensors()
+    plain = models.plain_tensors(before)
     given = [models.kept.shares(models.modules, i) for i in range(models.batch)]
     outputs, afters, lefts, mades = [], [], [], []
     for i in range(models.batch):

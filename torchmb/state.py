@@ -160,10 +160,11 @@ class Attributes:
     def __init__(self, modules: Sequence[nn.Module]) -> None:
         self._modules = modules
         self._before = [dict(m.__dict__) for m in modules]
+        self.plain = {(i, n): value for i, m in enumerate(modules) for n, value in plain_attributes(m).items()}
         self._contents = {
             id(part): (part, copy.copy(part))
-            for module in modules
-            for value in plain_attributes(module).values()
+            for value in self.plain.values()
+            if type(value) in (list, tuple, dict)
             for part in _containers(value)
         }
 
