@@ -15,6 +15,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from .nest import same, take
+
 StateDict = Mapping[str, Any]
 BatchClass = TypeVar("BatchClass", bound=type[nn.Module])
 
@@ -69,25 +71,69 @@ def check_names(name: str, expected: set[str], given: set[str]) -> None:
         raise ValueError(f"{name} does not fit: missing {missing}, unexpected {unexpected}; strict=False ignores that")
 
 
-@torch.no_grad()
-def load_stacked(own: StateDict, dicts: Sequence[StateDict], strict: bool) -> None:
-    """Copies entry `name` of the i-th dict into own[name][i]. Nothing is changed if anything does not fit."""
+Shapes = Mapping[str, tuple[int, ...] | None]  # of one model's entries; None for what is no tensor
+
+
+def is_extra_state(name: str) -> bool:
+    """Whether an entry of a state dict is what a module's get_extra_state gives."""
+    return name.rpartition(".")[2] == "_extra_state"
+
+
+def entry_shapes(state: StateDict, models: bool) -> dict[str, tuple[int, ...] | None]:
+    """The shapes of one model's entries, from those of all `models` (M, …) or from its own."""
+    return {
+        name: tuple(value.shape[models:]) if isinstance(value, Tensor) and not is_extra_state(name) else None
+        for name, value in state.items()
+    }
+
+
+def check_entries(shapes: Shapes, dicts: Sequence[StateDict], strict: bool) -> None:
+    """Whether a state dict for each model fits.
+
+    ValueError if a shape differs, or, when `strict`, a name, or an extra state between the models, of which there is
+    one for all; TypeError if a tensor is none.
+    """
     for i, state in enumerate(dicts):
         if strict:
-            check_names(f"state dict {i}", set(own), set(state))
-        for name, value in state.items():
-            if name in own and isinstance(value, Tensor) and own[name].shape[1:] != value.shape:
-                expected = tuple(own[name].shape[1:])
+            check_names(f"state dict {i}", set(shapes), set(state))
+        for name in state.keys() & shapes.keys():
+            value, expected = state[name], shapes[name]
+            if expected is not None and not isinstance(value, Tensor):
+                raise TypeError(f"{name} of state dict {i} is a {type(value).__name__}, no tensor")
+            if expected is not None and tuple(value.shape) != expected:
                 raise ValueError(f"{name} of state dict {i} has shape {tuple(value.shape)}, expected {expected}")
+    for name in filter(is_extra_state, shapes):
+        for i, state in enumerate(dicts):
+            if (name in state) != (name in dicts[0]) or (name in state and not _equal(state[name], dicts[0][name])):
+                raise ValueError(f"{name} differs between state dicts 0 and {i}; all models of a batch have the same")
+
+
+def _equal(a: Any, b: Any) -> bool:
+    (tensors, rest), (others, other_rest) = take(a), take(b)
+    return a is b or (
+        same(rest, other_rest)
+        and len(tensors) == len(others)
+        and all(t.shape == o.shape and bool((t == o).all()) for t, o in zip(tensors, others))
+    )
+
+
+@torch.no_grad()
+def load_entries(module: nn.Module, own: StateDict, dicts: Sequence[StateDict]) -> None:
+    """Copies entry `name` of the i-th dict, all of which fit, into own[name][i]; extra states go to their modules."""
     for i, state in enumerate(dicts):
         for name, value in state.items():
-            if name in own and isinstance(value, Tensor):
+            if name in own and isinstance(own[name], Tensor) and not is_extra_state(name):
                 own[name][i].copy_(value)
+    for name, value in dicts[0].items():
+        if name in own and is_extra_state(name):
+            module.get_submodule(name.rpartition(".")[0]).set_extra_state(value)
 
 
 def unstacked(state: StateDict, index: int) -> OrderedDict[str, Any]:
     """The state dict of one model, copied: a view would be saved to a file with all models behind it."""
-    one = OrderedDict((k, v[index].clone() if isinstance(v, Tensor) else v) for k, v in state.items())
+    one = OrderedDict(
+        (k, v[index].clone() if isinstance(v, Tensor) and not is_extra_state(k) else v) for k, v in state.items()
+    )
     if hasattr(state, "_metadata"):
         one._metadata = state._metadata  # type: ignore[attr-defined]
     return one
@@ -115,9 +161,12 @@ class AbstractBatchModule(nn.Module):
     def load_state_dicts(self, state_dicts: StateDict | Sequence[StateDict], strict: bool = True) -> None:
         """Loads state dicts of `base_class`, one for each model or one for all.
 
-        ValueError if their number or a shape differs, or, when `strict`, a name.
+        Nothing is loaded if one does not fit: ValueError if their number, a shape or an extra state differs, or, when
+        `strict`, a name; TypeError if a tensor is none.
         """
-        load_stacked(self.state_dict(), check_state_dicts(state_dicts, self.batch), strict)
+        dicts, own = check_state_dicts(state_dicts, self.batch), self.state_dict()
+        check_entries(entry_shapes(own, models=True), dicts, strict)
+        load_entries(self, own, dicts)
 
     def state_dicts(self) -> list[OrderedDict[str, Any]]:
         """State dicts of the models, copies, each of which loads into `base_class`."""

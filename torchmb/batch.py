@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.fx import Tracer as BatcherTracer
-from torch.nn.utils.parametrize import type_before_parametrizations
 
+from .alike import check_alike
 from .base import (
     AbstractBatchModule,
     StateDict,
-    check_names,
+    check_entries,
     check_state_dicts,
-    load_stacked,
+    entry_shapes,
+    integer,
+    load_entries,
     merge_batch,
     register_batch_module,
     registered,
@@ -27,10 +30,20 @@ from .base import (
 from .layers import BatchBatchNorm2d, BatchConv2d, BatchLinear
 from .native import native
 from .nest import map_leaves, map_tensors, take
-from .run import Inputs, Kept, Models, RunLock, merged, one_by_one, vectorised
+from .run import Apart, Inputs, Kept, Models, RunLock, merged, one_by_one, vectorised
 from .seeds import initialised
 from .shared import Shared
-from .state import Attributes, copied, is_batch_module, named_tensors, plain_modules, stack_tensors, walk
+from .state import (
+    Absent,
+    Attributes,
+    copied,
+    is_batch_module,
+    named_tensors,
+    plain_attributes,
+    plain_modules,
+    stack_tensors,
+    walk,
+)
 
 __all__ = ["BatchModule", "test_batch_module"]
 # What code written for torchmb 0.2 imports from here.
@@ -48,9 +61,9 @@ class BatchModule(AbstractBatchModule):
 
     module: starts all models; it is left alone unless `inplace`, which makes it a part of the batch.
     batch: M; the number of `seeds` if it is None and they are given, else 1.
-    seeds: M numbers; model m is initialised as `module` would be after torch.manual_seed(seeds[m]).
+    seeds: M integers; model m is initialised as `module` would be after torch.manual_seed(seeds[m]).
 
-    ValueError if `batch` < 1, or `batch` and `seeds` do not agree.
+    ValueError if `batch` < 1, or `batch` and `seeds` do not agree; TypeError if `module` or `seeds` are something else.
     """
 
     def __init__(
@@ -59,8 +72,13 @@ class BatchModule(AbstractBatchModule):
         batch: int | None = None,
         inplace: bool = False,
         *,
-        seeds: Sequence[int] | None = None,
+        seeds: Iterable[int] | None = None,
     ) -> None:
+        _check_is_module("module", module)
+        if seeds is not None:
+            if not isinstance(seeds, Iterable):
+                raise TypeError(f"seeds must be integers, one for each model, got {seeds!r}")
+            seeds = [integer("a seed", seed) for seed in seeds]
         if batch is None:
             batch = 1 if seeds is None else len(seeds)
         super().__init__(batch)
@@ -72,19 +90,20 @@ class BatchModule(AbstractBatchModule):
             self._adopt(module)
 
     @classmethod
-    def from_modules(cls, modules: Sequence[nn.Module]) -> BatchModule:
+    def from_modules(cls, modules: Iterable[nn.Module]) -> BatchModule:
         """A batch of existing models of one architecture, with their weights. They are left alone.
 
-        What is no parameter or buffer is taken from the first. ValueError if there are none, or if a type, name or
-        shape differs.
+        They must be alike in all but the values of parameters and buffers. What cannot be compared is taken from the
+        first: attributes other than numbers, strings, None and tuples of them, hooks, and whether they are in training.
+        ValueError if there are none, or if anything else differs: types of submodules, names, shapes, dtypes, devices,
+        ties or requires_grad of tensors, attributes. TypeError if one is no module.
         """
+        modules = list(modules)
+        for i, module in enumerate(modules):
+            _check_is_module(f"module {i}", module)
         if not modules:
             raise ValueError("from_modules needs at least 1 module, got 0")
-        for i, module in enumerate(modules):
-            kinds = [type_before_parametrizations(m) for m in (module, modules[0])]
-            if kinds[0] is not kinds[1]:
-                own, first = _told_apart(*kinds)
-                raise ValueError(f"module {i} is a {own}, module 0 a {first}")
+        check_alike(modules)
         self = cls.__new__(cls)
         AbstractBatchModule.__init__(self, len(modules))
         self._build(modules)
@@ -106,6 +125,8 @@ class BatchModule(AbstractBatchModule):
 
     def _batched(self, cls: type[AbstractBatchModule], modules: Sequence[nn.Module]) -> AbstractBatchModule:
         batch_module = cls.from_module(modules[0], self.batch).train(modules[0].training)
+        _convert(batch_module, modules[0])
+        _copy_requires_grad(modules[0], batch_module)
         if states := [m.state_dict() for m in modules if m.state_dict()]:
             batch_module.load_state_dicts(states)
         return batch_module
@@ -130,6 +151,29 @@ class BatchModule(AbstractBatchModule):
         root: nn.Module = self.__dict__["_root"]
         return root
 
+    # What a forward leaves in attributes of the root is to be found as in those of other modules.
+
+    def __getattr__(self, name: str) -> Any:
+        if self._is_of_root(name):
+            return vars(self._template)[name]
+        return super().__getattr__(name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if self._is_of_root(name):
+            setattr(self._template, name, value)
+        else:
+            super().__setattr__(name, value)
+
+    def _is_of_root(self, name: str) -> bool:
+        """Whether it is a plain attribute of the root, and this module has none of that name."""
+        own = self.__dict__
+        return (
+            "_root" in own
+            and name not in own
+            and not hasattr(type(self), name)
+            and name in plain_attributes(self._template)
+        )
+
     # What torch does with a module's own contents, a class such as BatchNorm may do in its own way.
 
     def train(self, mode: bool = True) -> BatchModule:
@@ -150,14 +194,22 @@ class BatchModule(AbstractBatchModule):
     def forward(self, *args: Any, merge: bool = True, split: bool = True, **kwargs: Any) -> Any:
         """All models on their share of the arguments, tensors (M, B, …) → the template's output, tensors (M, B, …).
 
-        Threads that call one batch take turns.
+        Outputs that cannot be stacked are a list of M. Threads that call one batch take turns.
         merge=False: tensors are merged already, (B · M, …), index b * M + m. split=False: those of the output shall be.
-        ValueError if a tensor's first dimension is not M (or no multiple of M, if merged).
+        ValueError if a tensor's first dimension is not M (or no multiple of M, if merged), or if the output cannot be
+        merged.
         """
         # torch.compile would try to look into vmap, and would leave the models to run one by one.
         compiling = torch.compiler.is_dynamo_compiling()
         run = torch.compiler.disable(self._run) if compiling else self._run  # type: ignore[no-untyped-call]
         output = run(self._inputs(args, kwargs, merged=not merge))
+        if isinstance(output, Apart):
+            if not split:
+                raise ValueError(
+                    f"the outputs of the {self.batch} models cannot be merged, since they cannot be stacked; "
+                    "with split=True they are a list"
+                )
+            return list(output)
         return output if split else map_tensors(merge_batch, output)
 
     def _inputs(self, args: tuple[Any, ...], kwargs: dict[str, Any], merged: bool) -> Inputs:
@@ -198,6 +250,8 @@ class BatchModule(AbstractBatchModule):
     def _try(self, models: Models, inputs: Inputs) -> Any:
         """Under vmap, or else model by model from where it began."""
         attributes = Attributes(models.modules)
+        tensors = models.plain_tensors(attributes).values()
+        plain = [(t, t.clone(), t._version) for t in tensors if not t.is_inference()]
         devices = {t.device for t in inputs.tensors if t.is_cuda}
         versions = models.versions(inputs)
         rng = torch.get_rng_state(), {d: torch.cuda.get_rng_state(d) for d in devices}
@@ -207,6 +261,9 @@ class BatchModule(AbstractBatchModule):
             raise
         except Exception as error:
             attributes.restore()
+            for tensor, content, version in plain:
+                if tensor._version != version:
+                    tensor.detach().copy_(content)
             if models.batch_modules or versions != models.versions(inputs):
                 raise
             torch.set_rng_state(rng[0])
@@ -224,20 +281,19 @@ class BatchModule(AbstractBatchModule):
     def load_state_dicts(self, state_dicts: StateDict | Sequence[StateDict], strict: bool = True) -> None:
         """Loads state dicts of the original class, one for each model or one for all.
 
-        ValueError if their number or a shape differs, or, when `strict`, a name; nothing is loaded then.
+        Nothing is loaded if one does not fit: ValueError if their number, a shape or an extra state differs, or, when
+        `strict`, a name; TypeError if a tensor is none.
         """
-        dicts = check_state_dicts(state_dicts, self.batch)
-        own, expected = self._own_state(), {*self._own_state()}
+        dicts, own = check_state_dicts(state_dicts, self.batch), self._own_state()
+        shapes = entry_shapes(own, models=True)
         for name, plain in self._plain.items():
-            expected |= {_join(name, key) for key in plain.state_dict()}
-        for i, state in enumerate(dicts):
-            if strict:
-                check_names(f"state dict {i}", expected, set(state))
-        load_stacked(own, dicts, strict=False)
+            below = entry_shapes(plain.state_dict(), models=False)
+            shapes |= {_join(name, key): shape for key, shape in below.items()}
+        check_entries(shapes, dicts, strict)
+        load_entries(self._template, own, dicts)
         for name, plain in self._plain.items():
             if plain.state_dict():
-                below = [_below(state, name) for state in dicts]
-                self._batch_module(name).load_state_dicts(below, strict)
+                self._batch_module(name).load_state_dicts([_below(state, name) for state in dicts], strict)
 
     def state_dicts(self) -> list[OrderedDict[str, Any]]:
         """State dicts of the models, copies, each of which loads into the original class."""
@@ -271,21 +327,50 @@ class BatchModule(AbstractBatchModule):
             instead[id(self._batch_module(name))] = one_module = copied(plain)
             if plain.state_dict():
                 one_module.load_state_dict(self._batch_module(name).state_dicts()[index], assign=True)
-        for place, value in self._kept.held(plain_modules(self._template)).items():
-            if take(value)[0]:
-                instead[id(value)] = self._kept.share(place, value, index)
-        return copied(self._template, instead)
+            _copy_requires_grad(self._batch_module(name), one_module)
+        modules = plain_modules(self._template)
+        shares = self._kept.shares(modules, index)
+        for place, value in self._kept.held(modules).items():
+            if take(value)[0] or place in self._kept.lists:
+                instead[id(value)] = copy.deepcopy(map_tensors(lambda t: t.detach().clone(), shares[place]))
+        model = copied(self._template, instead)
+        for module in model.modules():
+            for name in [n for n, value in vars(module).items() if value is Absent]:
+                delattr(module, name)
+        return model
 
     def extra_repr(self) -> str:
         return f"{type(self._template).__name__}, batch={self.batch}"
 
 
-def _told_apart(a: type, b: type) -> tuple[str, str]:
-    """Names of two classes: with their modules if those without are the same."""
-    if a.__name__ != b.__name__:
-        return a.__name__, b.__name__
-    names = tuple(f"{cls.__module__}.{cls.__qualname__}" for cls in (a, b))
-    return names[0], names[1] if names[0] != names[1] else f"{names[1]} of an earlier definition"
+def _check_is_module(name: str, value: Any) -> None:
+    if not isinstance(value, nn.Module):
+        raise TypeError(f"{name} must be a torch.nn.Module, got {value!r}")
+
+
+def _convert(batch_module: nn.Module, module: nn.Module) -> None:
+    """Gives a batch module the devices and dtypes of `module`: by names, and those of its first tensor to the rest."""
+    given = {name: tensor for name, (tensor, _) in named_tensors(module, lambda _: False).items()}
+    if not given:
+        return
+    first = next((t for t in given.values() if t.is_floating_point()), next(iter(given.values())))
+    own = named_tensors(batch_module, lambda _: False)
+    like = {id(tensor): given.get(name, first) for name, (tensor, _) in own.items()}
+
+    def converted(tensor: Tensor) -> Tensor:
+        other = like.get(id(tensor), first)
+        dtype = other.dtype if other.is_floating_point() == tensor.is_floating_point() else tensor.dtype
+        return tensor.to(other.device, dtype)
+
+    batch_module._apply(converted)  # type: ignore[no-untyped-call]
+
+
+def _copy_requires_grad(source: nn.Module, target: nn.Module) -> None:
+    """By names; parameters of other names are frozen if all of the source are."""
+    flags = {name: p.requires_grad for name, p in source.named_parameters()}
+    trained = any(flags.values()) or not flags
+    for name, p in target.named_parameters():
+        p.requires_grad_(flags.get(name, p.requires_grad and trained))
 
 
 def _join(outer: str, inner: str) -> str:

@@ -79,7 +79,7 @@ def _batch_norm(layer: Layer, x: Tensor, dim: Dim, batch: int) -> Batched:
     if layer.training and layer.track_running_stats and layer.num_batches_tracked is not None:
         layer.num_batches_tracked.add_(1)
     own: list[Any] = [layer.running_mean, layer.running_var] if tracks or not layer.training else [None, None]
-    averages = tracks and layer.momentum is None
+    averages = tracks and layer.momentum is None and x.numel() > 0  # no row changes nothing
     stats = [torch.zeros_like(s) for s in own] if averages else own
     output = normalisation.kernel(
         layer.training or layer.running_mean is None,

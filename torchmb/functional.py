@@ -230,12 +230,12 @@ def per_model_lr(optimizer: torch.optim.Optimizer, learning_rates: Sequence[floa
     go on and change all models alike. Exact for SGD, Adam, AdamW, NAdam, RAdam, RMSprop, Adagrad, Adadelta and Adamax.
     Another call replaces the rates. An optimizer that loads the state of this one needs a call of its own, before or
     after; what lr was at first is in the state.
-    ValueError for an optimizer whose step is not proportional to its learning rate, for lr = 0, rates below 0 and
-    for parameters that are not (M, …).
+    ValueError for an optimizer whose step is not proportional to its learning rate, for lr = 0, rates below 0 or
+    infinite and for parameters that are not (M, …).
     """
     rates = torch.as_tensor(learning_rates, dtype=torch.float64)
-    if rates.isnan().any() or (rates < 0).any():
-        raise ValueError(f"learning rates must be at least 0, got {rates.tolist()}")
+    if not rates.isfinite().all() or (rates < 0).any():
+        raise ValueError(f"learning rates must be finite and at least 0, got {rates.tolist()}")
     if isinstance(optimizer, _NOT_PROPORTIONAL):
         raise ValueError(f"the steps of {type(optimizer).__name__} are not proportional to its learning rate")
     if isinstance(before := vars(optimizer).get("_per_model_lr"), PerModelLR):

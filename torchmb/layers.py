@@ -8,10 +8,12 @@ its own.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from copy import copy
 from inspect import Parameter, Signature, signature
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvTransposeNd
 
 from .base import AbstractBatchModule, split_batch
 from .exact import run_layer
@@ -56,9 +58,9 @@ class _BatchLayer(AbstractBatchModule):
             self.register_buffer(name, None if buffer is None else stacked[id(buffer)])
         self.training = first.training
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         """(B · M, …), index b * M + m → the same order."""
-        models_second = split_batch(x, self.batch).transpose(0, 1)
+        models_second = split_batch(input, self.batch).transpose(0, 1)
         out, dim = run_layer(self, self.base_class, models_second, 1, self.batch)
         return (out if dim is None else out.movedim(dim, 1)).flatten(0, 1)
 
@@ -82,15 +84,27 @@ class BatchConv3d(_BatchLayer):
     base_class = nn.Conv3d
 
 
-class BatchConvTranspose1d(_BatchLayer):
+class _BatchConvTranspose(_BatchLayer):
+    base_class: type[nn.Module] = _ConvTransposeNd
+
+    def forward(self, input: Tensor, output_size: list[int] | None = None) -> Tensor:
+        """(B · M, …), index b * M + m → the same order. `output_size`: as the counterpart takes it."""
+        layer: Any = copy(self)
+        if output_size is not None:
+            options = layer.stride, layer.padding, layer.kernel_size, len(layer.kernel_size), layer.dilation
+            layer.output_padding = tuple(_ConvTransposeNd._output_padding(layer, input, output_size, *options))
+        return _BatchLayer.forward(layer, input)
+
+
+class BatchConvTranspose1d(_BatchConvTranspose):
     base_class = nn.ConvTranspose1d
 
 
-class BatchConvTranspose2d(_BatchLayer):
+class BatchConvTranspose2d(_BatchConvTranspose):
     base_class = nn.ConvTranspose2d
 
 
-class BatchConvTranspose3d(_BatchLayer):
+class BatchConvTranspose3d(_BatchConvTranspose):
     base_class = nn.ConvTranspose3d
 
 

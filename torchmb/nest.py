@@ -78,7 +78,7 @@ def stack(values: Sequence[Any]) -> tuple[Any, bool]:
     for tensors, other in taken[1:]:
         if (
             len(tensors) != len(first)
-            or not _same(other, rest)
+            or not same(other, rest)
             or any(_kind(a) != _kind(b) for a, b in zip(tensors, first))
         ):
             return list(values), False
@@ -89,7 +89,8 @@ def _kind(tensor: Tensor) -> tuple[Any, ...]:
     return tensor.shape, tensor.dtype, tensor.device
 
 
-def _same(a: Any, b: Any) -> bool:
+def same(a: Any, b: Any) -> bool:
+    """Whether two values without tensors are equal; not if they cannot say."""
     try:
         return a is b or bool(a == b)
     except Exception:  # whatever a foreign __eq__ raises

@@ -21,7 +21,18 @@ from .lift import in_order, is_batched, models_of, under_vmap, wrap
 from .nest import Place, map_tensors, put, stack, take
 from .rules import Rules
 from .rules.convolution import channels_last
-from .state import Attributes, Slot, is_batch_module, plain_attributes, refill, slots, swapped, walk
+from .state import (
+    Absent,
+    Attributes,
+    Slot,
+    is_batch_module,
+    plain_attributes,
+    refill,
+    separated,
+    slots,
+    swapped,
+    walk,
+)
 
 Name = tuple[int, str]  # of an attribute: the number of its module, and its own
 
@@ -55,12 +66,18 @@ class Kept:
         return {
             (i, name): value
             for (i, name), value in self.attributes.items()
-            if i < len(modules) and modules[i].__dict__.get(name) is value
+            if i < len(modules) and modules[i].__dict__.get(name, Absent) is value
         }
 
-    def share(self, name: Name, value: Any, index: int) -> Any:
-        """What one model finds of a value."""
-        return value[index] if name in self.lists else map_tensors(lambda t: t[index], value)
+    def shares(self, modules: Sequence[nn.Module], index: int) -> dict[Name, Any]:
+        """What one model finds of those; what is one object for several modules stays one."""
+        held = self.held(modules)
+        found: dict[int, Any] = {}
+        for name, value in held.items():
+            if id(value) not in found:
+                listed = name in self.lists
+                found[id(value)] = separated(value[index]) if listed else map_tensors(lambda t: t[index].clone(), value)
+        return {name: found[id(value)] for name, value in held.items()}
 
 
 class Models:
@@ -78,6 +95,16 @@ class Models:
     @property
     def places(self) -> list[Slot]:
         return self.parameters + self.buffers
+
+    def plain_tensors(self, attributes: Attributes) -> dict[Name, Tensor]:
+        """Those that are a tensor of which models have no share yet: a forward may edit it in place."""
+        known = {id(slot.tensor) for slot in self.places}
+        held = self.kept.held(self.modules)
+        return {
+            name: value
+            for name, value in attributes.plain.items()
+            if isinstance(value, Tensor) and id(value) not in known and name not in held
+        }
 
     def made(self) -> dict[Name, Tensor | None]:
         """Buffers that a forward has registered. RuntimeError for a parameter, whose gradient would be lost."""
@@ -140,7 +167,10 @@ class _Unique:
 
 def _put_attributes(modules: Sequence[nn.Module], values: dict[Name, Any]) -> None:
     for (i, name), value in values.items():
-        modules[i].__dict__[name] = value
+        if value is Absent:
+            modules[i].__dict__.pop(name, None)
+        else:
+            modules[i].__dict__[name] = value
 
 
 @torch.no_grad()
@@ -159,8 +189,10 @@ def vectorised(models: Models, inputs: Inputs) -> Any:
     parameters = _Unique([s.tensor for s in models.parameters])
     buffers = _Unique([s.tensor for s in models.buffers])
     copies = [b.clone() for b in buffers.tensors]
-    kept, kept_rest = take(models.kept.held(models.modules))
+    held = models.kept.held(models.modules)
+    kept, kept_rest = take({id(value): value for value in held.values()})
     counts = [len(parameters.tensors), len(copies), len(inputs.tensors), len(kept)]
+    kept = [t.clone() for t in kept]  # may be edited in place, and is to be as it was if the run is refused
     with under_vmap(models.batch) as level:
         given = [wrap(t, level) for t in (*parameters.tensors, *copies, *inputs.tensors, *kept)]
         ours, buffer, tensors, attributes = _divided(given, counts)
@@ -170,7 +202,8 @@ def vectorised(models: Models, inputs: Inputs) -> Any:
             outside_vmap(models.modules, models.batch_modules, models.batch),
             channels_last(models.modules, given[0] if given else None),
         ):
-            _put_attributes(models.modules, put(kept_rest, attributes))
+            own = put(kept_rest, attributes)
+            _put_attributes(models.modules, {name: own[id(value)] for name, value in held.items()})
             found, rest = take(_one_forward(models, inputs.filled(tensors), level))
         results = [models_of(t, level, models.batch) for t in found]
     output, left, replaced, made = put(rest, results)
@@ -218,43 +251,59 @@ def _leave(models: Models, left: dict[Name, Any], lists: set[Name]) -> None:
     """Puts what forward left in attributes there, and remembers that each model has a share in it."""
     for (i, name), value in left.items():
         attributes = vars(models.modules[i])
-        if type(value) in (list, dict) and type(attributes.get(name)) is type(value):
+        if (i, name) not in lists and type(value) in (list, dict) and type(attributes.get(name)) is type(value):
             refill(attributes[name], value)
             left[i, name] = attributes[name]
         else:
             attributes[name] = value
-    models.kept.attributes = models.kept.held(models.modules) | left
-    models.kept.lists = {n for n in models.kept.lists | lists if n in models.kept.attributes}
+    held = models.kept.held(models.modules)
+    models.kept.lists = (models.kept.lists & (held.keys() - left.keys())) | lists
+    models.kept.attributes = held | left
+
+
+class Apart(list[Any]):
+    """One output for each model, where they cannot be stacked."""
 
 
 def one_by_one(models: Models, inputs: Inputs) -> Any:
-    """Model after model, as M separate ones would run → output with tensors (M, …), lists of M where they differ."""
+    """Model after model, as M separate ones would run → output with tensors (M, …), or `Apart`."""
     parameters = _Unique([s.tensor for s in models.parameters])
     buffers = _Unique([s.tensor for s in models.buffers])
     copies = [b.clone() for b in buffers.tensors]
     shares = [_shares(t) for t in (*parameters.tensors, *copies, *inputs.tensors)]
     counts = [len(parameters.tensors), len(copies), len(inputs.tensors)]
-    held = models.kept.held(models.modules)
     before = Attributes(models.modules)
+    plain = models.plain_tensors(before)
+    given = [models.kept.shares(models.modules, i) for i in range(models.batch)]
     outputs, afters, lefts, mades = [], [], [], []
     for i in range(models.batch):
+        clones = {id(tensor): tensor.clone() for tensor in plain.values()}
+        attributes = given[i] | {name: clones[id(tensor)] for name, tensor in plain.items()}
         ours, buffer, tensors = _divided([s[i] for s in shares], counts)
         own_buffers = buffers.spread(buffer)
-        attributes = {name: models.kept.share(name, value, i) for name, value in held.items()}
-        with swapped(models.modules, models.places, [*parameters.spread(ours), *own_buffers]):
-            _put_attributes(models.modules, attributes)
-            args, kwargs = inputs.filled(tensors)
-            outputs.append(models.root(*args, **kwargs))
-            now = [s.tensor for s in models.buffers]
-            mades.append(models.made())
-            afters.append({j: a for j, (a, own) in enumerate(zip(now, own_buffers)) if a is not own})
-        lefts.append(before.changed())
-        before.restore()
+        try:
+            with swapped(models.modules, models.places, [*parameters.spread(ours), *own_buffers]):
+                _put_attributes(models.modules, attributes)
+                args, kwargs = inputs.filled(tensors)
+                outputs.append(models.root(*args, **kwargs))
+                now = [s.tensor for s in models.buffers]
+                mades.append(models.made())
+                afters.append({j: a for j, (a, own) in enumerate(zip(now, own_buffers)) if a is not own})
+            left = before.changed()
+            same = {name for name, t in plain.items() if left.get(name) is clones[id(t)] and not _edited(left[name], t)}
+            lefts.append({name: value for name, value in left.items() if name not in same})
+        finally:
+            before.restore()
     replaced = {j: _stacked_or_none([a.get(j) for a in afters]) for j in set().union(*afters)}
     _commit(models.buffers, buffers, copies, [replaced.get(j, c) for j, c in enumerate(buffers.spread(copies))])
     models.register({name: _stacked_or_none([made.get(name) for made in mades]) for name in set().union(*mades)})
-    _leave_each(models, lefts, held)
-    return stack(outputs)[0]
+    _leave_each(models, lefts, given)
+    output, stacks = stack(outputs)
+    return output if stacks else Apart(output)
+
+
+def _edited(clone: Tensor, tensor: Tensor) -> bool:
+    return not clone.equal(tensor) if clone.is_inference() else clone._version > 0
 
 
 def _shares(tensor: Tensor) -> Sequence[Tensor]:
@@ -267,16 +316,27 @@ def _stacked_or_none(tensors: list[Tensor | None]) -> Tensor | None:
     return torch.stack(found) if len(found) == len(tensors) else None
 
 
-def _leave_each(models: Models, lefts: Sequence[dict[Name, Any]], held: dict[Name, Any]) -> None:
-    """What the models have left in attributes, one dict for each of them."""
+def _leave_each(models: Models, lefts: Sequence[dict[Name, Any]], given: Sequence[dict[Name, Any]]) -> None:
+    """What the models have left in attributes, one dict for each of them; where one left nothing, what it was given."""
     left, lists = {}, set()
-    for name in set().union(*lefts):
-        values = [one.get(name) for one in lefts]
-        if name in held and all(v is None for v in values):
+    copies: list[dict[int, Any]] = [{} for _ in lefts]
+    stacked: dict[tuple[int, ...], Any] = {}  # so that what is one object for several modules stays one
+    for i, name in set().union(*lefts):
+        attributes = vars(models.modules[i])
+        before = attributes.get(name, Absent)
+        values = [
+            own.get((i, name), start.get((i, name), separated(before, copied)))
+            for own, start, copied in zip(lefts, given, copies, strict=True)
+        ]
+        if all(value is Absent for value in values):
+            attributes.pop(name, None)
             continue
-        left[name], stacks = stack(values)
+        ids = tuple(map(id, values))
+        if ids not in stacked:
+            stacked[ids] = stack(values)
+        left[i, name], stacks = stacked[ids]
         if not stacks:
-            lists.add(name)
+            lists.add((i, name))
     _leave(models, left, lists)
 
 

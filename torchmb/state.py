@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from .base import AbstractBatchModule, check_names
+from .base import AbstractBatchModule
 from .nest import map_tensors, take
 
 
@@ -68,23 +68,14 @@ def named_tensors(root: nn.Module, stop: Stop) -> dict[str, tuple[Tensor, str]]:
 
 
 def stack_tensors(modules: Sequence[nn.Module], stop: Stop) -> dict[int, Tensor]:
-    """id of each tensor of the first module → that of all modules, (M, …).
-
-    ValueError if the modules do not have the same names and shapes.
-    """
+    """id of each tensor of the first module → that of all modules, (M, …); they are alike. ValueError if it is lazy."""
     all_tensors = [named_tensors(m, stop) for m in modules]
-    for i, tensors in enumerate(all_tensors):
-        check_names(f"module {i}", set(all_tensors[0]), set(tensors))
     found: dict[int, Tensor] = {}
     for name, (tensor, kind) in all_tensors[0].items():
         if is_lazy(tensor):
             raise ValueError(f"{name} has no shape yet: run the lazy module once before it is batched")
-        column = [tensors[name][0] for tensors in all_tensors]
-        for i, other in enumerate(column):
-            if other.shape != tensor.shape:
-                raise ValueError(f"{name} is {tuple(tensor.shape)} in module 0, {tuple(other.shape)} in module {i}")
         if id(tensor) not in found:
-            found[id(tensor)] = _stacked(kind, column)
+            found[id(tensor)] = _stacked(kind, [tensors[name][0] for tensors in all_tensors])
     return found
 
 
@@ -151,12 +142,16 @@ def _mentions(value: Any, tensors: dict[int, Any]) -> bool:
 
 
 _REGISTRIES = frozenset(vars(nn.Module()))
-_TORCHS_OWN = _REGISTRIES | {"_flat_weights"}
+_TORCHS_OWN = _REGISTRIES | {"_flat_weights", "_flat_weight_refs"}
 
 
 def plain_attributes(module: nn.Module) -> dict[str, Any]:
     """What a module holds besides parameters, buffers, modules and what torch itself keeps."""
     return {name: value for name, value in vars(module).items() if name not in _TORCHS_OWN}
+
+
+class Absent:
+    """Stands, as a class, for the value of an attribute that a module does not have."""
 
 
 class Attributes:
@@ -165,30 +160,72 @@ class Attributes:
     def __init__(self, modules: Sequence[nn.Module]) -> None:
         self._modules = modules
         self._before = [dict(m.__dict__) for m in modules]
-        self._contents = [
-            (value, copy.copy(value))
-            for module in modules
-            for value in plain_attributes(module).values()
-            if type(value) in (list, dict)
-        ]
+        self.plain = {(i, n): value for i, m in enumerate(modules) for n, value in plain_attributes(m).items()}
+        self._contents = {
+            id(part): (part, copy.copy(part))
+            for value in self.plain.values()
+            if type(value) in (list, tuple, dict)
+            for part in _containers(value)
+        }
 
     def restore(self) -> None:
         for module, before in zip(self._modules, self._before, strict=True):
             for name in module.__dict__.keys() - before.keys():
                 del module.__dict__[name]
             module.__dict__.update(before)
-        for value, content in self._contents:
-            refill(value, content)
+        for part, content in self._contents.values():
+            refill(part, content)
 
     def changed(self) -> dict[tuple[int, str], Any]:
-        """(number of the module, name) → value, of attributes that are new or replaced or have other contents."""
-        contents = {id(value): content for value, content in self._contents}
-        return {
-            (i, name): copy.copy(value) if type(value) in (list, dict) else value  # its contents are about to go
-            for i, (module, before) in enumerate(zip(self._modules, self._before, strict=True))
-            for name, value in plain_attributes(module).items()
-            if name not in before or before[name] is not value or _differs(contents.get(id(value)), value)
-        }
+        """(number of the module, name) → value, of attributes that are new or replaced or have other contents.
+
+        Absent for those that are gone. Lists and dicts are copies: the contents of the others are about to go.
+        """
+        copies: dict[int, Any] = {}
+        found = {}
+        for i, (module, before) in enumerate(zip(self._modules, self._before, strict=True)):
+            now = plain_attributes(module)
+            for name, value in now.items():
+                if name not in before or before[name] is not value or any(map(self._differs, _containers(value))):
+                    found[i, name] = separated(value, copies)
+            found.update(((i, name), Absent) for name in before.keys() - vars(module).keys())
+        return found
+
+    def _differs(self, part: Any) -> bool:
+        """Whether a list or dict holds other objects than before."""
+        if id(part) not in self._contents:
+            return True
+        before = self._contents[id(part)][1]
+        if isinstance(part, dict):
+            return before.keys() != part.keys() or any(before[k] is not v for k, v in part.items())
+        return len(before) != len(part) or any(a is not b for a, b in zip(before, part))
+
+
+def _parts(value: Any) -> Iterable[Any]:
+    """What is directly in a list, tuple or dict."""
+    if type(value) is dict:
+        return value.values()
+    return value if type(value) in (list, tuple) else ()
+
+
+def _containers(value: Any) -> Iterator[Any]:
+    """The lists and dicts of a value, outer ones first."""
+    if type(value) in (list, dict):
+        yield value
+    for part in _parts(value):
+        yield from _containers(part)
+
+
+def separated(value: Any, copies: dict[int, Any] | None = None) -> Any:
+    """The same objects in lists and dicts of their own. `copies`: those made before, by the id of what they are of."""
+    copies = {} if copies is None else copies
+    kind = type(value)
+    if kind not in (list, tuple, dict):
+        return value
+    if id(value) not in copies:
+        parts = [separated(part, copies) for part in _parts(value)]
+        copies[id(value)] = dict(zip(value, parts)) if kind is dict else kind(parts)
+    return copies[id(value)]
 
 
 def refill(value: Any, content: Any) -> None:
@@ -196,12 +233,3 @@ def refill(value: Any, content: Any) -> None:
     content = copy.copy(content)
     value.clear()
     (value.extend if isinstance(value, list) else value.update)(content)
-
-
-def _differs(before: Any, now: Any) -> bool:
-    """Whether a list or dict holds other objects than before."""
-    if before is None:
-        return False
-    if isinstance(now, dict):
-        return before.keys() != now.keys() or any(before[k] is not v for k, v in now.items())
-    return len(before) != len(now) or any(a is not b for a, b in zip(before, now))

@@ -357,7 +357,7 @@ def test_learning_rates_that_cannot_be_scaled_are_refused() -> None:
         per_model_lr(torch.optim.SGD([p], 0.1), [1.0, 0.5, 2.0])
     with pytest.raises(ValueError, match="0"):
         per_model_lr(torch.optim.SGD([p], 0.0), [1.0, 0.5])
-    for rate in (-0.5, math.nan):
+    for rate in (-0.5, math.nan, math.inf):
         with pytest.raises(ValueError, match=f"at least 0.*{rate}"):
             per_model_lr(torch.optim.SGD([p], 0.1), [1.0, rate])
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from models_harness import LeNet, Own, ResNet18, Wrapped, assert_alike, close, indices, separate, tensors
+from models_harness import LeNet, Own, ResNet18, Wrapped, assert_alike, close, indices, run_alike, separate, tensors
 
 from torchmb import BatchModule
 
@@ -151,6 +151,16 @@ ONE_VALUE: dict[str, Case] = {
     "instance norm": (lambda: nn.InstanceNorm1d(4), (6, 4, 1)),
     "instance norm 2d": (lambda: nn.InstanceNorm2d(4, affine=True), (6, 4, 1, 1)),
 }
+
+
+@pytest.mark.parametrize("wrap", [lambda layer: layer, Wrapped])
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("options", [{}, {"momentum": None}, {"affine": False}, {"track_running_stats": False}])
+def test_batch_norm_of_no_rows_is_right(options: dict[str, Any], training: bool, wrap: Any) -> None:
+    models = [m.train(training) for m in separate(lambda: wrap(nn.BatchNorm1d(4, **options)), 3)]
+    batch = BatchModule.from_modules(models)
+    for rows in (6, 0, 6):
+        run_alike(batch, models, torch.randn(3, rows, 4))
 
 
 @pytest.mark.parametrize("wrap", [lambda m: m, Wrapped], ids=["native", "vmap"])

@@ -126,6 +126,75 @@ def test_hooks_of_registered_modules_and_their_neighbours_are_called() -> None:
     assert shapes == [("Linear", (3, 6, 4)), ("BatchScale", (3, 6, 4))]
 
 
+@pytest.mark.parametrize(
+    ("change", "error", "said"),
+    [
+        ({"1.scale": torch.zeros(7)}, ValueError, r"1\.scale of state dict 2 has shape \(7,\), expected \(4,\)"),
+        ({"1.scale": [0.0] * 4}, TypeError, r"1\.scale of state dict 2 is a list"),
+        ({"1.other": torch.zeros(4)}, ValueError, r"state dict 2 .*unexpected \['1\.other'\]"),
+    ],
+)
+def test_a_state_that_does_not_fit_a_registered_module_changes_nothing(change: Any, error: Any, said: str) -> None:
+    register_batch_module(BatchScale)
+    batch = BatchModule(nn.Sequential(nn.Linear(4, 4), Scale(4)), 3)
+    before = {k: v.clone() for k, v in batch.state_dict().items()}
+    states = [nn.Sequential(nn.Linear(4, 4), Scale(4)).state_dict() for _ in range(3)]
+    with pytest.raises(error, match=said):
+        batch.load_state_dicts([*states[:2], states[2] | change])
+    assert all(torch.equal(v, before[k]) for k, v in batch.state_dict().items())
+
+
+class OtherScale(Scale):
+    pass
+
+
+class RenamedScale(AbstractBatchModule):
+    """Keeps the parameter under another name."""
+
+    base_class = OtherScale
+
+    @classmethod
+    def from_module(cls, module: Any, batch: int) -> RenamedScale:
+        return cls(batch, module.size)
+
+    def __init__(self, batch: int, size: int) -> None:
+        super().__init__(batch)
+        self.all_scales = nn.Parameter(torch.empty(batch, size))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.all_scales.repeat(inner_batch_size(x, self.batch), 1)
+
+    def load_state_dicts(self, state_dicts: Any, strict: bool = True) -> None:
+        with torch.no_grad():
+            self.all_scales.copy_(torch.stack([s["scale"] for s in state_dicts]))
+
+    def state_dicts(self) -> Any:
+        return [{"scale": one.detach().clone(), "calls": torch.zeros(())} for one in self.all_scales]
+
+
+@pytest.mark.parametrize("cls", [BatchScale, RenamedScale])
+def test_registered_modules_keep_requires_grad_dtype_and_device(cls: Any) -> None:
+    register_batch_module(cls)
+
+    def make() -> nn.Module:
+        return nn.Sequential(nn.Linear(4, 4), cls.base_class(4))
+
+    for frozen in ("0", "1"):
+        net = make()
+        net.get_submodule(frozen).requires_grad_(False)
+        batch = BatchModule(net, 3)
+        flags = [p.requires_grad for p in net.parameters()]
+        assert [p.requires_grad for p in batch.parameters()] == flags
+        assert [p.requires_grad for p in batch.unstack(1).parameters()] == flags
+        assert not any(p.requires_grad for p in batch.requires_grad_(False).unstack(1).parameters())
+    for net in (make().double(), make().to("meta")):
+        tensor = next(net.parameters())
+        batch = BatchModule(net, 3)
+        for module in (batch, batch.unstack(1)):
+            assert {(p.dtype, p.device) for p in module.parameters()} == {(tensor.dtype, tensor.device)}
+        assert batch(torch.ones(3, 6, 4).to(tensor)).dtype == tensor.dtype
+
+
 def test_what_cannot_be_registered_is_named() -> None:
     class Unknown(nn.Module):
         pass
@@ -199,6 +268,25 @@ def test_batch_follows_the_last_argument_that_is_neither_device_nor_dtype(name: 
     layer = getattr(torchmb, f"Batch{name}")(*LAYERS[name][0], **LAYERS[name][1], batch=3, dtype=torch.double)
     assert all(p.dtype == torch.double and len(p) == 3 for p in layer.parameters())
     assert "batch=3" in repr(layer)
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_a_forward_takes_the_arguments_of_its_counterpart(name: str) -> None:
+    own, of_torch = (inspect.signature(cls.forward) for cls in (getattr(torchmb, f"Batch{name}"), getattr(nn, name)))
+    assert list(own.parameters) == list(of_torch.parameters)
+
+
+@pytest.mark.parametrize("spatial", [1, 2, 3])
+def test_the_size_that_a_transposed_convolution_puts_out_can_be_chosen(spatial: int) -> None:
+    plain, cls = getattr(nn, f"ConvTranspose{spatial}d"), getattr(torchmb, f"BatchConvTranspose{spatial}d")
+    models, x = separate(lambda: plain(4, 6, 3, stride=3, padding=1), 2), torch.randn(2, 5, 4, *[3] * spatial)
+    layer = cls(4, 6, 3, stride=3, padding=1, batch=2)
+    layer.load_state_dicts([m.state_dict() for m in models])
+    for size in ([8] * spatial, [5, 6, *[9] * spatial], None):
+        out = split_batch(layer(input=merge_batch(x), output_size=size), 2)
+        close(out, [m(one, output_size=size) for m, one in zip(models, x)], "output")
+    with pytest.raises(ValueError, match="valid sizes"):
+        layer(merge_batch(x), output_size=[10] * spatial)
 
 
 def test_layers_of_a_batch_are_initialised_one_by_one() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import io
 import pickle
+import re
 import warnings
 from typing import Any
 
@@ -13,6 +14,7 @@ import pytest
 import torch
 import torch.nn as nn
 from models_harness import LeNet, Own, Wrapped, close, run_alike, separate
+from torch import Tensor
 
 from torchmb import BatchLinear, BatchModule, check
 
@@ -101,6 +103,51 @@ def test_state_dicts_that_do_not_fit_change_nothing_and_are_named(given: Any, nu
     assert all(torch.equal(v, before[k]) for k, v in batch.state_dict().items())
 
 
+@pytest.mark.parametrize("value", [np.ones((2, 4)), [[1.0] * 4] * 2, None])
+def test_what_is_no_tensor_is_not_loaded_but_named(value: Any) -> None:
+    batch, state = BatchModule(make(), 3), separate(make, 1)[0].state_dict()
+    before = {k: v.clone() for k, v in batch.state_dict().items()}
+    for strict in (True, False):
+        with pytest.raises(TypeError, match=rf"2\.0\.weight of state dict 1 is a {type(value).__name__}, no tensor"):
+            batch.load_state_dicts([state, state | {"2.0.weight": value}, state], strict=strict)
+    assert all(torch.equal(v, before[k]) for k, v in batch.state_dict().items())
+
+
+class Extra(nn.Linear):
+    """Multiplies by what is in its extra state."""
+
+    def __init__(self) -> None:
+        super().__init__(5, 4)
+        self.factor = torch.tensor([1.0, 2.0])
+
+    def get_extra_state(self) -> Any:
+        return {"factor": self.factor}
+
+    def set_extra_state(self, state: Any) -> None:
+        self.factor = state["factor"]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) * self.factor.sum()
+
+
+@pytest.mark.parametrize("wrap", [Extra, lambda: nn.Sequential(nn.Sequential(Extra()))])
+def test_an_extra_state_is_loaded_if_all_models_have_the_same(wrap: Any) -> None:
+    models = separate(wrap, 3)
+    for model in models:
+        list(model.modules())[-1].factor = torch.tensor([3.0, 4.0])
+    batch, states = BatchModule(wrap(), 3), [m.state_dict() for m in models]
+    batch.load_state_dicts(states)
+    run_alike(batch, models, torch.randn(3, 6, 5))
+    wrap().load_state_dict(batch.state_dicts()[2])
+    (name,) = (name for name in states[0] if name.endswith("_extra_state"))
+    before = {k: v.clone() for k, v in batch.state_dict().items() if k != name}
+    for strict in (True, False):
+        other = {k: v + 1 for k, v in states[0].items() if k != name}
+        with pytest.raises(ValueError, match=rf"{name} differs between state dicts 0 and 2"):
+            batch.load_state_dicts([states[0], states[1], other | {name: {"factor": torch.zeros(2)}}], strict)
+    assert all(torch.equal(batch.state_dict()[k], v) for k, v in before.items())
+
+
 def test_names_that_do_not_fit_may_be_allowed() -> None:
     batch = BatchModule(make(), 3)
     batch.load_state_dicts({"0.bias": torch.ones(4), "extra": torch.zeros(1)}, strict=False)
@@ -169,6 +216,56 @@ def test_models_that_do_not_fit_together_are_named() -> None:
         BatchModule.from_modules([nn.Linear(2, 2), nn.Linear(2, 2, bias=False)])
 
 
+def linears() -> Any:
+    return nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
+
+
+def tied() -> Any:
+    net = linears()
+    net[1].weight = net[0].weight
+    return net
+
+
+def frozen() -> Any:
+    net = linears()
+    net[0].weight.requires_grad_(False)
+    return net
+
+
+def scaled(factor: Any) -> Any:
+    net = linears()
+    net[1].factor = factor
+    return net
+
+
+@pytest.mark.parametrize(
+    ("first", "other", "difference"),
+    [
+        (nn.Sequential(nn.ReLU()), nn.Sequential(nn.Tanh()), "0 is a ReLU in module 0, a Tanh in module 1"),
+        (linears(), nn.Sequential(*linears(), nn.ReLU()), "module 0 has no 2, which is a ReLU in module 1"),
+        (linears(), linears()[:1], "module 1 has no 1, which is a Linear in module 0"),
+        (tied(), linears(), "what 1.weight is tied to is '0.weight' in module 0, None in module 1"),
+        (linears(), tied(), "what 1.weight is tied to is None in module 0, '0.weight' in module 1"),
+        (linears(), frozen(), "0.weight.requires_grad is True in module 0, False in module 1"),
+        (linears(), linears().double(), "0.weight.dtype is torch.float32 in module 0, torch.float64 in module 1"),
+        (nn.Sequential(nn.Dropout(0.1)), nn.Sequential(nn.Dropout(0.2)), "0.p is 0.1 in module 0, 0.2 in module 1"),
+        (nn.Conv2d(2, 2, 3), nn.Conv2d(2, 2, 3, 2), "stride is (1, 1) in module 0, (2, 2) in module 1"),
+        (scaled(2.0), scaled(3.0), "1.factor is 2.0 in module 0, 3.0 in module 1"),
+        (scaled(None), scaled(torch.ones(3)), "1.factor is None in module 0, a Tensor in module 1"),
+        (scaled(nn.ReLU()), scaled(None), "1.factor is a ReLU in module 0, None in module 1"),
+        (linears(), scaled(2.0), "module 0 has no 1.factor, which is 2.0 in module 1"),
+    ],
+)
+def test_models_that_would_compute_something_else_are_refused(first: Any, other: Any, difference: str) -> None:
+    with pytest.raises(ValueError, match=f"^{re.escape(difference)}$"):
+        BatchModule.from_modules([first, other])
+
+
+def test_models_may_differ_in_mode_and_in_what_a_forward_has_left() -> None:
+    models = [scaled(torch.ones(3)), scaled(torch.zeros(3)).eval(), linears()]
+    assert BatchModule.from_modules(m for m in models).training
+
+
 def test_two_classes_of_one_name_are_told_apart() -> None:
     def net(module: str) -> nn.Module:
         cls = type("Net", (nn.Linear,), {"__module__": module})
@@ -224,6 +321,18 @@ def test_a_parameter_that_seeds_cannot_reach_is_named() -> None:
 def test_a_bad_number_of_models_is_named(arguments: Any, numbers: str) -> None:
     with pytest.raises(ValueError, match=numbers):
         BatchModule(nn.Linear(2, 2), **arguments)
+
+
+def test_what_is_no_module_and_what_are_no_seeds_is_named() -> None:
+    for given in (None, nn.Linear):
+        with pytest.raises(TypeError, match=f"module must be a torch.nn.Module, got {re.escape(repr(given))}"):
+            BatchModule(given, 3)  # type: ignore[arg-type]
+        with pytest.raises(TypeError, match=f"module 1 must be a torch.nn.Module, got {re.escape(repr(given))}"):
+            BatchModule.from_modules([nn.Linear(2, 2), given])  # type: ignore[list-item]
+    with pytest.raises(TypeError, match="seeds must be integers, one for each model, got 3"):
+        BatchModule(nn.Linear(2, 2), seeds=3)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"a seed must be an integer, got 0\.5"):
+        BatchModule(nn.Linear(2, 2), seeds=[0.5])  # type: ignore[list-item]
 
 
 def test_the_number_of_models_may_be_any_integer() -> None:
