@@ -69,6 +69,15 @@ def test_outputs_have_the_nesting_and_dtypes_that_the_module_gives(dtype: torch.
         assert a.dtype == b.dtype and torch.equal(a, b)
 
 
+def test_numbers_of_rows_are_those_of_a_list() -> None:
+    rows = precompute(cached(), labelled())
+    assert rows.__getitems__([]) == []
+    assert torch.equal(rows.__getitems__([-1])[0][0], rows[len(rows) - 1][0])
+    for wrong in (len(rows), -len(rows) - 1):
+        with pytest.raises(IndexError, match=f"row {wrong} is out of range: there are {len(rows)} rows"):
+            rows.__getitems__([0, wrong])
+
+
 def test_editing_an_output_does_not_change_the_row() -> None:
     rows = precompute(cached(), labelled())
     rows[3][0].zero_()

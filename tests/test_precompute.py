@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy
 import pytest
 import torch
 from rows_harness import LABELS, Counting, N, X, assert_rows, cached, labelled
@@ -149,6 +150,12 @@ def test_arrays_ride_along_as_tensors_and_empty_batches_are_nothing() -> None:
     rows = precompute(cached(), [(X[:0], LABELS[:0].numpy()), (X, LABELS.numpy())])
     assert len(rows) == N and rows[3][1] == 30
     assert isinstance(rows.rest[0], Tensor)
+
+
+def test_arrays_of_texts_ride_along_as_lists() -> None:
+    names = numpy.array([f"row {i}" for i in range(N)])
+    rows = precompute(cached(), [(X, names), (X, names.astype(object))])
+    assert rows.rest[0] == [*names.tolist(), *names.tolist()] and rows[3][1] == "row 3"
 
 
 def test_what_rides_along_is_copied() -> None:

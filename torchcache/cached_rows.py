@@ -59,8 +59,17 @@ class CachedRows(Dataset[Any]):
         return self.__getitems__([range(len(self))[index]])[0]
 
     def __getitems__(self, indices: Sequence[int]) -> list[Any]:
-        """The items of these numbers, by one lookup. Raises LookupError for rows that no tier has any more."""
+        """The items of these numbers, by one lookup. Raises LookupError for rows that no tier has any more.
+
+        Numbers below 0 count from the end, as those of a list do; IndexError for what is out of range.
+        """
+        if len(indices) == 0:
+            return []
         where = torch.as_tensor(indices, dtype=torch.int64, device="cpu")
+        outside = (where < -len(self)) | (where >= len(self))
+        if outside.any():
+            raise IndexError(f"row {int(where[outside][0])} is out of range: there are {len(self)} rows")
+        where = where.where(where >= 0, where + len(self))
         try:
             layout, leaves = self._tiers.fetch(self.keys.index_select(0, where))
         except MissingRows as error:

@@ -204,7 +204,7 @@ def _columns(value: Any, rows: int, name: str) -> Any:
         return {key: _columns(column, rows, f"{name}[{key!r}]") for key, column in value.items()}
     if isinstance(value, tuple) and name == "the batch":
         return tuple(_columns(column, rows, f"{name}[{i}]") for i, column in enumerate(value, 1))
-    column = torch.as_tensor(value) if hasattr(value, "__array__") else value
+    column = _plain_column(value)
     if isinstance(column, Tensor):
         got = f"a tensor of shape {tuple(column.shape)}"
         fits = column.dim() > 0 and len(column) == rows
@@ -216,6 +216,13 @@ def _columns(value: Any, rows: int, name: str) -> Any:
             f"{name} rides along and must be a tensor, list or tuple with one entry for each of {rows} rows, got {got}"
         )
     return column.detach().to("cpu", copy=True) if isinstance(column, Tensor) else list(column)
+
+
+def _plain_column(value: Any) -> Any:
+    """An array as a tensor, or, of texts and objects, as a list."""
+    if not hasattr(value, "__array__") or isinstance(value, Tensor):
+        return value
+    return value.tolist() if getattr(value.dtype, "kind", "") in "OSU" else torch.as_tensor(value)
 
 
 def _form(rest: Any) -> Any:
