@@ -27,7 +27,8 @@ def test_a_lock_that_another_thread_holds_is_free_in_a_forked_child(owner: Calla
     module = torchcache(persistent=True)(nn.Linear(2, 2).requires_grad_(False))
     expected = module(X)
     held = owner(module.cache_instance)
-    lock = held._stores_lock if held is disk else held._lock  # type: ignore[attr-defined]
+    name = "_stores_lock" if held is disk else "_lock"
+    lock = getattr(held, name)
     taken, forking = threading.Event(), threading.Event()
 
     def hold() -> None:
@@ -37,6 +38,7 @@ def test_a_lock_that_another_thread_holds_is_free_in_a_forked_child(owner: Calla
 
     def use() -> None:
         signal.alarm(60)  # rather than wait for ever
+        assert getattr(held, name).acquire(blocking=False)
         assert torch.equal(module(X), expected) and module(X + 1).shape == (3, 2)
         module.cache_instance.flush()
 
