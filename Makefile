@@ -53,7 +53,7 @@ bench: $(VENV)/.torchcache-installed $(VENV)/.torchcache-demo $(VENV)/.torchcach
 # library, and runs what a GPU, if there is one, can show.
 cuda:
 	FORCE_CUDA=1 $(MAKE) VENV=$(CUDA_VENV) TORCH='$(CUDA_TORCH)' $(CUDA_VENV)/.torchcache-installed
-	FORCE_CUDA=1 $(CUDA_VENV)/bin/pytest -rs tests/test_cuda*.py tests/test_device*.py
+	FORCE_CUDA=1 $(CUDA_VENV)/bin/pytest -rs tests/native/test_cuda*.py tests/native/test_device*.py tests/tiers/test_cuda_tiers.py
 
 bench-cuda:
 	FORCE_CUDA=1 $(MAKE) VENV=$(CUDA_VENV) TORCH='$(CUDA_TORCH)' $(CUDA_VENV)/.torchcache-installed

@@ -1,6 +1,6 @@
 """Builds the distribution: compiles csrc/ against the user's torch, or packs the sources alone.
 
-Sources and flags are those of torchcache/_build.py, which compiles on first use what was packed.
+Sources and flags are those of torchcache/_native/build.py, which compiles on first use what was packed.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ if int(setuptools.__version__.partition(".")[0]) < 77:
 
 
 def load_build() -> ModuleType:
-    """torchcache/_build.py, without the package around it, which would import torch."""
-    path = ROOT / "torchcache" / "_build.py"
+    """torchcache/_native/build.py, without the package around it, which would import torch."""
+    path = ROOT / "torchcache" / "_native" / "build.py"
     spec = importlib.util.spec_from_file_location("torchcache_build", path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
@@ -52,7 +52,7 @@ class BuildPython(build_py):
     def run(self) -> None:
         super().run()
         if not self.editable_mode:
-            packed = Path(self.build_lib, "torchcache", "csrc")
+            packed = Path(self.build_lib, "torchcache", "_native", "csrc")
             shutil.rmtree(packed, ignore_errors=True)  # of an earlier build
             shutil.copytree(ROOT / "csrc", packed)
 
@@ -79,7 +79,7 @@ def native() -> dict[str, Any]:
             build.check_toolchain()
             build.compile_library(ROOT / "csrc", found, target)
 
-    extension = setuptools.Extension("torchcache._C", sources=[], py_limited_api=True)
+    extension = setuptools.Extension("torchcache._native._C", sources=[], py_limited_api=True)
     return {"ext_modules": [extension], "cmdclass": {"build_ext": BuildNative}}
 
 

@@ -17,7 +17,7 @@ import zstandard
 from interleaved import Rival, table
 from torch import Tensor
 
-from torchcache import _ops
+from torchcache._native import ops
 
 ROWS, BATCH = 8192, 64
 OPENED_ROWS = 10_000_000
@@ -30,14 +30,14 @@ def batches(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
 
 
 def open_store(folder: Path, mmap: bool = False, zstd: bool = False) -> int:
-    return _ops.store_open(str(folder), 1 << 40, zstd, 3, 2, mmap, QUEUE_BYTES)
+    return ops.store_open(str(folder), 1 << 40, zstd, 3, 2, mmap, QUEUE_BYTES)
 
 
 def filled(folder: Path, keys: Tensor, data: Tensor, zstd: bool = False) -> int:
     store = open_store(folder, zstd=zstd)
     for k, d in batches(keys, data):
-        _ops.store_put(store, k, LAYOUT, [d])
-    _ops.store_flush(store)
+        ops.store_put(store, k, LAYOUT, [d])
+    ops.store_flush(store)
     return store
 
 
@@ -75,7 +75,7 @@ def writing(root: Path, keys: Tensor, data: Tensor, rounds: int) -> None:
 
     rivals: list[Rival] = [
         ("limit: pwrite of the same bytes", pwrite),
-        ("put and flush", lambda: _ops.store_close(filled(new(), keys, data))),
+        ("put and flush", lambda: ops.store_close(filled(new(), keys, data))),
     ]
     if row_bytes <= 1 << 16:
         rivals.append(("LMDB without sync", lambda: filled_lmdb(new(), keys, data).close()))
@@ -101,8 +101,8 @@ def reading(root: Path, keys: Tensor, data: Tensor, rounds: int) -> None:
 
     def read(store: int) -> None:
         for (k,) in batches(shuffled):
-            _ops.store_find(store, k)
-            assert _ops.store_read(store, k, LAYOUT, [torch.empty(len(k), width)]).all()
+            ops.store_find(store, k)
+            assert ops.store_read(store, k, LAYOUT, [torch.empty(len(k), width)]).all()
 
     rivals: list[Rival] = [
         ("limit: pread per row into a fresh tensor", pread),
@@ -122,8 +122,8 @@ def reading(root: Path, keys: Tensor, data: Tensor, rounds: int) -> None:
 
         rivals.append(("LMDB", get))
     table(f"read {row_bytes} byte rows, batches of {BATCH}, warm, shuffled", rivals, rounds, rows / 1e3, "k rows/s")
-    _ops.store_close(store)
-    _ops.store_close(mapped)
+    ops.store_close(store)
+    ops.store_close(mapped)
 
 
 def system_zstd() -> Callable[[int, int, int], None]:
@@ -157,7 +157,7 @@ def compressing(root: Path, keys: Tensor, data: Tensor, rounds: int) -> None:
 
     rivals: list[Rival] = [
         ("limit: the same libzstd, 2 threads", limit),
-        ("put and flush with zstd", lambda: _ops.store_close(filled(new(), keys, rows, zstd=True))),
+        ("put and flush with zstd", lambda: ops.store_close(filled(new(), keys, rows, zstd=True))),
         (f"zstandard with its zstd {'.'.join(map(str, zstandard.ZSTD_VERSION))}", bundled),
     ]
     table(f"compress {row_bytes} byte rows, level 3, 2 threads", rivals, rounds, rows.nbytes / 1e6, "MB/s")
@@ -168,7 +168,7 @@ def sizes(root: Path) -> None:
     print("\nbytes on disk for each byte of rows, indexes included")
     for width, count in ((768, 20_000), (10, 200_000)):
         store = filled(root / str(width), torch.randint(-(2**63), 2**63 - 1, (count, 2)), torch.randn(count, width))
-        _ops.store_close(store)
+        ops.store_close(store)
         files = sum(path.stat().st_size for path in (root / str(width)).iterdir())
         print(f"  {4 * width:5} byte rows {files / (4 * width * count):39.3f}")
 
@@ -176,8 +176,8 @@ def sizes(root: Path) -> None:
 def opening(root: Path) -> None:
     store = open_store(root)
     for _ in range(OPENED_ROWS // 1000):
-        _ops.store_put(store, torch.randint(-(2**63), 2**63 - 1, (1000, 2)), LAYOUT, [torch.zeros(1000, 4)])
-    _ops.store_close(store)
+        ops.store_put(store, torch.randint(-(2**63), 2**63 - 1, (1000, 2)), LAYOUT, [torch.zeros(1000, 4)])
+    ops.store_close(store)
     indexes = list(root.glob("*.idx"))
     buffer = bytearray(1 << 18)
 
@@ -189,7 +189,7 @@ def opening(root: Path) -> None:
 
     rivals = [
         ("limit: reading the index files", read),
-        ("open", lambda: _ops.store_close(open_store(root))),
+        ("open", lambda: ops.store_close(open_store(root))),
     ]
     table(f"open a store of {OPENED_ROWS} rows", rivals, 7, OPENED_ROWS / 1e6, "M rows/s")
 

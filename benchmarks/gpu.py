@@ -14,8 +14,9 @@ import torch
 from interleaved import table
 from torch import Tensor, nn
 
-from torchcache import _ops, torchcache
-from torchcache.state import NativeWatch
+from torchcache import torchcache
+from torchcache._native import ops
+from torchcache.identity.state import NativeWatch
 
 FEATURES = 768
 ROUNDS = 50
@@ -71,15 +72,15 @@ def keys(shape: tuple[int, ...], limit: float) -> None:
     print(f"\nkeys of {shape} f32, {size / 1e6:.0f} MB")
     print_line("limit: reading it", size / limit / 1e9, size, limit)
     print_line("torch: sum", gpu_seconds(lambda: following().sum()), size, limit)
-    print_line("kernels of keys", gpu_seconds(lambda: _ops.keys([following()], call), "digest_kernel"), size, limit)
+    print_line("kernels of keys", gpu_seconds(lambda: ops.keys([following()], call), "digest_kernel"), size, limit)
     last = in_turn(lambda: torch.randn(shape, device="cuda").transpose(1, -1), size)
-    print_line("the same, transposed", gpu_seconds(lambda: _ops.keys([last()], call), "digest_kernel"), size, limit)
+    print_line("the same, transposed", gpu_seconds(lambda: ops.keys([last()], call), "digest_kernel"), size, limit)
     table(
         "  as a call, with launches and the wait",
         [
             ("limit: sum().item()", lambda: following().sum().item()),
-            ("keys", lambda: _ops.keys([following()], call)),
-            ("through the host", lambda: _ops.keys([following().cpu()], call)),
+            ("keys", lambda: ops.keys([following()], call)),
+            ("through the host", lambda: ops.keys([following().cpu()], call)),
         ],
         ROUNDS,
         size / 1e9,
@@ -109,20 +110,20 @@ def unchanged_state() -> None:
     one = torch.zeros(1, device="cuda")
     x = torch.randn(64, 1000, device="cuda")
     call = (0, 0)
-    empty = _ops.table_open()
+    empty = ops.table_open()
     table(
         f"seeing that nothing changed, {len(tensors)} tensors",
         [
             ("limit: one kernel and one wait", lambda: one.add_(1).item()),
             ("a probe of its own", watch.probe),
-            ("keys", lambda: _ops.table_take(empty, [x], call, 0)),
-            ("keys and a probe that rides along", lambda: _ops.table_take(empty, [x], call, watch.id)),
+            ("keys", lambda: ops.table_take(empty, [x], call, 0)),
+            ("keys and a probe that rides along", lambda: ops.table_take(empty, [x], call, watch.id)),
         ],
         1000,
         1e-6,
         "M/s",
     )
-    _ops.table_close(empty)
+    ops.table_close(empty)
 
 
 def hits(name: str, x: Tensor, device: str) -> None:
@@ -140,7 +141,7 @@ def hits(name: str, x: Tensor, device: str) -> None:
         return to_the_end
 
     def limit() -> None:
-        _ops.keys([x], call)
+        ops.keys([x], call)
         rows.index_select(0, order)
 
     with torch.no_grad():
@@ -153,7 +154,7 @@ def main() -> None:
         print("there is no GPU here: nothing is measured")
         return
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, {time.strftime('%d %B %Y')}")
-    print(f"CUDA built in for: {', '.join(map(str, _ops.cuda_architectures())) or 'none: all goes through the host'}")
+    print(f"CUDA built in for: {', '.join(map(str, ops.cuda_architectures())) or 'none: all goes through the host'}")
     limit = read_limit()
     keys((64, 3, 224, 224), limit)
     keys((4096, 512), limit)

@@ -14,9 +14,10 @@ import torch
 from interleaved import measure
 from torch import Tensor, nn
 
-from torchcache import _ops, torchcache
-from torchcache.memory import MemoryTier
-from torchcache.rows import Layout, Leaf
+from torchcache import torchcache
+from torchcache._native import ops
+from torchcache.tiers.layout import Layout, Leaf
+from torchcache.tiers.memory import MemoryTier
 
 BATCH, INPUTS = 256, 64  # 64 batches of 512 KB: every size reads its inputs from as far away
 SIZES = (10**3, 10**5, 10**7)
@@ -70,7 +71,7 @@ def limit(rows: int, width: int) -> Callable[[], Tensor]:
 
     def run() -> Tensor:
         x, order = next(turn)
-        _ops.keys([x], (0, 0))
+        ops.keys([x], (0, 0))
         return arena.index_select(0, order)
 
     return run

@@ -14,7 +14,8 @@ import torch
 from interleaved import measure, table
 from torch import Tensor, nn
 
-from torchcache import _ops, torchcache
+from torchcache import torchcache
+from torchcache._native import ops
 
 FEATURES = 768
 
@@ -48,7 +49,7 @@ def keys(library: ctypes.CDLL, threads: int) -> None:
     def read() -> None:
         list(pool.map(lambda i: library.read_all(x.data_ptr() + i * part, part), range(threads)))
 
-    rivals = [("limit: AVX2 read of the same bytes", read), ("keys", lambda: _ops.keys([x], (0, 0)))]
+    rivals = [("limit: AVX2 read of the same bytes", read), ("keys", lambda: ops.keys([x], (0, 0)))]
     table(f"keys of (64, 3, 224, 224) f32, {threads} thread(s)", rivals, 25, size / 1e9, "GB/s")
 
 
@@ -60,7 +61,7 @@ def hits(name: str, x: Tensor, rounds: int) -> None:
     order = torch.randperm(len(x))
 
     def limit() -> None:
-        _ops.keys([x], (0, 0))
+        ops.keys([x], (0, 0))
         rows.index_select(0, order)
 
     with torch.no_grad():

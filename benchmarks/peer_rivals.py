@@ -29,9 +29,9 @@ class Limit:
     """What no cache can do without: reading the input once, and gathering (or reading) the output once."""
 
     def __init__(self, folder: Path, persistent: bool) -> None:
-        from torchcache import _ops
+        from torchcache._native import ops
 
-        self._keys = _ops.keys
+        self._keys = ops.keys
         self._call = torch.zeros(2, dtype=torch.int64)
         self._file = os.open(folder / "rows", os.O_RDWR | os.O_CREAT) if persistent else None
         self._rows: Tensor | None = None

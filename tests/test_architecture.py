@@ -8,12 +8,23 @@ from collections.abc import Iterator
 from graphlib import TopologicalSorter
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).resolve().parent.parent
 CSRC = ROOT / "csrc"
 
-TIERS = {"memory", "disk"}
-KNOW_MODULES = {"decorator", "cache", "call", "keys", "fingerprint", "source", "state", "bypass"}
-BEHIND_THE_CACHE = TIERS | {"keys", "rows", "_ops", "_build"}
+# Room of torchcache/ → the rooms that it may import besides itself. "" is what users call.
+MAY_IMPORT = {
+    "": {"cli", "engine", "identity", "tiers", "_utils"},
+    "cli": {"", "tiers", "_native", "_utils"},
+    "engine": {"", "identity", "tiers", "_native", "_utils"},
+    "identity": {"", "_native", "_utils"},
+    "tiers": {"", "_native", "_utils"},
+    "_native": {"_utils"},
+    "_utils": set(),
+}
+# What a room may use of the files at the top: what everybody knows, and no other.
+KNOWN_TO_ALL = {"options", "errors", "_version"}
 
 # Folder of csrc/ → the folders that it may include besides itself. "" is csrc/ itself.
 MAY_INCLUDE = {
@@ -26,24 +37,31 @@ MAY_INCLUDE = {
 
 def imported(path: Path) -> Iterator[str]:
     """Dotted names of all that a Python file imports, also inside functions."""
+    package = list(path.relative_to(ROOT).parts[:-1])
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
             yield from (name.name for name in node.names)
         elif isinstance(node, ast.ImportFrom):
-            package = [path.parent.name] if node.level else []
-            module = ".".join([*package, *([node.module] if node.module else [])])
+            above = package[: len(package) - node.level + 1] if node.level else []
+            module = ".".join([*above, *([node.module] if node.module else [])])
             yield module
             yield from (f"{module}.{name.name}" for name in node.names)
 
 
-def modules() -> dict[str, set[str]]:
-    """Module of torchcache → the modules of torchcache that it imports."""
-    names = {path.stem for path in (ROOT / "torchcache").glob("*.py")}
-    graph = {}
-    for name in names:
-        parts = (m.split(".") for m in imported(ROOT / "torchcache" / f"{name}.py"))
-        graph[name] = {p[1] for p in parts if p[0] == "torchcache" and len(p) > 1} & names
-    return graph
+def modules(package: str = "torchcache") -> dict[str, set[str]]:
+    """Module of a package → the modules of it that it imports, by their names below the package."""
+    folder = ROOT / package
+    paths = {".".join(path.relative_to(folder).with_suffix("").parts): path for path in folder.rglob("*.py")}
+    prefix = package + "."
+    return {
+        name: {m.removeprefix(prefix) for m in imported(path)} & paths.keys()
+        for name, path in paths.items()
+        if path.name != "__init__.py"
+    }
+
+
+def room(module: str) -> str:
+    return module.rpartition(".")[0]
 
 
 def reachable(graph: dict[str, set[str]], start: str) -> set[str]:
@@ -73,39 +91,52 @@ def test_the_two_libraries_never_import_each_other() -> None:
             assert not [m for m in imported(path) if m.split(".")[0] == there], path
 
 
-def test_no_module_is_reached_from_what_it_imports() -> None:
-    TopologicalSorter(modules()).prepare()  # raises CycleError, which names the cycle
+@pytest.mark.parametrize("package", ["torchcache"])
+def test_no_module_is_reached_from_what_it_imports(package: str) -> None:
+    TopologicalSorter(modules(package)).prepare()  # raises CycleError, which names the cycle
 
 
-def test_tiers_know_nothing_of_modules() -> None:
-    graph = modules()
-    for tier in TIERS:
-        assert not reachable(graph, tier) & KNOW_MODULES, tier
-
-
-def test_tiers_do_not_know_each_other() -> None:
-    for tier, imports in modules().items():
-        assert tier not in TIERS or not imports & TIERS
-
-
-def test_the_decorator_knows_nothing_of_what_is_behind_the_cache() -> None:
-    assert not modules()["decorator"] & BEHIND_THE_CACHE
+def test_rooms_import_only_what_they_may() -> None:
+    for name, imports in modules().items():
+        for other in imports:
+            here, there = room(name), room(other)
+            assert there == here or there in MAY_IMPORT[here], f"{name} imports {other}"
+            assert there or not here or other in KNOWN_TO_ALL, f"{name} imports {other}"
 
 
 def test_only_the_package_itself_imports_the_decorator() -> None:
-    assert [name for name, imports in modules().items() if "decorator" in imports] == ["__init__"]
+    assert not [name for name, imports in modules().items() if "decorator" in imports]
+
+
+def test_tiers_do_not_know_each_other() -> None:
+    tiers = {"tiers.memory", "tiers.disk"}
+    graph = modules()
+    for tier in tiers:
+        assert not graph[tier] & tiers
+
+
+def test_every_room_says_what_it_is_for() -> None:
+    for path in (ROOT / "torchcache").rglob("__init__.py"):
+        assert ast.get_docstring(ast.parse(path.read_text())), path
+
+
+def test_the_design_names_every_module() -> None:
+    design = (ROOT / "docs" / "design.md").read_text()
+    named = set(re.findall(r"`([\w./]+)\.py`", design))
+    for name in modules():
+        assert name.rpartition(".")[2] in named, name
 
 
 def test_the_build_is_known_to_the_operations_and_the_command_line_only() -> None:
-    users = {name for name, imports in modules().items() if "_build" in imports}
-    assert users == {"_ops", "__main__"}
-    assert not modules()["_build"]
+    users = {name for name, imports in modules().items() if "_native.build" in imports}
+    assert users == {"_native.ops", "cli.main"}
+    assert not modules()["_native.build"]
 
 
 def test_one_file_names_the_native_operations() -> None:
-    paths = [*(ROOT / "torchcache").glob("*.py"), *(ROOT / "torchmb").rglob("*.py")]
-    named = {path.name for path in paths if "torch.ops.torchcache" in path.read_text()}
-    assert named == {"_ops.py"}
+    paths = [path for package in ("torchcache", "torchmb") for path in (ROOT / package).rglob("*.py")]
+    named = {path.relative_to(ROOT) for path in paths if "torch.ops.torchcache" in path.read_text()}
+    assert named == {Path("torchcache/_native/ops.py")}
 
 
 def test_native_folders_include_only_what_they_may() -> None:

@@ -13,11 +13,11 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset, default_collate
 
-from torchcache.disk import DiskTier
-from torchcache.memory import MemoryTier
 from torchcache.options import Options
-from torchcache.rows import Layout, select
-from torchcache.tiers import MissingRows, Tiers
+from torchcache.tiers.chain import MissingRows, Tiers
+from torchcache.tiers.disk import DiskTier
+from torchcache.tiers.layout import Layout, select
+from torchcache.tiers.memory import MemoryTier
 
 _FORMAT = "torchcache.CachedRows 1"
 _CHECK_ROWS = 256  # read at a time

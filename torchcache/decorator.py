@@ -19,9 +19,9 @@ import torch
 from torch import nn
 from torch._C._dynamo import eval_frame
 
-from torchcache.cache import Cache
-from torchcache.fingerprint import init_arguments
-from torchcache.locks import module_lock
+from torchcache._utils.locks import module_lock
+from torchcache.engine.cache import Cache
+from torchcache.identity.fingerprint import init_arguments
 from torchcache.options import ATTRIBUTE_PREFIX, Options
 
 T = TypeVar("T")

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset, IterableDataset
 
-from torchcache.cache import Cache
 from torchcache.cached_rows import CachedRows
-from torchcache.call import map_tensors
+from torchcache.engine.cache import Cache
+from torchcache.engine.call import map_tensors
 
 _NAMED = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
 

@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from .nest import same, take
+from .pytree import same, take
 
 StateDict = Mapping[str, Any]
 BatchClass = TypeVar("BatchClass", bound=type[nn.Module])

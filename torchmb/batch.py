@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.fx import Tracer as BatcherTracer
 
-from .alike import check_alike
+from .architecture import check_alike
 from .base import (
     AbstractBatchModule,
     StateDict,
@@ -27,10 +27,10 @@ from .base import (
     split_batch,
     unstacked,
 )
+from .execution import Apart, Inputs, Kept, Models, RunLock, merged, one_by_one, vectorised
 from .layers import BatchBatchNorm2d, BatchConv2d, BatchLinear
-from .native import native
-from .nest import map_leaves, map_tensors, take
-from .run import Apart, Inputs, Kept, Models, RunLock, merged, one_by_one, vectorised
+from .layerwise import native
+from .pytree import map_leaves, map_tensors, take
 from .seeds import initialised
 from .shared import Shared
 from .state import (

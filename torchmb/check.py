@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from .batch import BatchModule
-from .nest import map_tensors, put, take
+from .pytree import map_tensors, put, take
 from .state import copied
 
 

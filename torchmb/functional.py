@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .base import inner_batch_size, integer, merge_batch, number_of_models, split_batch
-from .lift import quiet
+from .functorch import quiet
 from .rules.autocast import autocasts
 from .shared import Shared
 

@@ -11,8 +11,8 @@ from torch import nn
 from torch.utils.hooks import BackwardHook
 
 from .base import AbstractBatchModule, merge_batch, split_batch
-from .lift import Batched, lift_all, models_first
-from .nest import map_tensors, put, take
+from .functorch import Batched, lift_all, models_first
+from .pytree import map_tensors, put, take
 
 HOOKS = (
     "_forward_pre_hooks",

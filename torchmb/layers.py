@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvTransposeNd
 
 from .base import AbstractBatchModule, split_batch
-from .exact import run_layer
+from .layer_kernels import run_layer
 from .state import plain_attributes, stack_tensors
 
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from .base import AbstractBatchModule
-from .nest import map_tensors, take
+from .pytree import map_tensors, take
 
 
 class Slot(NamedTuple):

@@ -1,5 +1,5 @@
 // Devices that are not there: CPU tensors that are said to be on one, and answers by teams that are loops. What is
-// asked of which device, and how often, is the code of the library: tests/test_devices.py builds and loads this.
+// asked of which device, and how often, is the code of the library: tests/native/test_devices.py builds and loads this.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/tensor.h>
 

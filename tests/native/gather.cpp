@@ -1,5 +1,5 @@
 // The device code of the gather, compiled for the host: a launch is a loop over its parts and threads.
-// tests/test_device_gather.py builds and calls this.
+// tests/native/test_device_gather.py builds and calls this.
 #include "memory/gather.h"
 
 #include <cstdint>

@@ -1,4 +1,4 @@
-// The device code of the hash by teams that are loops: tests/test_device_hash.py builds and calls this.
+// The device code of the hash by teams that are loops: tests/native/test_device_hash.py builds and calls this.
 #include "hash/team.h"
 
 #include <algorithm>

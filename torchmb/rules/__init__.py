@@ -11,7 +11,7 @@ from typing import Any
 
 from torch.overrides import TorchFunctionMode
 
-from ..lift import current_level
+from ..functorch import current_level
 from . import (
     activation,
     attention,

@@ -8,7 +8,7 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..lift import Batched, batch_size, is_batched, lift, models_first, split_dim
+from ..functorch import Batched, batch_size, is_batched, lift, models_first, split_dim
 
 
 def _attention(

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
-from ..lift import Batched, Dim, batch_size, is_batched, lift, models_first, split_dim
+from ..functorch import Batched, Dim, batch_size, is_batched, lift, models_first, split_dim
 
 Convolution = Callable[..., Tensor]
 

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..lift import Batched, is_batched, lift_all
+from ..functorch import Batched, is_batched, lift_all
 
 ARITHMETIC = (
     *(Tensor.add_, Tensor.sub_, Tensor.mul_, Tensor.div_),

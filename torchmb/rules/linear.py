@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..lift import Batched, Dim, batch_size, current_level, is_batched, lift, models_first, reshaped, split_dim
+from ..functorch import Batched, Dim, batch_size, current_level, is_batched, lift, models_first, reshaped, split_dim
 from .autocast import as_autocast
 
 

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..lift import Batched, Dim, batch_size, is_batched, lift, models_first
+from ..functorch import Batched, Dim, batch_size, is_batched, lift, models_first
 
 
 def embedding(

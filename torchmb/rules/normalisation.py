@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.functional import _verify_batch_size, _verify_spatial_size  # type: ignore[attr-defined]
 
-from ..lift import Batched, Dim, batch_size, is_batched, lift, models_first, split_dim
+from ..functorch import Batched, Dim, batch_size, is_batched, lift, models_first, split_dim
 from .autocast import autocasts
 
 Norm = Callable[..., Tensor]  # F.batch_norm, or F.instance_norm, which takes the same

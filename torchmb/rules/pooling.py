@@ -9,7 +9,7 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..lift import Batched, Dim, folded, is_batched, lift, split_dim, unfolded
+from ..functorch import Batched, Dim, folded, is_batched, lift, split_dim, unfolded
 
 POOLS: dict[Callable[..., Any], int] = {
     getattr(F, f"{kind}_pool{n}d"): n

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..lift import Batched, Dim, batch_size, is_batched, lift_all, models_first
+from ..functorch import Batched, Dim, batch_size, is_batched, lift_all, models_first
 from .autocast import as_autocast
 from .linear import linear
 

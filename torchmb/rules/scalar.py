@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 from torch._C._functorch import is_functorch_wrapped_tensor
 
-from ..lift import current_level, is_batched, lift, unwrap
+from ..functorch import current_level, is_batched, lift, unwrap
 
 NUMBERS = (Tensor.item, Tensor.tolist, Tensor.__float__, Tensor.__int__, Tensor.__index__, Tensor.__bool__)
 

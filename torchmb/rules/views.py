@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch._C._functorch import is_functorch_wrapped_tensor
 
-from ..lift import Batched, current_level, is_batched, lift, models_first, unwrap
+from ..functorch import Batched, current_level, is_batched, lift, models_first, unwrap
 
 # Of one model's tensor these give a view, or may.
 VIEWING = frozenset(

@@ -1,0 +1,28 @@
+"""Where the native parts of tests are, and what compiles them."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import shlex
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+CSRC = ROOT / "csrc"
+NATIVE = ROOT / "tests" / "native"
+
+
+def compiler() -> list[str]:
+    return shlex.split(os.environ.get("CXX", "")) or [shutil.which("c++") or "g++"]
+
+
+def built(source: str) -> ctypes.CDLL:
+    """The library of tests/native/`source`: device code for the host. What is undefined in C++ ends the process."""
+    flags = ["-std=c++17", "-O1", "-shared", "-fPIC", "-pthread", "-fsanitize=undefined", "-fno-sanitize-recover=all"]
+    with tempfile.TemporaryDirectory() as folder:
+        library = f"{folder}/device.so"
+        subprocess.run([*compiler(), *flags, f"-I{CSRC}", str(NATIVE / source), "-o", library], check=True)
+        return ctypes.CDLL(library)

@@ -1,0 +1,1 @@
+"""The compiled library: how it is found or built, and its operations."""

@@ -1,0 +1,248 @@
+"""The native operations, typed: the only file that names ``torch.ops.torchcache``.
+
+The library is loaded at the first use, not at import: it may have to be compiled then (`torchcache._native.build`).
+A digest or key in a tensor is int64 ``[2]``: low half, high half. Ids name native objects until they are closed.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from torchcache._native import build
+from torchcache._utils.logs import logger
+
+Digest = tuple[int, int]  # of something on the host: low half, high half, as int64
+
+
+@functools.cache
+def _native() -> Any:
+    torch.ops.load_library(str(build.library()))  # type: ignore[no-untyped-call]
+    return torch.ops.torchcache
+
+
+@functools.cache
+def _direct(name: str) -> Any:
+    """An operation without the Python frame that torch puts around it: for those of every hit."""
+    overload = getattr(_native(), name).default
+    return getattr(overload, "_op", overload)
+
+
+# torch's stable interface does not pass these: see `bits`.
+FOREIGN_DTYPES = frozenset(
+    getattr(torch, name) for name in ("float8_e8m0fnu", "float4_e2m1fn_x2") if hasattr(torch, name)
+)
+
+
+def bits(t: Tensor) -> Tensor:
+    """The tensor in a dtype that the native code takes, bits unchanged."""
+    return t.view(torch.uint8) if t.dtype in FOREIGN_DTYPES else t
+
+
+def hashable(t: Tensor) -> Tensor:
+    """The same bytes where and as the native code takes them: on the CPU where it cannot read the tensor's device."""
+    t = t.resolve_conj().resolve_neg()
+    if not t.is_cpu and not (t.is_cuda and cuda_architectures()):
+        if t.is_cuda and torch.version.cuda:
+            _warn_of_the_way_through_the_host()
+        t = t.cpu()
+    return bits(t)
+
+
+@functools.cache
+def cuda_architectures() -> tuple[int, ...]:
+    """100 × the compute capabilities that the library has code for, such as 900; none if it is one for the CPU only."""
+    return tuple(_native().cuda_architectures.default())
+
+
+@functools.cache
+def _warn_of_the_way_through_the_host() -> None:
+    logger.warning(
+        "tensors on a GPU are copied to the host to be hashed: torchcache's native library was built without CUDA; to "
+        "have them hashed where they are, install torchcache again (pip install --force-reinstall --no-deps .) where "
+        "CUDA_HOME is a CUDA toolkit %s; python -m torchcache says what is built in",
+        (torch.version.cuda or "").partition(".")[0],
+    )
+
+
+def keys(rows: list[Tensor], call: Digest) -> Tensor:
+    """Keys of a batch: rows ``[B, …]`` each, call digest → int64 ``[B, 2]``.
+
+    Rows may be on CUDA devices if there are `cuda_architectures` (see `hashable`); keys are on the CPU. What was queued
+    on the current stream comes first; one transfer and one wait for each device.
+
+    Raises:
+        RuntimeError: the current stream captures a CUDA graph.
+    """
+    return cast(Tensor, _native().keys.default(rows, *call))
+
+
+def digests(tensors: list[Tensor]) -> Tensor:
+    """Digest of each tensor as if it were one row → int64 ``[N, 2]`` on the CPU, wherever the tensors are."""
+    return cast(Tensor, _native().digests.default(tensors))
+
+
+def watch_open(tensors: list[Tensor]) -> int:
+    """Registers tensors that are not expected to change; they are kept alive."""
+    return cast(int, _native().watch_open.default(tensors))
+
+
+def watch_probe(watch: int) -> int:
+    """A number that stays the same while addresses, shapes and some bytes of the tensors do.
+
+    One wait for each CUDA device with tensors of the watch; none if it rides along with `table_take` of rows there.
+    """
+    return cast(int, _native().watch_probe.default(watch))
+
+
+def watch_close(watch: int) -> None:
+    _native().watch_close.default(watch)
+
+
+def table_open() -> int:
+    """A new key table: key → (layout, slot)."""
+    return cast(int, _native().table_open.default())
+
+
+def table_lookup(table: int, keys: Tensor) -> tuple[Tensor, Tensor, int]:
+    """Slots int64 ``[B]`` (``-1 - j`` for the j-th distinct missing row), first rows of those ``[M]``, layout.
+
+    The layout is -1 where nothing was found and -2 where rows of several layouts were.
+    """
+    return cast("tuple[Tensor, Tensor, int]", _native().table_lookup.default(table, keys))
+
+
+def table_take(table: int, rows: list[Tensor], call: Digest, watch: int) -> tuple[bool, list[Tensor], int, int]:
+    """True and the leaves ``[B, …]`` of a batch of which every row is there and in chunks that native code can read.
+
+    Else false and `keys` and `table_lookup` of the batch: keys, slots, first rows of the distinct missing ones. Then
+    the layout, and `watch_probe` of the watch, or 0 where that is 0.
+    """
+    taken: tuple[bool, list[Tensor], int, int] = _direct("table_take")(table, rows, *call, watch)
+    return taken
+
+
+def table_take_keys(table: int, keys: Tensor) -> tuple[list[Tensor], int]:
+    """The leaves ``[B, …]`` of the rows with these keys, as `table_take` gives them; and the layout."""
+    return cast("tuple[list[Tensor], int]", _native().table_take_keys.default(table, keys))
+
+
+def table_chunk(table: int, layout: int, first: int, leaves: list[Tensor]) -> None:
+    """Makes known where the rows of a layout from slot `first` on lie: contiguous ``[rows, …]``, one for each leaf."""
+    _native().table_chunk.default(table, layout, first, leaves)
+
+
+def table_insert(table: int, keys: Tensor, layout: int, first: int) -> None:
+    """The keys get the slots ``first``, ``first + 1``, …"""
+    _native().table_insert.default(table, keys, layout, first)
+
+
+def table_find(table: int, low: int) -> tuple[int, int]:
+    """Layout and slot of the key with that low half; layout -1 if there is none."""
+    return cast("tuple[int, int]", _native().table_find.default(table, low))
+
+
+def table_lows(table: int) -> Tensor:
+    """Low halves of all keys, int64 ``[N]``, in no order."""
+    return cast(Tensor, _native().table_lows.default(table))
+
+
+def table_close(table: int) -> None:
+    _native().table_close.default(table)
+
+
+def store_open(
+    directory: str,
+    max_bytes: int,
+    zstd: bool,
+    level: int,
+    threads: int,
+    mmap: bool,
+    queue_bytes: int,
+) -> int:
+    """Opens the store of a directory; damage or a missing directory is an empty store and a warning."""
+    return cast(
+        int,
+        _native().store_open.default(directory, max_bytes, zstd, level, threads, mmap, queue_bytes),
+    )
+
+
+def store_find(store: int, keys: Tensor) -> tuple[Tensor, str]:
+    """Which rows are there: bool ``[B]``, and the layout of those ("" if none)."""
+    return cast("tuple[Tensor, str]", _native().store_find.default(store, keys))
+
+
+def store_read(store: int, keys: Tensor, layout: str, leaves: list[Tensor]) -> Tensor:
+    """Reads rows into contiguous CPU tensors, one for each leaf → bool ``[B]``: read and verified."""
+    return cast(Tensor, _native().store_read.default(store, keys, layout, leaves))
+
+
+def store_put(store: int, keys: Tensor, layout: str, leaves: list[Tensor]) -> int:
+    """Queues copies of the rows for writing → how many of the first ones were admitted."""
+    return cast(int, _native().store_put.default(store, keys, layout, leaves))
+
+
+def store_flush(store: int) -> None:
+    """Returns when everything queued is written or given up."""
+    _native().store_flush.default(store)
+
+
+def store_stats(store: int) -> list[int]:
+    """In the order of ``csrc/store/store.h``'s Stats."""
+    return cast("list[int]", _native().store_stats.default(store))
+
+
+def store_warnings(store: int) -> list[str]:
+    """What has gone wrong since the last time, each thing once."""
+    return cast("list[str]", _native().store_warnings.default(store))
+
+
+def store_close(store: int) -> None:
+    _native().store_close.default(store)
+
+
+def segment_summary(directory: str, name: str) -> tuple[list[int], list[str]]:
+    """Idle, bytes, index bytes, blocks; then codec, rows, bytes, stored bytes for each of the layouts."""
+    return cast("tuple[list[int], list[str]]", _native().segment_summary.default(directory, name))
+
+
+def segment_verify(directory: str, name: str, position: int, bytes: int) -> list[int]:
+    """Position, done, rows; then kind, offset, bytes, rows of each damage: ``csrc/store/maintain.h``."""
+    return cast("list[int]", _native().segment_verify.default(directory, name, position, bytes))
+
+
+def segment_waste(directory: str, names: list[str]) -> list[int]:
+    """Duplicate rows and ranges without a block, for each segment."""
+    return cast("list[int]", _native().segment_waste.default(directory, names))
+
+
+def segment_keys(directory: str, name: str, layout: str) -> Tensor:
+    """Keys of the rows of one layout, int64 ``[N, 2]``, in the order of the file."""
+    return cast(Tensor, _native().segment_keys.default(directory, name, layout))
+
+
+def segment_remove(path: str) -> bool:
+    """Removes a file that no process writes any more; False if one may."""
+    return cast(bool, _native().segment_remove.default(path))
+
+
+def compact_open(directory: str, kept: list[str]) -> int:
+    """A compaction; rows of the kept segments are not copied from others."""
+    return cast(int, _native().compact_open.default(directory, kept))
+
+
+def compact_take(compaction: int, name: str) -> bool:
+    """Copies the rows of a segment; False if a process may still write it."""
+    return cast(bool, _native().compact_take.default(compaction, name))
+
+
+def compact_finish(compaction: int) -> list[int]:
+    """Puts the new segments into place, removes the old → the order of ``csrc/store/compaction.h``'s Counts."""
+    return cast("list[int]", _native().compact_finish.default(compaction))
+
+
+def compact_close(compaction: int) -> None:
+    _native().compact_close.default(compaction)

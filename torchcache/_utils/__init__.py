@@ -1,0 +1,1 @@
+"""What has nothing to do with caching: the logger, fork-safe locks, lazy attributes."""

@@ -1,0 +1,106 @@
+"""Why rows were not found: what a key is made of, against the last call and against what the directory remembers."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from torchcache.engine.call import Form
+from torchcache.engine.keys import KEY_FORMAT, Kind
+from torchcache.identity.fingerprint import Fingerprint
+from torchcache.options import Options
+from torchcache.tiers.disk import META_FILE, read_meta
+
+Parts = dict[str, bytes]
+# Form and kind of the call, parts of the state: the arguments of `key_parts`.
+Asked = tuple[Form, Kind, Parts]
+
+
+class Explanation(NamedTuple):
+    """What ``cache_instance.explain(...)`` says; ``str()`` of it is for people.
+
+    `since_last_call` and `since_directory` name the parts of the key that differ from the last cached
+    call and from the first call that wrote to the directory (or, where this module hash has none yet, to
+    the newest directory of the same class); None where there is nothing to compare with.
+    """
+
+    rows: int
+    in_memory: int
+    on_disk: int
+    since_last_call: list[str] | None
+    since_directory: list[str] | None
+
+    def __str__(self) -> str:
+        lines = [f"{self.in_memory} of {self.rows} rows are in memory, {self.on_disk} more on disk"]
+        if self.in_memory + self.on_disk < self.rows:
+            lines.append("against the last call: " + _sentence(self.since_last_call))
+            lines.append("against the directory: " + _sentence(self.since_directory))
+        return "\n".join(lines)
+
+
+def _sentence(changed: list[str] | None) -> str:
+    if changed is None:
+        return "nothing to compare with"
+    if not changed:
+        return "nothing has changed but the rows themselves"
+    more = f" and {len(changed) - 8} more" if len(changed) > 8 else ""
+    return "changed: " + ", ".join(changed[:8]) + more
+
+
+def key_parts(form: Form, kind: Kind, state: Parts) -> Parts:
+    """What the keys of a call were made of, by name."""
+    arguments: Parts = {}
+    for name, part in zip(form.names, form.parts):
+        arguments[f"argument {name}"] = arguments.get(f"argument {name}", b"") + part
+    _, mode, autocast = kind
+    return {**arguments, "mode (train or eval)": mode, "autocast": autocast, **state}
+
+
+def differing(now: Mapping[str, object], before: Mapping[str, object]) -> list[str]:
+    """Names of the parts that differ, are new or are gone."""
+    return [name for name in dict.fromkeys([*now, *before]) if now.get(name) != before.get(name)]
+
+
+def meta(fingerprint: Fingerprint, options: Options, call: Parts) -> dict[str, Any]:
+    """What a directory remembers of the module that it belongs to, and of the first call that wrote to it."""
+    return {
+        "class": fingerprint.name,
+        "key_format": KEY_FORMAT,
+        "key_parts": _shortened(call),
+        "hash_parts": _shortened(_hash_parts(fingerprint)),
+        "module_hash": fingerprint.module_hash,
+        "options": {name: str(value) for name, value in options.stored().items()},
+        "torch": torch.__version__,
+    }
+
+
+def since_directory(directory: Path, fingerprint: Fingerprint, call: Parts) -> list[str] | None:
+    """What differs from what a meta.json remembers: that of the directory, else the newest one of the same class."""
+    own = read_meta(directory)
+    if own:
+        return _compared(call, own.get("key_parts"))
+    others = [m.parent for m in directory.parent.glob(f"*/{META_FILE}")]
+    others = [d for d in others if read_meta(d).get("class") == fingerprint.name]
+    if not others:
+        return None
+    newest = max(others, key=lambda d: (d / META_FILE).stat().st_mtime)
+    return _compared(_hash_parts(fingerprint), read_meta(newest).get("hash_parts"))
+
+
+def _hash_parts(fingerprint: Fingerprint) -> Parts:
+    """The parts of a module hash, with the code of each class by itself."""
+    classes = {f"code of {name}": code for name, code in fingerprint.classes().items()}
+    return {**fingerprint.parts, **classes}
+
+
+def _compared(now: Parts, before: Any) -> list[str] | None:
+    return differing(_shortened(now), before) if isinstance(before, dict) else None
+
+
+def _shortened(parts: Parts) -> dict[str, str]:
+    """64 bits of a digest are enough to tell that something changed."""
+    return {name: hashlib.blake2b(part, digest_size=8).hexdigest() for name, part in parts.items()}

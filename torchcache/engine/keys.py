@@ -1,0 +1,80 @@
+"""Call → keys. What goes into a key is written down in docs/format.md, "Keys and digests"."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from torchcache._native import ops
+from torchcache._native.ops import Digest
+from torchcache._utils.locks import lock
+from torchcache.engine.call import Call
+from torchcache.identity.encoding import encode
+
+KEY_FORMAT = 1
+
+_FOREIGN = ops.FOREIGN_DTYPES
+_FLOAT = torch.float32
+_default_dtype = torch.get_default_dtype
+_autocast_enabled = torch.is_autocast_enabled
+
+_LONGEST_REMEMBERED = 64 << 10  # bytes of a description whose digest is remembered
+_MOST_DIGESTS = 4096  # remembered call digests; a state that changes on every call must not pile them up
+
+
+# What is the same for all calls of one kind: description, mode (training flags), autocast.
+Kind = tuple[bytes, bytes, bytes]
+
+
+class Keys:
+    """Makes the keys of the calls of one cache. Thread-safe."""
+
+    def __init__(self, subsample_count: int | None) -> None:
+        """With a `subsample_count` only about so many elements of a row are hashed."""
+        self._subsample_count = subsample_count
+        self._digests: dict[tuple[bytes, ...], Digest] = {}
+        self._lock = lock(self)
+
+    def parts(self, call: Call, kind: Kind, state: bytes) -> tuple[list[Tensor], Digest]:
+        """What the keys of a call are made of: the tensors to hash, row by row, and the call digest."""
+        tensors = call.tensors
+        if self._subsample_count is not None or not all(map(_is_plain, tensors)):
+            tensors = [self._row_bytes(t) for t in tensors]
+        return tensors, self._call_digest((*kind, state))
+
+    def _call_digest(self, parts: tuple[bytes, ...]) -> Digest:
+        digest = self._digests.get(parts)
+        if digest is None:
+            encoded = encode((KEY_FORMAT, *parts))
+            low, high = ops.digests([torch.frombuffer(bytearray(encoded), dtype=torch.uint8)])[0].tolist()
+            digest = (low, high)
+            if len(encoded) <= _LONGEST_REMEMBERED:
+                with self._lock:
+                    if len(self._digests) >= _MOST_DIGESTS:
+                        self._digests.clear()
+                    self._digests[parts] = digest
+        return digest
+
+    def _row_bytes(self, t: Tensor) -> Tensor:
+        if self._subsample_count is not None:
+            t = t.flatten(1) if t.dim() > 1 else t.unsqueeze(1)
+            t = t[:, :: max(1, t.shape[1] // self._subsample_count)]
+        return ops.hashable(t)
+
+
+def _is_plain(t: Tensor) -> bool:
+    """Whether its bytes are in memory that native code reads, as they count."""
+    return t.is_cpu and not (t.is_neg() or t.is_conj() or t.dtype in _FOREIGN)
+
+
+def autocast(device_type: str) -> bytes:
+    """Autocast of the inputs' device: off, or its dtype; and the default dtype, unless that is float32.
+
+    On every device the same dtypes give the same bytes.
+    """
+    default = _default_dtype()
+    enabled = _autocast_enabled(device_type)
+    if not enabled and default is _FLOAT:
+        return b""
+    dtype = torch.get_autocast_dtype(device_type) if enabled else None
+    return encode(dtype) if default is _FLOAT else encode((dtype, default))

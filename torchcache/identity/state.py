@@ -1,0 +1,408 @@
+"""State of what computes: weights, buffers, plain tensor attributes.
+
+A digest of everything is taken once. After that each call takes a cheap look (identities, version
+counters, and natively addresses, shapes and some bytes of every tensor), and only what changed is
+digested again. Tensors that require grad are digested in full at every look: an optimizer may change
+them without moving a counter.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import struct
+import weakref
+from collections.abc import Callable, Iterator
+from operator import attrgetter, is_
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from torchcache._native import ops
+from torchcache.identity.encoding import encode, is_plain
+
+# Attributes of every nn.Module that say nothing about what it computes (hooks are part of the code).
+_MODULE_ATTRIBUTES = frozenset(nn.Module().__dict__)
+_OWN_PREFIXES = ("_torchcache", "torchcache_", "_torchdynamo_")  # the last counts compilations
+
+ABSENT = object()
+
+# (id of a module's __dict__, name) of what forwards set → the value that is to be described instead of the present one;
+# ABSENT for what was not there before.
+Moved = dict[tuple[int, str], Any]
+
+_get = dict.get
+_requires_grad = attrgetter("requires_grad")
+_get_version = attrgetter("_version")
+_CONTAINERS = ("_parameters", "_buffers", "_modules")
+_HOOKS = ("_forward_pre_hooks", "_forward_hooks")  # of submodules: those of the module itself run outside the cache
+
+
+class Unwatchable(Exception):
+    """A tensor of the state has no bytes to look at: on the meta device, of a tensor subclass, without a storage."""
+
+
+class Uninitialized(Unwatchable):
+    """A parameter of a lazy module has no bytes before the first call."""
+
+
+class _Watched:
+    """One tensor of the state. The digest is that of its bytes at `version`."""
+
+    __slots__ = ("digest", "name", "tensor", "version")
+
+    def __init__(self, name: str, tensor: Tensor) -> None:
+        self.name = name
+        self.tensor = tensor
+        self.version = 0
+        self.digest = b""
+
+    @property
+    def is_live(self) -> bool:
+        """Whether edits may leave no trace: of what is trained, and of inference tensors, which count no versions."""
+        return self.tensor.requires_grad or self.tensor.is_inference()
+
+    def encoded(self) -> bytes:
+        t = self.tensor
+        parts = (self.name, t.dtype, tuple(t.shape), str(t.layout))
+        return encode((*parts, scales(t)) if t.is_quantized else parts) + self.digest
+
+
+class State:
+    """Watches the modules and tensors that one cached forward uses.
+
+    Args:
+        modules: gives name → root module; all submodules are included.
+        tensors: name → tensor that is reached otherwise (a global, a closure).
+        describe: gives what → canonical bytes of the code and configuration of the modules; called anew when a
+            submodule is replaced or set otherwise.
+        own: the module whose own plain attributes are watched live, or None.
+    """
+
+    def __init__(
+        self,
+        modules: Callable[[], dict[str, nn.Module]],
+        tensors: dict[str, Tensor],
+        describe: Callable[[Moved], dict[str, bytes]],
+        own: nn.Module | None,
+    ) -> None:
+        self._roots = modules
+        self._tensors = tensors
+        self._describe = describe
+        self._own = own
+        self._fixed: dict[str, Any] = {}  # own attributes that forward changes: what they were at first
+        self._moved: Moved = {}  # other attributes that forwards set: what they were at first
+        self._owners: dict[int, weakref.ref[nn.Module]] = {}  # by the id of their __dict__
+        self.generation = 0  # of the set of submodules
+        self.parts: dict[str, bytes] = {}  # what the digest is made of; replaced, never changed
+        self.modules: list[nn.Module] = []  # all of them, as they were at the last look; replaced, never changed
+        self._probe = 0
+        self._versions: list[int] = []
+        self._watch = NativeWatch([])
+        self._scan()
+
+    # ---- looking
+
+    def digest(self, probe: bool = True) -> bytes:
+        """16 bytes that change with the state. Cheap when nothing changed.
+
+        Without the probe, who uses them must probe the `watch` and ask whether it is `still` so.
+        """
+        # map() over prepared lists: this runs on every call, and a loop would take three times as long.
+        if (
+            not all(map(is_, map(_get, *self._columns), self._values))
+            or any(self._empty)
+            or list(map(type, self.modules)) != self._classes
+            or list(map(len, self._filled)) != self._counts
+            or (self._ordered and list(map(list, self._ordered)) != self._orders)
+            or (RemovableHandle.next_id != self._next_hook and self._hooks_added())
+            or any(map(_requires_grad, self._frozen_tensors))
+            or (self._live and list(map(_requires_grad, self._live_tensors)) != self._live_flags)
+            or (self._attributes and self._attributes_changed())
+        ):
+            self._scan()
+            return self._value
+        changed = self._changed(probe) if self._frozen else []
+        if changed or self._live:
+            _take_digests(changed)
+            _take_digests(self._live)
+            self._combine()
+        return self._value
+
+    @property
+    def watch(self) -> NativeWatch | None:
+        """What looks at the frozen tensors natively, if there are any. It must be held while it is used."""
+        return self._watch if self._frozen else None
+
+    def still(self, seen: int) -> bool:
+        return seen == self._probe
+
+    def _changed(self, probe: bool) -> list[_Watched]:
+        """The frozen tensors that may have other bytes than at the last look."""
+        changed = []
+        versions = _versions(self._frozen_tensors)
+        if versions != self._versions:
+            changed = [w for w, v in zip(self._frozen, versions) if w.version != v]
+            self._versions = versions
+        if probe and not self.still(seen := self._watch.probe()):
+            changed, self._probe = self._frozen, seen
+        return changed
+
+    @property
+    def live(self) -> bool:
+        """Whether there are tensors that are digested on every call."""
+        return bool(self._live)
+
+    @property
+    def live_names(self) -> list[str]:
+        """Names of the tensors that require grad."""
+        return [w.name for w in self._live if w.tensor.requires_grad]
+
+    # ---- what a forward does to its own module
+
+    def before_forward(self) -> tuple[bytes, list[set[str]], dict[str, Any]]:
+        return self._value, [set(d) for d in self._attribute_dicts], self._own_attributes()
+
+    def after_forward(self, before: tuple[bytes, list[set[str]], dict[str, Any]]) -> bool:
+        """Whether the forward left the state as it was.
+
+        Attributes that it adds or counts with do not matter. Parameters, buffers and submodules do: these are watched
+        from then on.
+        """
+        value, names, own = before
+        for d, old in zip(self._attribute_dicts, names):
+            self._moved.update({(id(d), name): ABSENT for name in d.keys() - old})
+        known = len(self._fixed)
+        for name, now in self._own_attributes().items():
+            if name in own and not _same(own[name], now):
+                self._fixed.setdefault(name, own[name])
+                self._attributes[name] = now
+        if len(self._fixed) != known:
+            self._combine()  # another thread may have looked while the forward ran
+        self._leave_out_moved_settings()
+        self._counts[self._attributes_from :] = map(len, self._attribute_dicts)
+        # A probe on a GPU would wait for the forward. What only that would see counts from the next call on.
+        return self.digest(probe=not any(t.is_cuda for t in self._frozen_tensors)) == value
+
+    # ---- scanning
+
+    def _scan(self) -> None:
+        self.generation += 1
+        self._forget_the_dead()
+        self._description = self._describe(self._moved)  # first: it may reach tensors and modules that are then watched
+        self._named = [
+            (".".join(filter(None, (root, name))), m)
+            for root, module in self._roots().items()
+            for name, m in module.named_modules()
+        ]
+        self.modules = [m for _, m in self._named]
+        self._classes = list(map(type, self.modules))
+        self._attribute_dicts = [m.__dict__ for m in self.modules]
+        self._owners.update({id(m.__dict__): weakref.ref(m) for m in self.modules})
+        slots = list(self._slots())
+        plain = [m for m in self.modules if isinstance(m._parameters, dict)]  # TorchScript makes new ones each time
+        held = [(d, key, value) for _, d, key, value in slots]
+        held += [(m.__dict__, name, m.__dict__[name]) for m in plain for name in _CONTAINERS]
+        self._settings_from = len(held)
+        held += self._settings()
+        dicts, keys, self._values = map(list, zip(*held)) if held else ([], [], [])
+        self._columns: Any = dicts, keys, [ABSENT] * len(held)
+        hooks = [m.__dict__.get(name, {}) for m in self.modules if m is not self._own for name in _HOOKS]
+        self._no_hooks, self._next_hook = [d for d in hooks if not d], RemovableHandle.next_id
+        self._ordered = [m._modules for m in plain if len(m._modules) > 1] + [d for d in hooks if d]
+        self._orders = list(map(list, self._ordered))
+        holders = [d for m in self.modules for d in _holders(m)]
+        self._empty = [d for d in holders if not d]
+        self._filled = [*filter(None, holders), *self._attribute_dicts]
+        self._attributes_from = len(self._filled) - len(self._attribute_dicts)
+        self._counts = list(map(len, self._filled))
+        watched = [_Watched(name, t) for name, t in self._tensors.items()]
+        watched += [_Watched(name, value) for name, _, _, value in slots if isinstance(value, Tensor)]
+        for w in watched:
+            _check(w)
+        self._live: list[_Watched] = [w for w in watched if w.is_live]
+        self._frozen: list[_Watched] = [w for w in watched if not w.is_live]
+        self._live_tensors = [w.tensor for w in self._live]
+        self._live_flags = list(map(_requires_grad, self._live_tensors))
+        self._frozen_tensors = [w.tensor for w in self._frozen]
+        self._versions = _versions(self._frozen_tensors)
+        _take_digests(watched)
+        self._watch = NativeWatch([w.tensor for w in self._frozen])
+        self._probe = self._watch.probe()
+        self._attributes: dict[str, Any] = self._own_attributes()
+        self._combine()
+
+    def _slots(self) -> Iterator[tuple[str, dict[str, Any], str, Any]]:
+        """(name, dictionary, key, value) of everything that may hold a tensor or a submodule."""
+        for path, m in self._named:
+            prefix = path + "." if path else ""
+            for d in _holders(m):
+                for key, value in d.items():
+                    yield prefix + key, d, key, value
+            for key, value in m.__dict__.items():
+                if (
+                    not self._is_product(m.__dict__, key)
+                    and (isinstance(value, Tensor) or value is None)
+                    and key not in _MODULE_ATTRIBUTES
+                ):
+                    yield prefix + key, m.__dict__, key, value
+
+    def _is_product(self, attributes: dict[str, Any], name: str) -> bool:
+        return self._moved.get((id(attributes), name)) is ABSENT
+
+    def _settings(self) -> list[tuple[dict[str, Any], str, Any]]:
+        """(dictionary, key, value) of other attributes: switches of submodules, functions and objects that they use.
+
+        Plain ones of the module itself are compared by value. Those of torch's own layers, which have ten each, are
+        hardly ever set later, and what these keep for themselves they renew.
+        """
+        return [
+            (m.__dict__, key, value)
+            for m in self.modules
+            for key, value in m.__dict__.items()
+            if value is not None and key not in _MODULE_ATTRIBUTES and not key.startswith(_OWN_PREFIXES)
+            if not isinstance(value, Tensor) and (id(m.__dict__), key) not in self._moved
+            if _may_be_set(m, key, value) and not (m is self._own and is_plain(value))
+        ]
+
+    def _leave_out_moved_settings(self) -> None:
+        """What a forward sets, a counter of a submodule, say, counts as it was before."""
+        dicts, keys, absent = self._columns
+        moved = [
+            i for i in range(self._settings_from, len(keys)) if dicts[i].get(keys[i], ABSENT) is not self._values[i]
+        ]
+        for i in reversed(moved):
+            self._moved[id(dicts[i]), keys[i]] = self._values[i]
+            del dicts[i], keys[i], absent[i], self._values[i]
+
+    def _forget_the_dead(self) -> None:
+        """What forwards set on modules that are gone: others may have their ids."""
+        gone = {key for key, owner in self._owners.items() if owner() is None}
+        self._owners = {key: owner for key, owner in self._owners.items() if key not in gone}
+        self._moved = {key: value for key, value in self._moved.items() if key[0] not in gone}
+
+    def _hooks_added(self) -> bool:
+        """Asked only when some module of the process has got a hook."""
+        self._next_hook = RemovableHandle.next_id
+        return any(self._no_hooks)
+
+    def _attributes_changed(self) -> bool:
+        assert self._own is not None
+        now = self._own.__dict__
+        for name, value in self._attributes.items():
+            if (found := now.get(name, ABSENT)) is not value and not _same(found, value):
+                return True
+        return False
+
+    def _own_attributes(self) -> dict[str, Any]:
+        if self._own is None:
+            return {}
+        return {
+            name: value
+            for name, value in self._own.__dict__.items()
+            if name not in _MODULE_ATTRIBUTES and not name.startswith(_OWN_PREFIXES) and is_plain(value)
+        }
+
+    def _combine(self) -> None:
+        own = {**self._attributes, **self._fixed}
+        own = {k: v for k, v in own.items() if self._own is None or not self._is_product(self._own.__dict__, k)}
+        self.parts = {
+            **self._description,
+            **{f"attribute {name}": encode(value) for name, value in own.items()},
+            **{f"tensor {w.name}": w.encoded() for w in (*self._frozen, *self._live)},
+        }
+        self._value: bytes = hashlib.blake2b(encode(dict(sorted(self.parts.items()))), digest_size=16).digest()
+
+
+class NativeWatch:
+    """A native watch that is closed with its owner."""
+
+    def __init__(self, tensors: list[Tensor]) -> None:
+        try:
+            self.id = ops.watch_open([_plain_view(t) for t in tensors])
+        except RuntimeError as error:
+            raise Unwatchable(str(error)) from error
+        weakref.finalize(self, ops.watch_close, self.id).atexit = False
+
+    def probe(self) -> int:
+        return ops.watch_probe(self.id)
+
+
+def _take_digests(watched: list[_Watched]) -> None:
+    for w in watched:
+        w.version = _version(w.tensor)
+    for w, digest in zip(watched, digests([w.tensor for w in watched])):
+        w.digest = digest
+
+
+def digests(tensors: list[Tensor]) -> list[bytes]:
+    """16 bytes for each tensor: the digest of its bytes."""
+    try:
+        pairs = ops.digests([_one_row(t) for t in tensors]).tolist() if tensors else []
+    except (RuntimeError, ValueError) as error:  # of a dtype that has no bytes, or without a storage
+        raise Unwatchable(str(error)) from error
+    return [struct.pack(">qq", high, low) for low, high in pairs]
+
+
+def scales(tensor: torch.Tensor) -> tuple[object, ...]:
+    """What the integers of a quantised tensor stand for."""
+    if tensor.qscheme() in (torch.per_tensor_affine, torch.per_tensor_symmetric):
+        return tensor.q_scale(), tensor.q_zero_point()
+    scales = tensor.q_per_channel_scales(), tensor.q_per_channel_zero_points()
+    return tensor.q_per_channel_axis(), *(tuple(item.tolist()) for item in scales)
+
+
+def _one_row(t: Tensor) -> Tensor:
+    t = t.detach()
+    if t.layout is not torch.strided or t.is_quantized:
+        t = t.to_dense() if not t.is_quantized else t.int_repr()
+    return ops.hashable(t)
+
+
+def _plain_view(t: Tensor) -> Tensor:
+    """The tensor itself, for the native look; what has no memory in the usual form is left out."""
+    if t.layout is not torch.strided or t.is_quantized or t.is_meta:
+        return torch.empty(0, device="cpu")
+    return ops.bits(t)
+
+
+def _may_be_set(m: nn.Module, name: str, value: Any) -> bool:
+    if not type(m).__module__.startswith("torch.nn."):
+        return True
+    return not (is_plain(value) or name.startswith("_"))
+
+
+def _holders(m: nn.Module) -> list[dict[str, Any]]:
+    """Where a module has its parameters, buffers and submodules. Scripted ones hold them natively, unchangeably."""
+    dicts = (m._parameters, m._buffers, m._modules)
+    return [d if isinstance(d, dict) else dict(d.items()) for d in dicts]
+
+
+def _check(w: _Watched) -> None:
+    t = w.tensor
+    if torch.nn.parameter.is_lazy(t):
+        raise Uninitialized(w.name)
+    if t.is_meta:
+        raise Unwatchable(f"{w.name} is on the meta device")
+    if type(t).__torch_dispatch__ is not Tensor.__torch_dispatch__:
+        raise Unwatchable(f"{w.name} is a {type(t).__name__}")
+
+
+def _versions(tensors: list[Tensor]) -> list[int]:
+    try:
+        return list(map(_get_version, tensors))
+    except RuntimeError:
+        return list(map(_version, tensors))
+
+
+def _version(t: Tensor) -> int:
+    try:
+        return t._version
+    except RuntimeError:  # inference tensors have none
+        return -1
+
+
+def _same(a: Any, b: Any) -> bool:
+    """Equal in type and value, for plain attributes; NaN is the same as itself."""
+    return a is b or (is_plain(a) and is_plain(b) and encode(a) == encode(b))

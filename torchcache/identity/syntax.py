@@ -1,0 +1,134 @@
+"""One function's own code: its normal form, and the names by which it reaches other things."""
+
+from __future__ import annotations
+
+import ast
+import dis
+import functools
+import importlib.util
+import linecache
+import types
+from collections.abc import Iterator
+
+from torchcache.identity.encoding import encode
+
+# What the grammar notes beside the program: the role of a name, u"" prefixes, type comments.
+_NOTES = frozenset(("ctx", "kind", "type_comment"))
+_FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)
+_DOCUMENTED = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
+
+
+@functools.lru_cache(maxsize=256)
+def _functions_of(text: str) -> dict[tuple[int, str], tuple[list[ast.AST], list[types.CodeType]]]:
+    """The functions in a source text by first line and name: trees and what they compile to."""
+    found: dict[tuple[int, str], tuple[list[ast.AST], list[types.CodeType]]] = {}
+    tree = ast.parse(text)
+    for node in ast.walk(tree):
+        if isinstance(node, _FUNCTIONS):
+            first = min([node.lineno, *(item.lineno for item in decorators(node))])
+            found.setdefault((first, getattr(node, "name", "<lambda>")), ([], []))[0].append(node)
+    # A notebook's cell may await at its top level.
+    flags = ast.PyCF_ALLOW_TOP_LEVEL_AWAIT
+    for code in _nested(compile(tree, "", "exec", flags, dont_inherit=True)):
+        if (code.co_firstlineno, code.co_name) in found:
+            found[code.co_firstlineno, code.co_name][1].append(code)
+    return found
+
+
+def _nested(code: types.CodeType) -> Iterator[types.CodeType]:
+    yield code
+    for constant in code.co_consts:
+        if isinstance(constant, types.CodeType):
+            yield from _nested(constant)
+
+
+def text_of(function: types.FunctionType) -> str:
+    """The file, cell or other text that the function came from, as it is now."""
+    file = function.__code__.co_filename
+    linecache.checkcache(file)
+    return "".join(linecache.getlines(file, function.__globals__))
+
+
+def source_of(function: types.FunctionType) -> ast.AST | None:
+    """The function's syntax tree if its source can be read and compiles to the code that runs."""
+    code = function.__code__
+    try:
+        nodes, codes = _functions_of(text_of(function)).get((code.co_firstlineno, code.co_name), ([], []))
+    except (SyntaxError, ValueError, RecursionError):
+        return None
+    # Of several lambdas on one line it is not known which is meant.
+    if len(nodes) != 1 or bytecode(code) not in map(bytecode, codes):
+        return None
+    return nodes[0]
+
+
+def decorators(node: ast.AST) -> list[ast.expr]:
+    """The decorators of a function's syntax tree; a lambda has none."""
+    return getattr(node, "decorator_list", [])
+
+
+def normal_form(node: ast.AST, *, outermost: bool = True) -> bytes:
+    """The syntax tree without positions and docstrings, the same in every version of Python.
+
+    The outermost function's decorators are left to the caller.
+    """
+    fields = []
+    for name, value in ast.iter_fields(node):
+        if name in _NOTES or (name == "decorator_list" and outermost):
+            continue
+        if name == "body" and isinstance(node, _DOCUMENTED) and ast.get_docstring(node) is not None:
+            value = value[1:]
+        items = value if isinstance(value, list) else [value]
+        forms = [normal_form(item, outermost=False) if isinstance(item, ast.AST) else encode(item) for item in items]
+        # A later version's new fields are empty in an earlier version's code.
+        if items and value is not None:
+            fields.append((name, forms))
+    return encode((type(node).__name__, fields))
+
+
+def bytecode(code: types.CodeType) -> bytes:
+    """What the interpreter runs, without positions; differs between versions of Python."""
+    constants = [bytecode(item) if isinstance(item, types.CodeType) else encode(item) for item in code.co_consts]
+    counts = (code.co_argcount, code.co_posonlyargcount, code.co_kwonlyargcount)
+    variables = (code.co_names, code.co_varnames, code.co_freevars, code.co_cellvars)
+    flags = code.co_flags & 0xFF  # *args, **kwargs, generator, coroutine
+    return encode((code.co_name, counts, flags, code.co_code, constants, variables))
+
+
+def reached(code: types.CodeType) -> set[tuple[str, ...]]:
+    """Names that the code, nested functions included, reads from outside: (name, attribute, …)."""
+    chains: set[tuple[str, ...]] = set()
+    chain: tuple[str, ...] = ()
+    for step in dis.get_instructions(code):
+        if step.opname == "EXTENDED_ARG":
+            continue
+        if chain and step.opname in ("LOAD_ATTR", "LOAD_METHOD"):
+            chain = (*chain, step.argval)
+            continue
+        chains.add(chain)
+        outside = step.opname.startswith("LOAD") and step.opname.endswith(("_GLOBAL", "_GLOBALS", "_NAME", "DEREF"))
+        chain = (step.argval,) if outside else ()
+    chains.add(chain)
+    inner = (reached(item) for item in code.co_consts if isinstance(item, types.CodeType))
+    return chains.union(*inner) - {()}
+
+
+def imported(code: types.CodeType, package: str | None) -> set[str]:
+    """Full names of the modules that the code, nested functions included, imports itself."""
+    found = set()
+    steps = list(dis.get_instructions(code))
+    for place, step in enumerate(steps):
+        if step.opname == "IMPORT_NAME":
+            before = [item for item in steps[:place] if item.opname != "EXTENDED_ARG"]
+            level = before[-2].argval
+            try:
+                found.add(importlib.util.resolve_name("." * level + step.argval, package))
+            except ImportError:
+                continue
+    inner = (imported(item, package) for item in code.co_consts if isinstance(item, types.CodeType))
+    return found.union(*inner)
+
+
+def attribute_names(code: types.CodeType) -> set[str]:
+    """Every global, attribute and imported name in the code, nested functions included."""
+    return {name for nested in _nested(code) for name in nested.co_names}

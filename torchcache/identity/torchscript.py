@@ -1,0 +1,93 @@
+"""What TorchScript code computes: the graph of a scripted or traced module or function."""
+
+from __future__ import annotations
+
+import os
+import re
+from typing import Protocol, cast
+
+import torch
+
+from torchcache.identity.encoding import Unencodable, encode
+from torchcache.identity.objects import tensor_bytes
+
+# A count of what was scripted before in the process, and the addresses of objects.
+_ACCIDENTAL = re.compile(r"___torch_mangle_\d+\.|\b0x[0-9a-f]+")
+
+
+class _Node(Protocol):
+    def hasAttribute(self, name: str) -> bool: ...
+    def kindOf(self, name: str) -> str: ...
+    def s(self, name: str) -> str: ...
+    def t(self, name: str) -> torch.Tensor: ...
+    def f(self, name: str) -> float: ...
+    def ival(self, name: str) -> object: ...
+    def output(self) -> torch._C.Value: ...
+
+
+class _Graph(Protocol):
+    def findAllNodes(self, kind: str) -> list[_Node]: ...
+    def str(self, print_source_ranges: bool) -> str: ...
+
+
+def _graph(code: object) -> _Graph | None:
+    if isinstance(code, torch.jit.ScriptModule):
+        # Not through its attribute forward, in whose place the decorator may stand.
+        compiled = getattr(code, "_c")  # noqa: B009
+        code = compiled._get_method("forward") if compiled._has_method("forward") else None
+    return cast("_Graph | None", getattr(code, "inlined_graph", None))
+
+
+def program(code: object) -> object:
+    """The graph's text, and the constants that the text rounds, cuts short or leaves out."""
+    graph = _graph(code)
+    if graph is None:
+        return None
+    constants: list[bytes] = []
+    for node in graph.findAllNodes("prim::Constant"):
+        kind = node.kindOf("value") if node.hasAttribute("value") else None
+        if kind == "t":  # a new object at each look: by value
+            constants.append(tensor_bytes(node.t("value")))
+        elif kind == "f":
+            constants.append(encode(node.f("value")))
+        elif kind == "ival":
+            constants.append(_by_value(node.ival("value")))
+    return _ACCIDENTAL.sub("", graph.str(False)), constants, _objects(code, graph)
+
+
+def _objects(code: object, graph: _Graph) -> list[bytes]:
+    """What the graph reads of objects in C++, such as packed weights, of the module and its submodules."""
+    read = graph.findAllNodes("prim::GetAttr")
+    names = sorted({node.s("name") for node in read if "torch.classes" in str(node.output().type())})
+    modules = code.modules() if names and isinstance(code, torch.jit.ScriptModule) else ()
+    found = (getattr(module, name, None) for module in modules for name in names)
+    return [_by_value(value) for value in found if isinstance(value, torch.ScriptObject)]
+
+
+def _by_value(value: object) -> bytes:
+    """Lists, tuples and objects of TorchScript; where one cannot be told, bytes that nothing else has."""
+    try:
+        return encode(value, _part)
+    except Unencodable:
+        return os.urandom(16)
+
+
+def _part(value: object) -> bytes | None:
+    if isinstance(value, torch.Tensor):
+        return tensor_bytes(value)
+    return script_object(value) if isinstance(value, torch.ScriptObject) else None
+
+
+def script_object(value: torch.ScriptObject) -> bytes | None:
+    """Packed weights and the like, by what they are saved as; None where they cannot be saved."""
+    try:
+        return encode((value._type().qualified_name(), value.__getstate__()), _part)
+    except Exception:  # what C++ raises
+        return None
+
+
+def attributes_read(module: torch.jit.ScriptModule) -> list[tuple[str, object]]:
+    """The attributes that the module's graph reads, save for its mode."""
+    graph = _graph(module)
+    names = {node.s("name") for node in graph.findAllNodes("prim::GetAttr")} if graph else set()
+    return [(name, getattr(module, name, None)) for name in sorted(names - {"training"})]

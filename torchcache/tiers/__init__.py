@@ -1,0 +1,1 @@
+"""Rows by key, in memory and on disk; nothing here knows a module or a call."""

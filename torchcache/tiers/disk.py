@@ -1,0 +1,263 @@
+"""The disk tier: the native store of one directory, shared by all caches of a process that use it.
+
+Whatever fails here is a miss and a warning, never an exception in a training step.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import functools
+import json
+import os
+import threading
+import weakref
+from collections.abc import Callable
+from multiprocessing import util
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from torchcache._native import ops
+from torchcache._utils.locks import lock, module_lock
+from torchcache._utils.logs import Once
+from torchcache.options import Options
+from torchcache.tiers.layout import Layout, select
+
+T = TypeVar("T")
+
+META_FILE = "meta.json"
+_MOST_META_BYTES = 16 << 20
+QUEUE_BYTES = 64 << 20  # of rows that wait to be written
+
+_MAX_ROW_BYTES = 1 << 30  # docs/format.md
+
+
+def read_meta(directory: Path) -> dict[str, Any]:
+    """What the meta.json of a directory says; nothing where that is missing, damaged or something else."""
+    path = directory / META_FILE
+    try:
+        if not path.is_file() or path.stat().st_size > _MOST_META_BYTES:  # a fifo would be waited for
+            return {}
+        found = json.loads(path.read_text())
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+class DiskTier:
+    """Rows on disk. Writing happens behind the training step; rows that wait for it are found already."""
+
+    def __init__(self, directory: Path, options: Options, meta: Callable[[], dict[str, Any]]) -> None:
+        self.directory = directory
+        self._meta = meta
+        self._meta_written = False
+        self._said = Once("disk cache")
+        self._store = _shared_store(directory, options)
+        self._layouts: dict[str, Layout | None] = {}
+        self._report()
+
+    def fetch(
+        self, keys: Tensor, layout: Layout | None, pin: bool = False
+    ) -> tuple[Tensor, Layout, list[Tensor]] | None:
+        """Rows that are here: their places in `keys` (int64 ``[F]``), their layout, their leaves ``[F, …]``.
+
+        Args:
+            keys: int64 ``[M, 2]``.
+            layout: what the rows must have, if that is known.
+            pin: read into pinned memory, for rows that go on to a GPU.
+        """
+        try:
+            return self._fetch(keys, layout, pin)
+        except (RuntimeError, OSError, MemoryError, ValueError) as error:
+            self._said.warn("read", "reading failed, the rows are computed again: %s", error)
+            return None
+        finally:
+            self._report()
+
+    def _fetch(self, keys: Tensor, wanted: Layout | None, pin: bool) -> tuple[Tensor, Layout, list[Tensor]] | None:
+        present, text = self._store.call(ops.store_find, keys)
+        layout = self._layout(text) if text else None
+        if layout is None or (wanted is not None and layout != wanted):
+            return None
+        where = present.nonzero().squeeze(1)
+        wanted_keys = keys if len(where) == len(keys) else keys.index_select(0, where)
+        leaves = [
+            torch.empty((len(where), *leaf.shape), dtype=leaf.stored, device="cpu", pin_memory=pin)
+            for leaf in layout.leaves
+        ]
+        verified = self._store.call(ops.store_read, wanted_keys, text, [ops.bits(t) for t in leaves])
+        if not verified.all():
+            good = verified.nonzero().squeeze(1)
+            where, leaves = where.index_select(0, good), [select(t, good) for t in leaves]
+        return (where, layout, leaves) if len(where) else None
+
+    def put(self, keys: Tensor, layout: Layout, leaves: list[Tensor]) -> None:
+        """Queues copies of the rows for writing, as far as the limit of the directory allows."""
+        try:
+            if layout.row_bytes > _MAX_ROW_BYTES:
+                self._said.warn("row", "rows of %d bytes are not kept: the most is 1 GiB", layout.row_bytes)
+                return
+            text = layout.json
+            self._layouts.setdefault(text, layout)
+            on_host = [ops.bits(t.cpu().contiguous()) for t in leaves]
+            if self._store.call(ops.store_put, keys.contiguous(), text, on_host):
+                self._write_meta()
+        except (RuntimeError, OSError, MemoryError, ValueError) as error:
+            self._said.warn("write", "writing failed, training goes on without: %s", error)
+        finally:
+            self._report()
+
+    def count(self, keys: Tensor) -> int:
+        """How many of these rows are here."""
+        return int(self._store.call(ops.store_find, keys)[0].sum())
+
+    def stats(self) -> StoreStats:
+        return StoreStats(*self._store.call(ops.store_stats))
+
+    def remove_rows(self) -> None:
+        """Removes every row of the directory. Raises OSError where that is not allowed."""
+        self._store.remove_rows()
+
+    def flush(self) -> None:
+        """Returns when every row that was put is in a file (or was given up, with a warning)."""
+        self._store.call(ops.store_flush)
+        self._report()
+
+    def _layout(self, text: str) -> Layout | None:
+        if text not in self._layouts:
+            layout = Layout.from_json(text)
+            if layout is not None and layout.row_bytes > _MAX_ROW_BYTES:
+                layout = None
+            if layout is None:
+                self._said.warn(
+                    text,
+                    "rows of a layout that this process cannot rebuild are computed again: %s",
+                    text,
+                )
+            self._layouts[text] = layout
+        return self._layouts[text]
+
+    def _write_meta(self) -> None:
+        path = self.directory / META_FILE
+        if self._meta_written and path.exists():
+            return
+        self._meta_written = True
+        if path.exists():
+            return
+        with contextlib.suppress(OSError):
+            temporary = self.directory / f".{META_FILE}.{os.getpid()}.{threading.get_ident()}"
+            temporary.write_text(json.dumps(self._meta(), indent=1, sort_keys=True) + "\n")
+            temporary.replace(path)
+
+    def _report(self) -> None:
+        for message in self._store.call(ops.store_warnings):
+            self._said.warn(message, "%s", message)
+
+
+class StoreStats:
+    """Counters of a store, in the order of csrc/store/store.h."""
+
+    def __init__(
+        self,
+        rows: int,
+        bytes_written: int,
+        queued_rows: int,
+        queued_bytes: int,
+        damaged: int,
+        dropped: int,
+        full: int,
+    ) -> None:
+        self.rows = rows
+        self.bytes_written = bytes_written
+        self.queued_rows = queued_rows
+        self.queued_bytes = queued_bytes
+        self.damaged_rows = damaged
+        self.dropped_rows = dropped
+        self.full = bool(full)
+
+
+class _Store:
+    """A native store. It is closed, which flushes it, with its last owner or at a normal exit of any process."""
+
+    def __init__(self, directory: Path, options: Options) -> None:
+        self._directory = directory
+        self._options = options
+        self._lock = lock(self)  # held while rows are removed
+        self._ids = [self._open()]  # the last one is in use
+        close = functools.partial(_close_all, self._ids)
+        weakref.finalize(self, _close_early, close).atexit = False
+        # Not finalize's own atexit: that one runs after the temporary directory is gone.
+        atexit.register(close)
+        # Children that multiprocessing forks leave without atexit, and without their parent's finalizers.
+        _close_at_child_exit(close)
+        util.register_after_fork(close, _close_at_child_exit)
+
+    def call(self, operation: Callable[..., T], *args: Any) -> T:
+        """An operation on the store; again if that was closed meanwhile, by `remove_rows` in another thread."""
+        used = self._ids[-1]
+        try:
+            return operation(used, *args)
+        except ValueError:
+            with self._lock:
+                now = self._ids[-1]
+            if now == used:
+                raise
+            return operation(now, *args)
+
+    def remove_rows(self) -> None:
+        """Removes every row of the directory, also those of other processes; they will find them missing."""
+        with self._lock:
+            ops.store_close(self._ids[-1])
+            for suffix in (".seg", ".idx"):
+                for path in self._directory.glob("?" * 32 + suffix):
+                    path.unlink(missing_ok=True)
+            self._ids.append(self._open())
+
+    def _open(self) -> int:
+        options = self._options
+        return ops.store_open(
+            str(self._directory),
+            options.max_persistent_cache_size,
+            options.zstd_compression,
+            options.zstd_compression_level,
+            options.zstd_compression_threads,
+            options.use_mmap_on_load,
+            QUEUE_BYTES,
+        )
+
+
+def _close_all(ids: list[int]) -> None:
+    for number in ids:
+        ops.store_close(number)
+
+
+def _close_early(close: functools.partial[None]) -> None:
+    atexit.unregister(close)
+    close()
+
+
+def _close_at_child_exit(close: functools.partial[None]) -> None:
+    util.Finalize(None, close, exitpriority=10)
+
+
+_stores: weakref.WeakValueDictionary[tuple[object, ...], _Store] = weakref.WeakValueDictionary()
+_stores_lock = module_lock(__name__, "_stores_lock")
+
+
+def _shared_store(directory: Path, options: Options) -> _Store:
+    key = (
+        os.path.realpath(directory),
+        options.max_persistent_cache_size,
+        options.zstd_compression,
+        options.zstd_compression_level,
+        options.zstd_compression_threads,
+        options.use_mmap_on_load,
+    )
+    with _stores_lock:
+        store = _stores.get(key)
+        if store is None:
+            store = _stores[key] = _Store(directory, options)
+        return store
