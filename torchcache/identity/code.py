@@ -21,11 +21,11 @@ from operator import itemgetter
 from typing import Any
 
 import torch
-from torch._library.custom_ops import CustomOpDef
 
+from torchcache._utils.torch_private import UNKNOWN, CustomOpDef, operator
 from torchcache.identity import syntax
 from torchcache.identity.encoding import encode, is_plain, type_name
-from torchcache.identity.objects import definition, operators, owner, settings
+from torchcache.identity.objects import definition, owner, settings, users_operators
 from torchcache.identity.origin import (
     attributes_of,
     import_users,
@@ -188,10 +188,13 @@ class _Describer(Values):
         parts = ("__func__", "__self__", "fget", "fset", "fdel", "func", "dispatcher")
         return [self.mention(getattr(obj, part), where) for part in parts if hasattr(obj, part)]
 
-    def operator(self, op: CustomOpDef) -> object:
+    def operator(self, definition: object) -> object:
         """An operator that Python code defines, for all devices and for some."""
-        kernels = [(str(device), self.mention(kernel, "")) for device, kernel in op._backend_fns.items()]
-        return "operator", op._qualname, self.mention(op._init_fn, ""), sorted(kernels, key=itemgetter(0))
+        op = operator(definition)
+        if op is None:
+            return "operator", UNKNOWN
+        kernels = [(str(device), self.mention(kernel, "")) for device, kernel in op.kernels.items()]
+        return "operator", op.qualified_name, self.mention(op.function, ""), sorted(kernels, key=itemgetter(0))
 
     def c_function(self, function: object) -> object:
         name = str(getattr(function, "__qualname__"))  # noqa: B009
@@ -260,7 +263,7 @@ class _Describer(Values):
         package = function.__globals__.get("__package__")
         for name in syntax.imported(function.__code__, package):
             self.search(import_users(name), name, names, found)
-        found.update({f"operator {op._qualname}": op for op in operators(names)})
+        found.update({f"operator {op.qualified_name}": op.definition for op in users_operators(names)})
         where = f"that {function.__qualname__} reads"
         return [(name, self.mention(found[name], f"{name}, {where}")) for name in sorted(found)]
 

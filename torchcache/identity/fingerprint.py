@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from torchcache._utils.logs import logger
+from torchcache._utils.torch_private import UNKNOWN, operators_are_known
 from torchcache.identity.code import describe, describe_value
 from torchcache.identity.encoding import Unencodable, encode, is_plain
 from torchcache.identity.objects import OPERATORS, settings, tensor_bytes
@@ -74,6 +75,7 @@ class Fingerprint:
             "code": code,
             "init arguments": init,
             **{f"option {name}": encode(value) for name, value in options.stored().items()},
+            **({} if operators_are_known() else {"operators": UNKNOWN}),
         }
         hashed = encode((FINGERPRINT_FORMAT, self.parts))
         self.module_hash = options.persistent_module_hash or hashlib.blake2b(hashed, digest_size=16).hexdigest()
