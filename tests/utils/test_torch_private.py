@@ -112,9 +112,11 @@ def test_without_a_name_rows_are_right_and_one_warning_names_it(name: str, resul
 
 
 def test_every_use_of_a_name_that_is_asked_for_later_is_guarded() -> None:
-    assert torch_private.operator(object()) is None
+    assert torch_private.parts_of_operator(object()) is None
     assert torch_private.operator_definition(object()) is None
     assert torch_private.without_frame(len) is len
+    tensors: Any = [torch.ones(1), object()]
+    assert torch_private.versions(tensors) != torch_private.versions(tensors)
     assert torch_private.compiled_forward(object()) == torch_private.UNKNOWN  # type: ignore[arg-type]
     with pytest.raises(AttributeError):
         torch_private.script_type_name(object())  # type: ignore[arg-type]

@@ -1,7 +1,7 @@
-"""The library's logger: everything it says, it says here, on the logger named ``torchcache``.
+"""The library's only logger, named ``torchcache``, and its configuration.
 
-The root logger is the application's and is never touched. Records propagate to it; while it has
-handlers of its own, the handler that is set up at import stays silent, so nothing is said twice.
+The root logger belongs to the application: the library never changes it. Records propagate to it; while it has
+handlers, the handler that the import of this module adds stays silent, so that no record appears twice.
 """
 
 from __future__ import annotations
@@ -41,15 +41,15 @@ def set_logger_config(
     stream: IO[str] | None = None,
     filename: str | os.PathLike[str] | None = None,
 ) -> None:
-    """Sets how torchcache logs. What is not given comes from the environment, else from the default.
+    """Configures the logger of torchcache. What is not given comes from the environment, else from the default.
 
     Args:
-        level: a number or name of ``logging`` (``TORCHCACHE_LOG_LEVEL``, default WARN). An unknown
-            one is reported and WARN is used.
+        level: a number or name of ``logging`` (``TORCHCACHE_LOG_LEVEL``, default WARN). An unknown level gives a
+            warning and means WARN.
         fmt: format of a record (``TORCHCACHE_LOG_FMT``).
         datefmt: format of its time (``TORCHCACHE_LOG_DATEFMT``).
-        stream: where to write, default standard error.
-        filename: a file to append to as well (``TORCHCACHE_LOG_FILE``, default none).
+        stream: where records go, default standard error.
+        filename: a file that records are also appended to (``TORCHCACHE_LOG_FILE``, default none).
     """
     given = any(x is not None for x in (level, fmt, datefmt, stream, filename))
     _configure(level, fmt, datefmt, stream, filename, yields=not given)
@@ -64,48 +64,48 @@ def _configure(
     yields: bool,
 ) -> None:
     env = os.environ.get
-    problems = []
-    wanted, date_format = fmt or env("TORCHCACHE_LOG_FMT") or _FORMAT, datefmt or env("TORCHCACHE_LOG_DATEFMT")
-    try:
-        formatter = logging.Formatter(wanted, date_format or _DATE_FORMAT)
-    except ValueError as error:
-        problems.append(f"the log format {wanted!r} is not one ({error}): using the default")
-        formatter = logging.Formatter(_FORMAT, date_format or _DATE_FORMAT)
-    handlers: list[logging.Handler] = [_Console(stream, yields)]
-    file = filename or env("TORCHCACHE_LOG_FILE")
-    if file:
-        try:
-            handlers.append(logging.FileHandler(file, mode="a"))
-        except OSError as error:
-            problems.append(
-                f"the log file {os.fspath(file)!r} cannot be opened ({error.strerror}): not logging to a file"
-            )
+    problems: list[str] = []
+    number = _level(level if level is not None else env("TORCHCACHE_LOG_LEVEL", "WARN"), problems)
+    date_format = datefmt or env("TORCHCACHE_LOG_DATEFMT") or _DATE_FORMAT
+    formatter = _formatter(fmt or env("TORCHCACHE_LOG_FMT") or _FORMAT, date_format, problems)
+    handlers = [_Console(stream, yields), *_file_handlers(filename or env("TORCHCACHE_LOG_FILE"), problems)]
     for old in list(logger.handlers):
         logger.removeHandler(old)
         old.close()
     for handler in handlers:
         handler.setFormatter(formatter)
         logger.addHandler(handler)
-    number = _number(level if level is not None else env("TORCHCACHE_LOG_LEVEL", "WARN"))
-    logger.setLevel(logging.WARNING if number is None else number)
-    if number is None:
-        wrong = level if level is not None else env("TORCHCACHE_LOG_LEVEL")
-        logger.warning(
-            "unknown log level %r: using WARN; the levels are DEBUG, INFO, WARN, ERROR and CRITICAL",
-            wrong,
-        )
+    logger.setLevel(number)
     for problem in problems:
         logger.warning("%s", problem)
 
 
-def _number(level: int | str) -> int | None:
-    if isinstance(level, int):
-        return level
-    name = level.strip().upper()
-    if name.isdecimal():
-        return int(name)
-    number = logging.getLevelName(name)
-    return number if isinstance(number, int) else None
+def _level(level: int | str, problems: list[str]) -> int:
+    name = level.strip().upper() if isinstance(level, str) else str(level)
+    number = int(level) if isinstance(level, int) or name.isdecimal() else logging.getLevelName(name)
+    if isinstance(number, int):
+        return number
+    levels = "the levels are DEBUG, INFO, WARN, ERROR and CRITICAL"
+    problems.append(f"unknown log level {level!r}: using WARN; {levels}")
+    return logging.WARNING
+
+
+def _formatter(fmt: str, datefmt: str, problems: list[str]) -> logging.Formatter:
+    try:
+        return logging.Formatter(fmt, datefmt)
+    except ValueError as error:
+        problems.append(f"the log format {fmt!r} is not one ({error}): using the default")
+        return logging.Formatter(_FORMAT, datefmt)
+
+
+def _file_handlers(file: str | os.PathLike[str] | None, problems: list[str]) -> list[logging.Handler]:
+    if not file:
+        return []
+    try:
+        return [logging.FileHandler(file, mode="a")]
+    except OSError as error:
+        problems.append(f"the log file {os.fspath(file)!r} cannot be opened ({error.strerror}): not logging to a file")
+        return []
 
 
 class WarnOnce:

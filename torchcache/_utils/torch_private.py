@@ -1,25 +1,26 @@
 """Every private name of torch that torchcache uses. No other module uses one; `_native/build.py` stands alone.
 
-A version of torch may lack any of them. The library then still gives right rows: what it cannot find out counts as the
-case in which caching would be wrong. One warning at import names what is missing, and what follows from that.
+A version of torch may lack any of them. The library then still gives right rows: where it cannot find out whether
+caching would be wrong, it does not cache. One warning at import names what is missing, and the consequence.
 """
 
 from __future__ import annotations
 
 import functools
+import operator
 import os
 import pkgutil
 from collections.abc import Callable
 from typing import Any, NamedTuple, TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from torchcache._utils.logs import logger
 
 T = TypeVar("T")
 
-# What counts as unknown differs from everything that another process describes, so that no rows are shared.
+# An unknown value. It differs from all that another process describes, so that no rows are shared.
 UNKNOWN = os.urandom(16)
 _NO_CALL = "no call is cached"
 _NOT_SHARED = "rows are not shared with other processes, unless persistent_module_hash is given"
@@ -33,18 +34,18 @@ class _Absent:
 
 
 def _private(name: str, otherwise: Any, consequence: str) -> Any:
-    """What torch calls by this name, as ``module:name``, else `otherwise`."""
+    """The value of a private name, given as ``module:name``; `otherwise` if torch does not have it."""
     try:
-        found = pkgutil.resolve_name(name)
+        value = pkgutil.resolve_name(name)
     except (ImportError, AttributeError):
         names[name] = False
         logger.warning("torch %s has no %s: %s", torch.__version__, name.replace(":", "."), consequence)
         return otherwise
     names[name] = True
-    return found
+    return value
 
 
-# ---- What is going on around a call. All of it is asked on every call, so functions are bound, not wrapped.
+# ---- What goes on around a call. Every call asks for all of it, so these are torch's functions without wrappers.
 
 # A true value while torch.jit.trace records the call.
 tracing_state: Callable[[], Any] = _private(
@@ -72,7 +73,7 @@ global_forward_hooks: dict[int, Any] = _private("torch.nn.modules.module:_global
 global_forward_pre_hooks: dict[int, Any] = _private(
     "torch.nn.modules.module:_global_forward_pre_hooks", {0: UNKNOWN}, _NO_CALL
 )
-# The level of forward-mode AD, below 0 outside of it. Where torch does not tell, each tensor is asked.
+# The level of forward-mode AD, below 0 outside of it. Where torch does not tell, engine/bypass.py asks each tensor.
 _private("torch.autograd.forward_ad:_current_level", 0, "each call takes a little longer")
 forward_ad_level: Callable[[], Any] = functools.partial(vars(torch.autograd.forward_ad).get, "_current_level", 0)
 # The base of all batch norms.
@@ -81,6 +82,32 @@ BatchNorm: type | tuple[type, ...] = _private(
     (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d),
     "only torch's own batch norms are noticed",
 )
+
+# ---- How often a tensor was changed in place.
+
+_get_version = operator.attrgetter("_version")
+
+
+def version(tensor: Tensor) -> object:
+    """The version counter of a tensor; -1 for inference tensors, which have none.
+
+    Where torch does not tell, each version differs from all others, so that the tensor counts as changed.
+    """
+    try:
+        return tensor._version
+    except RuntimeError:
+        return -1
+    except AttributeError:
+        return object()
+
+
+def versions(tensors: list[Tensor]) -> list[object]:
+    """The `version` of each tensor, without a call for each."""
+    try:
+        return list(map(_get_version, tensors))
+    except (RuntimeError, AttributeError):
+        return list(map(version, tensors))
+
 
 # ---- torch.compile. A cached call is one graph break. To import torch._dynamo costs seconds, so nothing here does.
 
@@ -121,7 +148,7 @@ class Operator(NamedTuple):
         return f"{self.namespace}::{self.name}"
 
 
-def operator(definition: Any) -> Operator | None:
+def parts_of_operator(definition: Any) -> Operator | None:
     """The parts of a `CustomOpDef`; None where torch does not tell."""
     try:
         parts = definition._namespace, definition._name, definition._init_fn, definition._backend_fns
@@ -132,20 +159,20 @@ def operator(definition: Any) -> Operator | None:
 
 def operators() -> list[Operator]:
     """All operators that Python code has defined so far, as far as torch tells."""
-    return [found for definition in list(_custom_operators.values()) if (found := operator(definition)) is not None]
+    return [parts for definition in list(_custom_operators.values()) if (parts := parts_of_operator(definition))]
 
 
 def operators_are_known() -> bool:
     """Whether torch tells what defined each of the operators."""
     definitions = list(_custom_operators.values())
-    found = names["torch._library.custom_ops:CustomOpDef"] and names["torch._library.custom_ops:OPDEFS"]
-    return found and None not in map(operator, definitions)
+    has_names = names["torch._library.custom_ops:CustomOpDef"] and names["torch._library.custom_ops:OPDEFS"]
+    return has_names and None not in map(parts_of_operator, definitions)
 
 
 def operator_definition(packet: Any) -> object | None:
     """The `CustomOpDef` of what ``torch.ops.namespace.name`` gives; None for an operator that C++ defines."""
-    found: object | None = _custom_operators.get(getattr(packet, "_qualified_op_name", None))
-    return found
+    definition: object | None = _custom_operators.get(getattr(packet, "_qualified_op_name", None))
+    return definition
 
 
 def without_frame(overload: Any) -> Any:

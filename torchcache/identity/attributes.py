@@ -1,4 +1,4 @@
-"""Which attributes count: the one list of those that say nothing about what a module, class or function computes."""
+"""Which attributes count: the only list of those that have no influence on what a module or function computes."""
 
 from __future__ import annotations
 

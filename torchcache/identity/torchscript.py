@@ -12,7 +12,7 @@ from torchcache._utils.torch_private import UNKNOWN, compiled_forward, script_ty
 from torchcache.identity.encoding import Unencodable, encode
 from torchcache.identity.objects import tensor_bytes
 
-# A count of what was scripted before in the process, and the addresses of objects.
+# The number of what the process scripted before, and the addresses of objects.
 _ACCIDENTAL = re.compile(r"___torch_mangle_\d+\.|\b0x[0-9a-f]+")
 
 
@@ -41,14 +41,14 @@ def _graph(code: object) -> _Graph | None:
 
 
 def program(code: object) -> object:
-    """The graph's text, and the constants that the text rounds, cuts short or leaves out."""
+    """Describes the graph by its text, and by the constants that the text rounds, shortens or leaves out."""
     graph = _graph(code)
     if graph is None:
         return UNKNOWN if isinstance(code, torch.jit.ScriptModule) and compiled_forward(code) is UNKNOWN else None
     constants: list[bytes] = []
     for node in graph.findAllNodes("prim::Constant"):
         kind = node.kindOf("value") if node.hasAttribute("value") else None
-        if kind == "t":  # a new object at each look: by value
+        if kind == "t":  # by value: each call gives a new tensor
             constants.append(tensor_bytes(node.t("value")))
         elif kind == "f":
             constants.append(encode(node.f("value")))
@@ -58,16 +58,16 @@ def program(code: object) -> object:
 
 
 def _objects(code: object, graph: _Graph) -> list[bytes]:
-    """What the graph reads of objects in C++, such as packed weights, of the module and its submodules."""
+    """Describes the C++ objects of the module and its submodules, such as packed weights, that the graph reads."""
     read = graph.findAllNodes("prim::GetAttr")
     names = sorted({node.s("name") for node in read if "torch.classes" in str(node.output().type())})
     modules = code.modules() if names and isinstance(code, torch.jit.ScriptModule) else ()
-    found = (getattr(module, name, None) for module in modules for name in names)
-    return [_by_value(value) for value in found if isinstance(value, torch.ScriptObject)]
+    values = (getattr(module, name, None) for module in modules for name in names)
+    return [_by_value(value) for value in values if isinstance(value, torch.ScriptObject)]
 
 
 def _by_value(value: object) -> bytes:
-    """Lists, tuples and objects of TorchScript; where one cannot be told, bytes that nothing else has."""
+    """Encodes lists, tuples and objects of TorchScript; as random bytes where one has no encoding."""
     try:
         return encode(value, _part)
     except Unencodable:
@@ -81,15 +81,15 @@ def _part(value: object) -> bytes | None:
 
 
 def script_object(value: torch.ScriptObject) -> bytes | None:
-    """Packed weights and the like, by what they are saved as; None where they cannot be saved."""
+    """Encodes a C++ object, such as packed weights, as it is saved; None if it cannot be saved."""
     try:
         return encode((script_type_name(value), value.__getstate__()), _part)
-    except Exception:  # what C++ raises
+    except Exception:  # C++ may raise anything
         return None
 
 
 def attributes_read(module: torch.jit.ScriptModule) -> list[tuple[str, object]]:
-    """The attributes that the module's graph reads, save for its mode."""
+    """The attributes that the module's graph reads, except for its mode."""
     graph = _graph(module)
     names = {node.s("name") for node in graph.findAllNodes("prim::GetAttr")} if graph else set()
     return [(name, getattr(module, name, None)) for name in sorted(names - {"training"})]
