@@ -114,7 +114,7 @@ std::vector<Tensor> leaves_of(const MemoryTable& memory, const Lookup& found, co
 
 // What a hit is made of, in one operation: each more would cost a few microseconds, and a wait where rows are on a GPU.
 // What goes on to one is gathered in pinned memory.
-std::tuple<bool, std::vector<Tensor>, int64_t, int64_t> table_take(int64_t table, std::vector<Tensor> rows, int64_t low,
+std::tuple<bool, std::vector<Tensor>, int64_t, int64_t> table_hash_and_read(int64_t table, std::vector<Tensor> rows, int64_t low,
                                                                    int64_t high, int64_t watch) {
   const std::shared_ptr<MemoryTable> memory = tables().get(table);
   const std::shared_ptr<Watch> watched = watch == 0 ? nullptr : watches().get(watch);
@@ -126,7 +126,7 @@ std::tuple<bool, std::vector<Tensor>, int64_t, int64_t> table_take(int64_t table
   return {false, {keys_tensor(keys), int64_tensor(slots), int64_tensor(found.missing)}, found.layout, probe};
 }
 
-std::tuple<std::vector<Tensor>, int64_t> table_take_keys(int64_t table, Tensor keys) {
+std::tuple<std::vector<Tensor>, int64_t> table_read(int64_t table, Tensor keys) {
   const std::shared_ptr<MemoryTable> memory = tables().get(table);
   const auto [data, count] = as_keys(keys);
   std::vector<int64_t> slots(count);
@@ -139,7 +139,7 @@ void table_insert(int64_t table, Tensor keys, int64_t layout, int64_t first) {
   tables().get(table)->keys.insert(data, count, layout, first);
 }
 
-void table_chunk(int64_t table, int64_t layout, int64_t first, std::vector<Tensor> leaves) {
+void table_add_chunk(int64_t table, int64_t layout, int64_t first, std::vector<Tensor> leaves) {
   tables().get(table)->arenas.add(layout, first, leaves);
 }
 
@@ -148,7 +148,7 @@ std::tuple<int64_t, int64_t> table_find(int64_t table, int64_t low) {
   return {place.layout, place.slot};
 }
 
-Tensor table_lows(int64_t table) { return int64_tensor(tables().get(table)->keys.lows()); }
+Tensor table_low_keys(int64_t table) { return int64_tensor(tables().get(table)->keys.lows()); }
 
 // ---- disk tier
 
@@ -165,7 +165,7 @@ int64_t store_open(std::string directory, int64_t max_bytes, bool zstd, int64_t 
   return stores().add(store::Store::open(options));
 }
 
-std::tuple<Tensor, std::string> store_find(int64_t store, Tensor keys) {
+std::tuple<Tensor, std::string> store_lookup(int64_t store, Tensor keys) {
   const auto [data, count] = as_keys(keys);
   Tensor present = bool_tensor(count);
   std::string layout = stores().get(store)->find(data, count, static_cast<uint8_t*>(present.mutable_data_ptr()));
@@ -193,7 +193,7 @@ Tensor store_read(int64_t store, Tensor keys, std::string layout, std::vector<Te
   return verified;
 }
 
-int64_t store_put(int64_t store, Tensor keys, std::string layout, std::vector<Tensor> leaves) {
+int64_t store_write(int64_t store, Tensor keys, std::string layout, std::vector<Tensor> leaves) {
   const auto [data, count] = as_keys(keys);
   return static_cast<int64_t>(
       stores().get(store)->put(data, count, layout, as_leaves<store::ConstLeaf>(leaves, count)));
@@ -273,7 +273,7 @@ int64_t compact_open(std::string directory, std::vector<std::string> kept) {
   return compactions().add(std::move(compaction));
 }
 
-bool compact_take(int64_t compaction, std::string name) { return compactions().get(compaction)->take(as_id(name)); }
+bool compact_add(int64_t compaction, std::string name) { return compactions().get(compaction)->take(as_id(name)); }
 
 // In the order of store::Compaction::Counts.
 std::vector<int64_t> compact_finish(int64_t compaction) {
@@ -306,20 +306,20 @@ STABLE_TORCH_LIBRARY(torchcache, m) {
   // the layout and the watch's probe.
   m.def("table_open() -> int");
   m.def("table_lookup(int table, Tensor keys) -> (Tensor, Tensor, int)");
-  m.def("table_take(int table, Tensor[] rows, int low, int high, int watch) -> (bool, Tensor[], int, int)");
-  m.def("table_take_keys(int table, Tensor keys) -> (Tensor[], int)");
-  m.def("table_chunk(int table, int layout, int first, Tensor[] leaves) -> ()");
+  m.def("table_hash_and_read(int table, Tensor[] rows, int low, int high, int watch) -> (bool, Tensor[], int, int)");
+  m.def("table_read(int table, Tensor keys) -> (Tensor[], int)");
+  m.def("table_add_chunk(int table, int layout, int first, Tensor[] leaves) -> ()");
   m.def("table_insert(int table, Tensor keys, int layout, int first) -> ()");
   m.def("table_find(int table, int low) -> (int, int)");
-  m.def("table_lows(int table) -> Tensor");
+  m.def("table_low_keys(int table) -> Tensor");
   m.def("table_close(int table) -> ()");
 
   // Disk tier. find gives present [B] and the layout; read gives verified [B]; put gives the number of rows admitted.
   m.def(
       "store_open(str directory, int max_bytes, bool zstd, int level, int threads, bool mmap, int queue_bytes) -> int");
-  m.def("store_find(int store, Tensor keys) -> (Tensor, str)");
+  m.def("store_lookup(int store, Tensor keys) -> (Tensor, str)");
   m.def("store_read(int store, Tensor keys, str layout, Tensor(a!)[] leaves) -> Tensor");
-  m.def("store_put(int store, Tensor keys, str layout, Tensor[] leaves) -> int");
+  m.def("store_write(int store, Tensor keys, str layout, Tensor[] leaves) -> int");
   m.def("store_flush(int store) -> ()");
   m.def("store_stats(int store) -> int[]");
   m.def("store_warnings(int store) -> str[]");
@@ -327,7 +327,7 @@ STABLE_TORCH_LIBRARY(torchcache, m) {
 
   // Maintenance of a directory: maintain.h, compaction.h. summary gives idle, bytes, index bytes, blocks and then
   // codec, rows, bytes, stored bytes for each layout; verify gives position, done, rows and then kind, offset, bytes,
-  // rows for each damage; waste gives duplicates and holes for each segment; compact_take gives false for a segment in
+  // rows for each damage; waste gives duplicates and holes for each segment; compact_add gives false for a segment in
   // use.
   m.def("segment_summary(str directory, str name) -> (int[], str[])");
   m.def("segment_verify(str directory, str name, int position, int bytes) -> int[]");
@@ -335,7 +335,7 @@ STABLE_TORCH_LIBRARY(torchcache, m) {
   m.def("segment_keys(str directory, str name, str layout) -> Tensor");
   m.def("segment_remove(str path) -> bool");
   m.def("compact_open(str directory, str[] kept) -> int");
-  m.def("compact_take(int compaction, str name) -> bool");
+  m.def("compact_add(int compaction, str name) -> bool");
   m.def("compact_finish(int compaction) -> int[]");
   m.def("compact_close(int compaction) -> ()");
 }
@@ -350,17 +350,17 @@ STABLE_TORCH_LIBRARY_IMPL(torchcache, CompositeImplicitAutograd, m) {
   m.impl("watch_close", TORCH_BOX(&torchcache::watch_close));
   m.impl("table_open", TORCH_BOX(&torchcache::table_open));
   m.impl("table_lookup", TORCH_BOX(&torchcache::table_lookup));
-  m.impl("table_take", TORCH_BOX(&torchcache::table_take));
-  m.impl("table_take_keys", TORCH_BOX(&torchcache::table_take_keys));
-  m.impl("table_chunk", TORCH_BOX(&torchcache::table_chunk));
+  m.impl("table_hash_and_read", TORCH_BOX(&torchcache::table_hash_and_read));
+  m.impl("table_read", TORCH_BOX(&torchcache::table_read));
+  m.impl("table_add_chunk", TORCH_BOX(&torchcache::table_add_chunk));
   m.impl("table_insert", TORCH_BOX(&torchcache::table_insert));
   m.impl("table_find", TORCH_BOX(&torchcache::table_find));
-  m.impl("table_lows", TORCH_BOX(&torchcache::table_lows));
+  m.impl("table_low_keys", TORCH_BOX(&torchcache::table_low_keys));
   m.impl("table_close", TORCH_BOX(&torchcache::table_close));
   m.impl("store_open", TORCH_BOX(&torchcache::store_open));
-  m.impl("store_find", TORCH_BOX(&torchcache::store_find));
+  m.impl("store_lookup", TORCH_BOX(&torchcache::store_lookup));
   m.impl("store_read", TORCH_BOX(&torchcache::store_read));
-  m.impl("store_put", TORCH_BOX(&torchcache::store_put));
+  m.impl("store_write", TORCH_BOX(&torchcache::store_write));
   m.impl("store_flush", TORCH_BOX(&torchcache::store_flush));
   m.impl("store_stats", TORCH_BOX(&torchcache::store_stats));
   m.impl("store_warnings", TORCH_BOX(&torchcache::store_warnings));
@@ -371,7 +371,7 @@ STABLE_TORCH_LIBRARY_IMPL(torchcache, CompositeImplicitAutograd, m) {
   m.impl("segment_keys", TORCH_BOX(&torchcache::segment_keys));
   m.impl("segment_remove", TORCH_BOX(&torchcache::segment_remove));
   m.impl("compact_open", TORCH_BOX(&torchcache::compact_open));
-  m.impl("compact_take", TORCH_BOX(&torchcache::compact_take));
+  m.impl("compact_add", TORCH_BOX(&torchcache::compact_add));
   m.impl("compact_finish", TORCH_BOX(&torchcache::compact_finish));
   m.impl("compact_close", TORCH_BOX(&torchcache::compact_close));
 }

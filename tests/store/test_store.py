@@ -61,10 +61,10 @@ def test_rows_of_another_layout_are_absent(tmp_path: Path) -> None:
     keys, rows = batch(10, 1)
     store = Store(tmp_path)
     store.put(keys[:4], rows[:4])
-    assert ops.store_put(store.id, keys[4:], "other", [rows[4:]]) == 6
-    present, layout = ops.store_find(store.id, keys)
+    assert ops.store_write(store.id, keys[4:], "other", [rows[4:]]) == 6
+    present, layout = ops.store_lookup(store.id, keys)
     assert layout == LAYOUT and present.tolist() == [True] * 4 + [False] * 6
-    present, layout = ops.store_find(store.id, keys.flip(0))
+    present, layout = ops.store_lookup(store.id, keys.flip(0))
     assert layout == "other" and int(present.sum()) == 6
     store.close()
 

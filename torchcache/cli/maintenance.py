@@ -257,7 +257,7 @@ def _rewrite(directory: Path, take: list[Segment], keep: list[Segment], progress
     try:
         left = 0
         for segment in take:
-            left += not native(ops.compact_take, compaction, segment.name)
+            left += not native(ops.compact_add, compaction, segment.name)
             progress(segment.bytes)
         rows, duplicate, damaged, removed, written = native(ops.compact_finish, compaction)
         return Compacted(rows, duplicate, damaged, removed, written, left)

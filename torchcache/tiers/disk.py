@@ -78,7 +78,7 @@ class DiskTier:
             self._report()
 
     def _fetch(self, keys: Tensor, wanted: Layout | None, pin: bool) -> tuple[Tensor, Layout, list[Tensor]] | None:
-        present, text = self._store.call(ops.store_find, keys)
+        present, text = self._store.call(ops.store_lookup, keys)
         layout = self._layout(text) if text else None
         if layout is None or (wanted is not None and layout != wanted):
             return None
@@ -103,7 +103,7 @@ class DiskTier:
             text = layout.json
             self._layouts.setdefault(text, layout)
             on_host = [ops.bits(t.cpu().contiguous()) for t in leaves]
-            if self._store.call(ops.store_put, keys.contiguous(), text, on_host):
+            if self._store.call(ops.store_write, keys.contiguous(), text, on_host):
                 self._write_meta()
         except (RuntimeError, OSError, MemoryError, ValueError) as error:
             self._said.warn("write", "writing failed, training goes on without: %s", error)
@@ -112,7 +112,7 @@ class DiskTier:
 
     def count(self, keys: Tensor) -> int:
         """How many of these rows are here."""
-        return int(self._store.call(ops.store_find, keys)[0].sum())
+        return int(self._store.call(ops.store_lookup, keys)[0].sum())
 
     def stats(self) -> StoreStats:
         return StoreStats(*self._store.call(ops.store_stats))

@@ -48,7 +48,7 @@ class MemoryTier:
         held = self._held
         if held.written:
             held.wait_for_writes()
-        whole, tensors, number, seen = ops.table_take(held.table.id, rows, call_digest, watch)
+        whole, tensors, number, seen = ops.table_hash_and_read(held.table.id, rows, call_digest, watch)
         if whole:
             return (held.arenas[number].layout, tensors), seen
         keys, slots, missing = tensors
@@ -198,10 +198,10 @@ class _Table:
         return ops.table_lookup(self.id, keys)
 
     def take_keys(self, keys: Tensor) -> tuple[list[Tensor], int]:
-        return ops.table_take_keys(self.id, keys)
+        return ops.table_read(self.id, keys)
 
     def know(self, layout: int, first: int, chunk: list[Tensor]) -> None:
-        ops.table_chunk(self.id, layout, first, chunk)
+        ops.table_add_chunk(self.id, layout, first, chunk)
 
     def insert(self, keys: Tensor, layout: int, first: int) -> None:
         ops.table_insert(self.id, keys.contiguous(), layout, first)
@@ -210,7 +210,7 @@ class _Table:
         return ops.table_find(self.id, low)
 
     def lows(self) -> list[int]:
-        return ops.table_lows(self.id).tolist()
+        return ops.table_low_keys(self.id).tolist()
 
 
 class RowView(Mapping[int, Any]):
