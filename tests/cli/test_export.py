@@ -24,7 +24,7 @@ from torchcache import torchcache
 from torchcache._native import ops
 from torchcache.cli.export import export
 from torchcache.cli.main import main
-from torchcache.cli.maintenance import MaintenanceError
+from torchcache.errors import MaintenanceError
 
 
 @pytest.fixture

@@ -18,7 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from torchcache._native import ops
-from torchcache.tiers.disk import META_FILE, read_meta
+from torchcache.errors import MaintenanceError
+from torchcache.tiers.meta import META_FILE, read_meta
 
 _SEGMENT = re.compile(r"[0-9a-f]{32}\.seg")
 _DERIVED = re.compile(r"([0-9a-f]{32})\.(idx|tmp)")
@@ -28,10 +29,6 @@ _DAMAGE = ("segment header", "no block", "rows", "index", "cut off")  # csrc/sto
 _CODECS = ("raw", "zstd")
 
 Progress = Callable[[int], object]  # is told of bytes that are done
-
-
-class MaintenanceError(Exception):
-    """What was asked for cannot be done; the message says why and what to do."""
 
 
 def stores(directory: Path) -> list[Path]:
