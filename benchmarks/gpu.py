@@ -13,6 +13,7 @@ from collections.abc import Callable
 import torch
 from interleaved import table
 from torch import Tensor, nn
+from torch._C._autograd import DeviceType
 
 from torchcache import torchcache
 from torchcache._native import ops
@@ -40,7 +41,7 @@ def gpu_seconds(work: Callable[[], object], kernel: str | None = None) -> float:
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
             work()
             torch.cuda.synchronize()
-        events = [e for e in profile.events() or [] if e.device_type == torch.autograd.DeviceType.CUDA]
+        events = [e for e in profile.events() or [] if e.device_type == DeviceType.CUDA]
         named = [e for e in events if kernel is None or kernel in e.name]
         times.append(sum(e.time_range.elapsed_us() for e in named) / 1e6)
     return statistics.median(times)

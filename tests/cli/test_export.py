@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from cache_harness import cache_of
 from format_reader import RAW, Row
 from format_writer import write_segment
 from golden_rows import golden_rows as rows_of_every_layout
@@ -37,7 +38,7 @@ def directory(tmp_path: Path) -> Path:
             return {"twice": 2 * x, "sum": x.sum(1)}
 
         doubled(torch.arange(first, first + 8.0).view(4, 2))
-        doubled.cache_instance.close()
+        cache_of(doubled).close()
     for path in (tmp_path / "104" / "hash").iterdir():
         path.rename(tmp_path / "100" / "hash" / path.name)
     return tmp_path / "100" / "hash"

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from cache_harness import cache_of
 from torch import Tensor, nn
 
 from torchcache import torchcache
@@ -91,15 +92,15 @@ LOOKS: dict[str, Callable[[Cache], bool]] = {
 def test_whoever_looks_sees_them(look: str, tmp_path: Path) -> None:
     module = cached(tmp_path)
     module(X)
-    assert LOOKS[look](module.cache_instance)
+    assert LOOKS[look](cache_of(module))
 
 
 def test_limits_are_reached_by_rows_on_their_way(tmp_path: Path) -> None:
     module = cached(tmp_path, max_memory_cache_size=8, max_persistent_cache_size=1)
     module(X)
-    assert module.cache_instance.is_memory_cache_full
+    assert cache_of(module).is_memory_cache_full
     module(X)
-    assert module.cache_instance.is_persistent_cache_full
+    assert cache_of(module).is_persistent_cache_full
 
 
 def test_another_cache_of_the_directory_finds_them(tmp_path: Path) -> None:
@@ -119,7 +120,7 @@ from torchcache.cached_rows import CachedRows
 from torchcache.tiers.disk import DiskTier
 from torchcache.options import Options
 from pathlib import Path
-directory = {str(module.cache_instance.cache_dir)!r}
+directory = {str(cache_of(module).cache_dir)!r}
 print(DiskTier(Path(directory), Options(persistent=True)).stats().rows)
 """
     out = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout
@@ -129,8 +130,8 @@ print(DiskTier(Path(directory), Options(persistent=True)).stats().rows)
 def test_clear_forgets_rows_on_their_way_too(tmp_path: Path) -> None:
     module = cached(tmp_path)
     module(X)
-    module.cache_instance.clear(persistent=True)
-    assert module.cache_instance.info().memory_rows == 0
+    cache_of(module).clear(persistent=True)
+    assert cache_of(module).info().memory_rows == 0
     module(X)
     assert module.rows == 2 * len(X)
 
