@@ -91,7 +91,7 @@ def test_the_two_libraries_never_import_each_other() -> None:
             assert not [m for m in imported(path) if m.split(".")[0] == there], path
 
 
-@pytest.mark.parametrize("package", ["torchcache"])
+@pytest.mark.parametrize("package", ["torchcache", "torchmb"])
 def test_no_module_is_reached_from_what_it_imports(package: str) -> None:
     TopologicalSorter(modules(package)).prepare()  # raises CycleError, which names the cycle
 
@@ -115,15 +115,23 @@ def test_tiers_do_not_know_each_other() -> None:
         assert not graph[tier] & tiers
 
 
+def test_rules_know_vmap_and_no_models() -> None:
+    for name, imports in modules("torchmb").items():
+        if name.startswith("rules."):
+            others = {other for other in imports if not other.startswith("rules.")}
+            assert others <= {"functorch", "torch_private"}, name
+
+
 def test_every_room_says_what_it_is_for() -> None:
-    for path in (ROOT / "torchcache").rglob("__init__.py"):
+    for path in [path for package in ("torchcache", "torchmb") for path in (ROOT / package).rglob("__init__.py")]:
         assert ast.get_docstring(ast.parse(path.read_text())), path
 
 
-def test_the_design_names_every_module() -> None:
+@pytest.mark.parametrize("package", ["torchcache", "torchmb"])
+def test_the_design_names_every_module(package: str) -> None:
     design = (ROOT / "docs" / "design.md").read_text()
     named = set(re.findall(r"`([\w./]+)\.py`", design))
-    for name in modules():
+    for name in modules(package):
         assert name.rpartition(".")[2] in named, name
 
 
