@@ -93,7 +93,8 @@ def watch_open(tensors: list[Tensor]) -> int:
 def watch_probe(watch: int) -> int:
     """A number that stays the same while addresses, shapes and some bytes of the tensors do.
 
-    One wait for each CUDA device with tensors of the watch; none if it rides along with `table_hash_and_read` of rows there.
+    One wait for each CUDA device with tensors of the watch; none if
+    `table_hash_and_read` of rows there computes it.
     """
     return cast(int, _native().watch_probe.default(watch))
 
@@ -115,7 +116,9 @@ def table_lookup(table: int, keys: Tensor) -> tuple[Tensor, Tensor, int]:
     return cast("tuple[Tensor, Tensor, int]", _native().table_lookup.default(table, keys))
 
 
-def table_hash_and_read(table: int, rows: list[Tensor], call: Digest, watch: int) -> tuple[bool, list[Tensor], int, int]:
+def table_hash_and_read(
+    table: int, rows: list[Tensor], call: Digest, watch: int
+) -> tuple[bool, list[Tensor], int, int]:
     """True and the leaves ``[B, …]`` of a batch of which every row is there and in chunks that native code can read.
 
     Else false and `keys` and `table_lookup` of the batch: keys, slots, first rows of the distinct missing ones. Then
