@@ -79,12 +79,12 @@ Tensor keys_tensor(const std::vector<Digest>& keys) {
 Digest digest_of(int64_t low, int64_t high) { return {static_cast<uint64_t>(low), static_cast<uint64_t>(high)}; }
 
 Tensor keys(std::vector<Tensor> rows, int64_t low, int64_t high) {
-  return keys_tensor(see(rows, digest_of(low, high), nullptr).keys);
+  return keys_tensor(hash_batch(rows, digest_of(low, high), nullptr).keys);
 }
 Tensor digests_op(std::vector<Tensor> tensors) { return keys_tensor(digests(tensors)); }
 
 std::vector<int64_t> cuda_architectures() {
-  return cuda() == nullptr ? std::vector<int64_t>{} : cuda()->architectures();
+  return device_hasher() == nullptr ? std::vector<int64_t>{} : device_hasher()->architectures();
 }
 
 // ---- state
@@ -114,11 +114,11 @@ std::vector<Tensor> leaves_of(const MemoryTable& memory, const Lookup& found, co
 
 // What a hit is made of, in one operation: each more would cost a few microseconds, and a wait where rows are on a GPU.
 // What goes on to one is gathered in pinned memory.
-std::tuple<bool, std::vector<Tensor>, int64_t, int64_t> table_hash_and_read(int64_t table, std::vector<Tensor> rows, int64_t low,
-                                                                   int64_t high, int64_t watch) {
+std::tuple<bool, std::vector<Tensor>, int64_t, int64_t> table_hash_and_read(int64_t table, std::vector<Tensor> rows,
+                                                                            int64_t low, int64_t high, int64_t watch) {
   const std::shared_ptr<MemoryTable> memory = tables().get(table);
   const std::shared_ptr<Watch> watched = watch == 0 ? nullptr : watches().get(watch);
-  const auto [keys, probe] = see(rows, digest_of(low, high), watched.get());
+  const auto [keys, probe] = hash_batch(rows, digest_of(low, high), watched.get());
   std::vector<int64_t> slots(keys.size());
   const Lookup found = memory->keys.lookup(keys.data(), keys.size(), slots.data());
   std::vector<Tensor> leaves = leaves_of(*memory, found, slots, /*pinned=*/rows[0].is_cuda());
@@ -144,11 +144,11 @@ void table_add_chunk(int64_t table, int64_t layout, int64_t first, std::vector<T
 }
 
 std::tuple<int64_t, int64_t> table_find(int64_t table, int64_t low) {
-  const Place place = tables().get(table)->keys.find(static_cast<uint64_t>(low));
-  return {place.layout, place.slot};
+  const RowLocation found = tables().get(table)->keys.find(static_cast<uint64_t>(low));
+  return {found.layout, found.slot};
 }
 
-Tensor table_low_keys(int64_t table) { return int64_tensor(tables().get(table)->keys.lows()); }
+Tensor table_low_keys(int64_t table) { return int64_tensor(tables().get(table)->keys.low_keys()); }
 
 // ---- disk tier
 

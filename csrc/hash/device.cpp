@@ -3,15 +3,15 @@
 namespace torchcache {
 namespace {
 
-const Device*& registered() {
-  static const Device* device = nullptr;
-  return device;
+const DeviceHasher*& registered() {
+  static const DeviceHasher* hasher = nullptr;
+  return hasher;
 }
 
 }  // namespace
 
-const Device* cuda() { return registered(); }
+const DeviceHasher* device_hasher() { return registered(); }
 
-void register_cuda(const Device* device) { registered() = device; }
+void register_device_hasher(const DeviceHasher* hasher) { registered() = hasher; }
 
 }  // namespace torchcache

@@ -43,7 +43,7 @@ class Arena {
   Tensor new_pinned(int64_t n) const;
 
   std::vector<Chunk> chunks_;
-  int32_t place_;  // see place_of
+  int32_t device_;  // see device_of
   int64_t row_bytes_;
   int32_t dtype_;
   std::vector<int64_t> sizes_, strides_;

@@ -10,8 +10,8 @@
 
 namespace torchcache {
 
-// Where a row lies: the number of its layout and its place in that layout's arena.
-struct Place {
+// Where a row lies: the number of its layout and its slot in that layout's arena.
+struct RowLocation {
   int64_t layout = -1;
   int64_t slot = -1;
 };
@@ -33,19 +33,19 @@ class KeyTable {
   // slots[i] ≥ 0: the row is in that slot; -1 - j: it is the j-th distinct missing row.
   Lookup lookup(const Digest* keys, size_t n, int64_t* slots) const;
 
-  // Keys get the slots first, first + 1, …; a key that is there already keeps its place.
+  // Keys get the slots first, first + 1, …; a key that is there already keeps its location.
   void insert(const Digest* keys, size_t n, int64_t layout, int64_t first);
 
-  // The place of a key known by its low half; layout -1 if there is none.
-  Place find(uint64_t low) const;
+  // The location of a key known by its low half; layout -1 if there is none.
+  RowLocation find(uint64_t low) const;
 
   // The low halves of all keys, in no order.
-  std::vector<int64_t> lows() const;
+  std::vector<int64_t> low_keys() const;
 
  private:
   struct Entry {
     Digest key;
-    Place place;
+    RowLocation location;
   };
 
   void after_fork(bool child);

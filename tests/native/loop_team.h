@@ -56,8 +56,8 @@ void run(const Batch& batch, Shape shape) {
   std::shuffle(order.begin(), order.end(), std::mt19937(shape.seed));
   const auto work = [&](size_t begin, size_t end) {
     for (size_t i = begin; i < end; ++i) {
-      const Place place =
-          place_of(order[i] / shape.threads, static_cast<int>(order[i] % shape.threads), blocks, shape.threads);
+      const TeamPosition place =
+          team_position(order[i] / shape.threads, static_cast<int>(order[i] % shape.threads), blocks, shape.threads);
       if (place.lane != 0) continue;  // the loop over lanes stands for all eight
       LoopTeam team;
       digest_batch<Source>(team, batch, place.first, place.step);
