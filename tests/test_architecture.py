@@ -135,6 +135,53 @@ def test_the_design_names_every_module(package: str) -> None:
         assert name.rpartition(".")[2] in named, name
 
 
+def private_names_of_torch(tree: ast.AST) -> Iterator[str]:
+    """Imports of private names of torch, and private attributes of what was imported from torch."""
+    of_torch: set[str] = set()
+    for node in ast.walk(tree):
+        found: list[str] = []
+        if isinstance(node, ast.Import):
+            found = [name.name for name in node.names if name.name.split(".")[0] == "torch"]
+            of_torch |= {name.asname or "torch" for name in node.names if name.name in found}
+        elif isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "torch":
+            found = [f"{node.module}.{name.name}" for name in node.names]
+            of_torch |= {name.asname or name.name for name in node.names}
+        elif isinstance(node, ast.Attribute):
+            found = [dotted(node)]
+        elif isinstance(node, ast.Call) and len(node.args) > 1 and isinstance(node.args[1], ast.Constant):
+            found = [f"{dotted(node.args[0])}.{node.args[1].value}"]  # getattr(torch, "_name")
+        yield from (
+            name for name in found if name.split(".")[0] in of_torch | {"torch"} and re.search(r"\b_(?!_)", name)
+        )
+
+
+def dotted(node: ast.expr) -> str:
+    """The names of an attribute of an attribute ... of a variable; an empty string for other expressions."""
+    if isinstance(node, ast.Attribute):
+        return f"{dotted(node.value)}.{node.attr}"
+    return node.id if isinstance(node, ast.Name) else ""
+
+
+def test_one_module_names_what_is_private_in_torch() -> None:
+    for path in (ROOT / "torchcache").rglob("*.py"):
+        if path.relative_to(ROOT / "torchcache") not in {Path("_utils/torch_private.py"), Path("_native/build.py")}:
+            assert not list(private_names_of_torch(ast.parse(path.read_text()))), path
+
+
+def test_private_names_of_torch_are_recognised() -> None:
+    text = """
+import torch, torch._a
+from torch import nn as n, _b
+from torch._c import d
+torch.e._f(1)
+n.modules._g.h
+getattr(torch.i, "_j")
+torch.k.__l__, self._m, n.o(1)._p
+"""
+    found = {"torch._a", "torch._b", "torch._c.d", "torch.e._f", "n.modules._g", "n.modules._g.h", "torch.i._j"}
+    assert set(private_names_of_torch(ast.parse(text))) == found
+
+
 def test_the_build_is_known_to_the_operations_and_the_command_line_only() -> None:
     users = {name for name, imports in modules().items() if "_native.build" in imports}
     assert users == {"_native.ops", "cli.main"}

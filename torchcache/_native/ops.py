@@ -14,6 +14,7 @@ from torch import Tensor
 
 from torchcache._native import build
 from torchcache._utils.logs import logger
+from torchcache._utils.torch_private import without_frame
 
 Digest = tuple[int, int]  # of something on the host: low half, high half, as int64
 
@@ -27,8 +28,7 @@ def _native() -> Any:
 @functools.cache
 def _direct(name: str) -> Any:
     """An operation without the Python frame that torch puts around it: for those of every hit."""
-    overload = getattr(_native(), name).default
-    return getattr(overload, "_op", overload)
+    return without_frame(getattr(_native(), name).default)
 
 
 # torch's stable interface does not pass these: see `bits`.

@@ -21,11 +21,12 @@ from operator import itemgetter
 from typing import Any
 
 import torch
-from torch._library.custom_ops import CustomOpDef
 
+from torchcache._utils.torch_private import UNKNOWN, CustomOpDef, operator
 from torchcache.identity import syntax
+from torchcache.identity.attributes import FORWARD_HOOKS, counted, counts
 from torchcache.identity.encoding import encode, is_plain, type_name
-from torchcache.identity.objects import definition, operators, owner, settings
+from torchcache.identity.objects import definition, owner, settings, users_operators
 from torchcache.identity.origin import (
     attributes_of,
     import_users,
@@ -38,8 +39,6 @@ from torchcache.identity.origin import (
 from torchcache.identity.torchscript import attributes_read, program
 from torchcache.identity.values import C_FUNCTIONS, CODE, PLACES, Generators, Modules, Tensors, Unknown, Values, logger
 
-_HOOKS = ("_forward_pre_hooks", "_forward_hooks")
-_MODULE_ATTRIBUTES = frozenset(vars(torch.nn.Module()))
 _DESCRIPTORS = (types.GetSetDescriptorType, types.MemberDescriptorType)
 _ANNOTATIONS = ("__annotations__", "__annotate__", "__annotate_func__")
 # What dataclasses and named tuples write from their fields.
@@ -56,7 +55,7 @@ def describe(
     tensors: Tensors,
     modules: Modules | None = None,
     generators: Generators | None = None,
-    attributes: Callable[[torch.nn.Module], dict[str, Any]] | None = None,
+    attributes: Callable[[torch.nn.Module], dict[str, Any]] = counted,
     constants: bool = True,
 ) -> bytes:
     """What `obj`, a class, a module, a function or another callable, computes.
@@ -64,7 +63,7 @@ def describe(
     Of a module: the classes, hooks and functions of it and its submodules, not their state. Tensors
     that functions reach are given to `tensors`, which says what they hold, modules to `modules`;
     without it they count with their state. `generators` is given those of random numbers, which do not count.
-    `attributes` are those of a module that count, if not all. `constants`: whether containers and objects that code
+    `attributes` gives those of a module that count. `constants`: whether containers and objects that code
     reaches count, by what they hold; empty containers do not.
     """
     describer = _Describer(tensors, modules, constants=constants)
@@ -108,10 +107,6 @@ def tree(module: torch.nn.Module | None, path: str = "", seen: set[int] | None =
             yield from tree(part, f"{path}.{name}" if path else name, seen)
 
 
-def _is_own_attribute(name: str) -> bool:
-    return name.startswith(("_torchcache", "torchcache_")) or name == "cache_instance"
-
-
 _without_source: set[str] = set()
 
 
@@ -124,7 +119,7 @@ def _say_bytecode(name: str) -> None:
 class _Describer(Values):
     """Functions, classes and modules, each described once."""
 
-    attributes_of: Callable[[torch.nn.Module], dict[str, Any]] | None = None  # those that count; None: all
+    attributes_of: Callable[[torch.nn.Module], dict[str, Any]] = staticmethod(counted)
 
     def finish(self, root: bytes) -> bytes:
         # Describing one may mention more: the list grows under the loop.
@@ -188,10 +183,13 @@ class _Describer(Values):
         parts = ("__func__", "__self__", "fget", "fset", "fdel", "func", "dispatcher")
         return [self.mention(getattr(obj, part), where) for part in parts if hasattr(obj, part)]
 
-    def operator(self, op: CustomOpDef) -> object:
+    def operator(self, definition: object) -> object:
         """An operator that Python code defines, for all devices and for some."""
-        kernels = [(str(device), self.mention(kernel, "")) for device, kernel in op._backend_fns.items()]
-        return "operator", op._qualname, self.mention(op._init_fn, ""), sorted(kernels, key=itemgetter(0))
+        op = operator(definition)
+        if op is None:
+            return "operator", UNKNOWN
+        kernels = [(str(device), self.mention(kernel, "")) for device, kernel in op.kernels.items()]
+        return "operator", op.qualified_name, self.mention(op.function, ""), sorted(kernels, key=itemgetter(0))
 
     def c_function(self, function: object) -> object:
         name = str(getattr(function, "__qualname__"))  # noqa: B009
@@ -224,7 +222,7 @@ class _Describer(Values):
         added = [
             (name, self.mention(item, f"the attribute {name} {where}"))
             for name, item in sorted(vars(function).items() if self.constants else ())
-            if not name.startswith("_") and not _is_own_attribute(name)
+            if not name.startswith("_") and counts(name)
         ]
         return "function", self.code(function), defaults, keywords, self.reach(function, cells), added
 
@@ -260,7 +258,7 @@ class _Describer(Values):
         package = function.__globals__.get("__package__")
         for name in syntax.imported(function.__code__, package):
             self.search(import_users(name), name, names, found)
-        found.update({f"operator {op._qualname}": op for op in operators(names)})
+        found.update({f"operator {op.qualified_name}": op.definition for op in users_operators(names)})
         where = f"that {function.__qualname__} reads"
         return [(name, self.mention(found[name], f"{name}, {where}")) for name in sorted(found)]
 
@@ -315,7 +313,7 @@ class _Describer(Values):
         return [
             (name, self.mention(item, f"{name}, {where}"))
             for name, item in members
-            if not _is_own_attribute(name) and not _is_machinery(cls, name, item)
+            if counts(name) and not _is_machinery(cls, name, item)
         ]
 
     # Modules
@@ -333,7 +331,7 @@ class _Describer(Values):
 
     def hooks(self, module: torch.nn.Module) -> object:
         found = []
-        for kind in _HOOKS:
+        for kind in FORWARD_HOOKS:
             flags = (f"{kind}_with_kwargs", f"{kind}_always_called")
             for number, hook in getattr(module, kind, {}).items():
                 marks = [number in getattr(module, flag, ()) for flag in flags]
@@ -344,9 +342,7 @@ class _Describer(Values):
         """What the module's own __dict__ adds to its class; with its state or without."""
         where = f"an attribute of a {type_name(type(module))}"
         found: list[tuple[str, object]] = []
-        for name, value in sorted((self.attributes_of or vars)(module).items()):
-            if name in _MODULE_ATTRIBUTES or _is_own_attribute(name):
-                continue
+        for name, value in sorted(self.attributes_of(module).items()):
             said = settings(value) if state else None
             if said is not None:
                 found.append((name, encode((self.refer(type(value)), said), self.value, name=name)))

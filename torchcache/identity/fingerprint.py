@@ -16,6 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from torchcache._utils.logs import logger
+from torchcache._utils.torch_private import UNKNOWN, operators_are_known
+from torchcache.identity.attributes import counted
 from torchcache.identity.code import describe, describe_value
 from torchcache.identity.encoding import Unencodable, encode, is_plain
 from torchcache.identity.objects import OPERATORS, settings, tensor_bytes
@@ -25,8 +27,6 @@ from torchcache.identity.values import CODE
 from torchcache.options import Options
 
 FINGERPRINT_FORMAT = 1
-
-_MODULE_ATTRIBUTES = frozenset((*nn.Module().__dict__, "_torchdynamo_wrapper_id"))  # the latter counts compilations
 
 
 class _Contents(NamedTuple):
@@ -74,6 +74,7 @@ class Fingerprint:
             "code": code,
             "init arguments": init,
             **{f"option {name}": encode(value) for name, value in options.stored().items()},
+            **({} if operators_are_known() else {"operators": UNKNOWN}),
         }
         hashed = encode((FINGERPRINT_FORMAT, self.parts))
         self.module_hash = options.persistent_module_hash or hashlib.blake2b(hashed, digest_size=16).hexdigest()
@@ -116,8 +117,8 @@ class Fingerprint:
             found |= {
                 f"{path}.{name}": value
                 for path, module in self._named_modules()
-                for name, value in module.__dict__.items()
-                if generates(type(value)) and name not in _MODULE_ATTRIBUTES
+                for name, value in counted(module).items()
+                if generates(type(value))
             }
         return found
 
@@ -209,7 +210,7 @@ class Fingerprint:
             self._class_code[kind] = describe(kind, **self._reached)
         contents = {}
         for name, value in _attributes(module, moved).items():
-            if not _has_contents(name, value):
+            if not _has_contents(value):
                 continue
             if name in before.values and before.values[name][0] is value:
                 contents[name] = before.values[name]
@@ -246,10 +247,8 @@ def _once(*message: str) -> None:
     logger.warning(*message)
 
 
-def _has_contents(name: str, value: Any) -> bool:
+def _has_contents(value: Any) -> bool:
     """Not what is looked at otherwise: plain values, tensors, modules, classes, and what torch itself puts there."""
-    if name in _MODULE_ATTRIBUTES or name.startswith(("torchcache_", "_torchcache")):
-        return False
     if isinstance(value, (Tensor, nn.Module, type, torch.ScriptModule)) or is_plain(value):
         return False
     own = isinstance(value, (*CODE, *OPERATORS, torch.ScriptObject))
@@ -267,14 +266,14 @@ def _name_of(what: Any, known: dict[str, Any], kind: str) -> str:
 
 def _attributes(module: nn.Module, moved: Moved) -> dict[str, Any]:
     """Those of a module, in order of their names, as if no forward had set any."""
-    d = module.__dict__
-    now = {name: moved.get((id(d), name), value) for name, value in sorted(d.items()) if name not in _MODULE_ATTRIBUTES}
+    d = id(module.__dict__)
+    now = {name: moved.get((d, name), value) for name, value in sorted(counted(module).items())}
     return {name: value for name, value in now.items() if value is not ABSENT}
 
 
 def _configuration(module: nn.Module, attributes: dict[str, Any]) -> bytes:
     """Plain attributes (the decorated module's own are watched live instead), and the order of tensors."""
-    plain = {k: v for k, v in attributes.items() if not k.startswith("torchcache_") and is_plain(v)}
+    plain = {name: value for name, value in attributes.items() if is_plain(value)}
     names = (tuple(module._parameters), tuple(module._buffers)) if isinstance(module._parameters, dict) else ()
     return encode((plain, names))
 

@@ -13,13 +13,14 @@ from concurrent.futures import Executor
 from typing import Any
 
 import torch
-from torch._library.custom_ops import OPDEFS, CustomOpDef
 
+from torchcache._utils.torch_private import Operator, operator_definition, operators
 from torchcache.identity.encoding import encode
 from torchcache.identity.origin import attributes_of, of_function, of_module
 from torchcache.identity.state import digests, scales
 
-OPERATORS = (torch._ops.OpOverload, torch._ops.OpOverloadPacket)
+_OperatorPacket, _OperatorOverload = type(torch.ops.aten.add), type(torch.ops.aten.add.Tensor)
+OPERATORS = (_OperatorOverload, _OperatorPacket)
 
 # They say nothing about what is computed.
 _WITHOUT_VALUE = (
@@ -48,16 +49,17 @@ def settings(value: object) -> dict[str, object] | None:
 
 def definition(value: object) -> object:
     """What defined an operator, if that was Python code (``torch.library.custom_op``); other objects as they are."""
-    packet = value.overloadpacket if isinstance(value, torch._ops.OpOverload) else value
-    if not isinstance(packet, torch._ops.OpOverloadPacket):
+    packet = value.overloadpacket if isinstance(value, _OperatorOverload) else value
+    if not isinstance(packet, _OperatorPacket):
         return value
-    return OPDEFS.get(packet._qualified_op_name, value)
+    found = operator_definition(packet)
+    return value if found is None else found
 
 
-def operators(names: set[str]) -> list[CustomOpDef]:
-    """The operators of the user's that code with these names may call, in whatever way it comes to ``torch.ops``."""
-    named = [op for op in list(OPDEFS.values()) if op._name in names and op._namespace in names]
-    return [op for op in named if of_function(op._init_fn) is None]
+def users_operators(names: set[str]) -> list[Operator]:
+    """The user's operators that code with these names may call, in whatever way it comes to ``torch.ops``."""
+    named = [op for op in operators() if op.name in names and op.namespace in names]
+    return [op for op in named if of_function(op.function) is None]
 
 
 def is_without_value(value: object) -> bool:

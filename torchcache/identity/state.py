@@ -20,11 +20,8 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from torchcache._native import ops
+from torchcache.identity.attributes import FORWARD_HOOKS, TENSORS_AND_MODULES, counted
 from torchcache.identity.encoding import encode, is_plain
-
-# Attributes of every nn.Module that say nothing about what it computes (hooks are part of the code).
-_MODULE_ATTRIBUTES = frozenset(nn.Module().__dict__)
-_OWN_PREFIXES = ("_torchcache", "torchcache_", "_torchdynamo_")  # the last counts compilations
 
 ABSENT = object()
 
@@ -35,8 +32,6 @@ Moved = dict[tuple[int, str], Any]
 _get = dict.get
 _requires_grad = attrgetter("requires_grad")
 _get_version = attrgetter("_version")
-_CONTAINERS = ("_parameters", "_buffers", "_modules")
-_HOOKS = ("_forward_pre_hooks", "_forward_hooks")  # of submodules: those of the module itself run outside the cache
 
 
 class Unwatchable(Exception):
@@ -203,12 +198,13 @@ class State:
         slots = list(self._slots())
         plain = [m for m in self.modules if isinstance(m._parameters, dict)]  # TorchScript makes new ones each time
         held = [(d, key, value) for _, d, key, value in slots]
-        held += [(m.__dict__, name, m.__dict__[name]) for m in plain for name in _CONTAINERS]
+        held += [(m.__dict__, name, m.__dict__[name]) for m in plain for name in TENSORS_AND_MODULES]
         self._settings_from = len(held)
         held += self._settings()
         dicts, keys, self._values = map(list, zip(*held)) if held else ([], [], [])
         self._columns: Any = dicts, keys, [ABSENT] * len(held)
-        hooks = [m.__dict__.get(name, {}) for m in self.modules if m is not self._own for name in _HOOKS]
+        # Those of the module itself run outside the cache.
+        hooks = [m.__dict__.get(name, {}) for m in self.modules if m is not self._own for name in FORWARD_HOOKS]
         self._no_hooks, self._next_hook = [d for d in hooks if not d], RemovableHandle.next_id
         self._ordered = [m._modules for m in plain if len(m._modules) > 1] + [d for d in hooks if d]
         self._orders = list(map(list, self._ordered))
@@ -240,12 +236,8 @@ class State:
             for d in _holders(m):
                 for key, value in d.items():
                     yield prefix + key, d, key, value
-            for key, value in m.__dict__.items():
-                if (
-                    not self._is_product(m.__dict__, key)
-                    and (isinstance(value, Tensor) or value is None)
-                    and key not in _MODULE_ATTRIBUTES
-                ):
+            for key, value in counted(m).items():
+                if (isinstance(value, Tensor) or value is None) and not self._is_product(m.__dict__, key):
                     yield prefix + key, m.__dict__, key, value
 
     def _is_product(self, attributes: dict[str, Any], name: str) -> bool:
@@ -260,9 +252,8 @@ class State:
         return [
             (m.__dict__, key, value)
             for m in self.modules
-            for key, value in m.__dict__.items()
-            if value is not None and key not in _MODULE_ATTRIBUTES and not key.startswith(_OWN_PREFIXES)
-            if not isinstance(value, Tensor) and (id(m.__dict__), key) not in self._moved
+            for key, value in counted(m).items()
+            if value is not None and not isinstance(value, Tensor) and (id(m.__dict__), key) not in self._moved
             if _may_be_set(m, key, value) and not (m is self._own and is_plain(value))
         ]
 
@@ -298,11 +289,7 @@ class State:
     def _own_attributes(self) -> dict[str, Any]:
         if self._own is None:
             return {}
-        return {
-            name: value
-            for name, value in self._own.__dict__.items()
-            if name not in _MODULE_ATTRIBUTES and not name.startswith(_OWN_PREFIXES) and is_plain(value)
-        }
+        return {name: value for name, value in counted(self._own).items() if is_plain(value)}
 
     def _combine(self) -> None:
         own = {**self._attributes, **self._fixed}

@@ -8,11 +8,16 @@ from typing import Protocol, cast
 
 import torch
 
+from torchcache._utils.torch_private import UNKNOWN, compiled_forward, script_type_name
 from torchcache.identity.encoding import Unencodable, encode
 from torchcache.identity.objects import tensor_bytes
 
 # A count of what was scripted before in the process, and the addresses of objects.
 _ACCIDENTAL = re.compile(r"___torch_mangle_\d+\.|\b0x[0-9a-f]+")
+
+
+class _Value(Protocol):
+    def type(self) -> object: ...
 
 
 class _Node(Protocol):
@@ -22,7 +27,7 @@ class _Node(Protocol):
     def t(self, name: str) -> torch.Tensor: ...
     def f(self, name: str) -> float: ...
     def ival(self, name: str) -> object: ...
-    def output(self) -> torch._C.Value: ...
+    def output(self) -> _Value: ...
 
 
 class _Graph(Protocol):
@@ -31,18 +36,15 @@ class _Graph(Protocol):
 
 
 def _graph(code: object) -> _Graph | None:
-    if isinstance(code, torch.jit.ScriptModule):
-        # Not through its attribute forward, in whose place the decorator may stand.
-        compiled = getattr(code, "_c")  # noqa: B009
-        code = compiled._get_method("forward") if compiled._has_method("forward") else None
-    return cast("_Graph | None", getattr(code, "inlined_graph", None))
+    compiled = compiled_forward(code) if isinstance(code, torch.jit.ScriptModule) else code
+    return cast("_Graph | None", getattr(compiled, "inlined_graph", None))
 
 
 def program(code: object) -> object:
     """The graph's text, and the constants that the text rounds, cuts short or leaves out."""
     graph = _graph(code)
     if graph is None:
-        return None
+        return UNKNOWN if isinstance(code, torch.jit.ScriptModule) and compiled_forward(code) is UNKNOWN else None
     constants: list[bytes] = []
     for node in graph.findAllNodes("prim::Constant"):
         kind = node.kindOf("value") if node.hasAttribute("value") else None
@@ -81,7 +83,7 @@ def _part(value: object) -> bytes | None:
 def script_object(value: torch.ScriptObject) -> bytes | None:
     """Packed weights and the like, by what they are saved as; None where they cannot be saved."""
     try:
-        return encode((value._type().qualified_name(), value.__getstate__()), _part)
+        return encode((script_type_name(value), value.__getstate__()), _part)
     except Exception:  # what C++ raises
         return None
 

@@ -10,8 +10,8 @@ from collections import deque
 from collections.abc import Callable
 
 import torch
-from torch._library.custom_ops import CustomOpDef
 
+from torchcache._utils.torch_private import CustomOpDef
 from torchcache.identity.encoding import Unencodable, encode, type_name
 from torchcache.identity.objects import array, definition, held, is_without_value, owner
 from torchcache.identity.origin import attributes_of, of_module, unwrap
