@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from torchcache import torchcache
 from torchcache._native import ops
+from torchcache.engine.cache import Cache
 
 BATCH = 64
 ROUNDS = 400
@@ -53,12 +54,14 @@ def misses(width: int, folder: Path) -> None:
         plain(x)
 
     def write() -> None:
-        os.pwrite(file, memoryview(next(batches).numpy()).cast("B"), next(offsets))
+        os.pwrite(file, next(batches).numpy().data.cast("B"), next(offsets))
 
     with torch.no_grad():
         module(torch.zeros(BATCH, width))
         rivals: list[tuple[str, Callable[[], object]]] = [
-            ("raw", raw), ("pwrite", write), ("miss", lambda: module(next(batches)))
+            ("raw", raw),
+            ("pwrite", write),
+            ("miss", lambda: module(next(batches))),
         ]
         seconds = measure(rivals, ROUNDS)
     raw_us, pwrite_us, miss_us = (s * 1e6 for s in seconds)
@@ -78,7 +81,7 @@ def disk_hits(width: int, folder: Path) -> None:
     file = os.open(path, os.O_RDONLY)
     row = 4 * width
     out = torch.empty_like(x)
-    rows = [memoryview(out.numpy()[i : i + 1]).cast("B") for i in range(BATCH)]
+    rows = [out[i : i + 1].numpy().data.cast("B") for i in range(BATCH)]
 
     def loop() -> None:
         for i, buffer in enumerate(rows):
@@ -87,6 +90,7 @@ def disk_hits(width: int, folder: Path) -> None:
     with torch.no_grad():
         module(x)
         cache = module.cache_instance
+        assert isinstance(cache, Cache)
         cache.flush()
         rivals: list[tuple[str, Callable[[], object]]] = [
             ("hash", lambda: ops.keys([x], (0, 0))),

@@ -149,7 +149,7 @@ def private_names_of_torch(tree: ast.AST) -> Iterator[str]:
         elif isinstance(node, ast.Attribute):
             found = [dotted(node)]
         elif isinstance(node, ast.Call) and len(node.args) > 1 and isinstance(node.args[1], ast.Constant):
-            found = [f"{dotted(node.args[0])}.{node.args[1].value}"]  # getattr(torch, "_name")
+            found = [f"{dotted(node.args[0])}.{node.args[1].value!s}"]  # getattr(torch, "_name")
         yield from (
             name for name in found if name.split(".")[0] in of_torch | {"torch"} and re.search(r"\b_(?!_)", name)
         )

@@ -17,6 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from store_harness import DAMAGED, Store, batch, files, forked, reopened, succeeded, write
 
+from torchcache import errors
 from torchcache.cli import maintenance
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -106,14 +107,14 @@ def test_segments_of_a_later_version_are_left_with_an_error(tmp_path: Path) -> N
     data[56:64] = low(bytes(data[:56])).to_bytes(8, "little")
     later.write_bytes(data)
     before = contents(tmp_path)
-    with pytest.raises(maintenance.MaintenanceError, match="version 2"):
+    with pytest.raises(errors.MaintenanceError, match="version 2"):
         maintenance.compact(tmp_path)
     assert contents(tmp_path) == before
 
 
 def test_a_second_maintenance_at_the_same_time_is_told_to_wait(tmp_path: Path) -> None:
     write(tmp_path, batch(5, 1))
-    with maintenance._alone(tmp_path), pytest.raises(maintenance.MaintenanceError, match="at work"):
+    with maintenance._alone(tmp_path), pytest.raises(errors.MaintenanceError, match="at work"):
         maintenance.compact(tmp_path)
 
 
