@@ -158,7 +158,7 @@ class DiskTier:
 
 
 class StoreStats:
-    """Counters of a store, in the order of csrc/store/store.h."""
+    """Counters of a store, in the order of csrc/store/options.h."""
 
     def __init__(
         self,
