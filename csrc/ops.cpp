@@ -11,31 +11,33 @@
 #include <tuple>
 #include <vector>
 
-#include "handles.h"
+#include "core/handles.h"
+#include "core/tensors.h"
 #include "hash/device.h"
 #include "hash/keys.h"
-#include "hash/new_tensor.h"
-#include "hash/tensors.h"
 #include "hash/watch.h"
 #include "memory/arenas.h"
 #include "memory/table.h"
-#include "store/compaction.h"
+#include "store/maintenance/compaction.h"
 #include "store/store.h"
 
 namespace torchcache {
 namespace {
 
+using core::Handles;
+using core::new_int64;
+using hash::Digest;
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
 // Deliberately never destroyed: operations may still run in other threads while the process exits.
-Handles<Watch>& watches() {
-  static auto* instance = new Handles<Watch>("watch");
+Handles<hash::Watch>& watches() {
+  static auto* instance = new Handles<hash::Watch>("watch");
   return *instance;
 }
 struct MemoryTable {
-  KeyTable keys;
-  Arenas arenas;
+  memory::KeyTable keys;
+  memory::Arenas arenas;
 };
 Handles<MemoryTable>& tables() {
   static auto* instance = new Handles<MemoryTable>("memory table");
@@ -79,18 +81,20 @@ Tensor keys_tensor(const std::vector<Digest>& keys) {
 Digest digest_of(int64_t low, int64_t high) { return {static_cast<uint64_t>(low), static_cast<uint64_t>(high)}; }
 
 Tensor keys(std::vector<Tensor> rows, int64_t low, int64_t high) {
-  return keys_tensor(hash_batch(rows, digest_of(low, high), nullptr).keys);
+  return keys_tensor(hash::hash_batch(rows, digest_of(low, high), nullptr).keys);
 }
-Tensor digests_op(std::vector<Tensor> tensors) { return keys_tensor(digests(tensors)); }
+Tensor digests_op(std::vector<Tensor> tensors) { return keys_tensor(hash::digests(tensors)); }
 
 std::vector<int64_t> cuda_architectures() {
-  return device_hasher() == nullptr ? std::vector<int64_t>{} : device_hasher()->architectures();
+  return hash::device_hasher() == nullptr ? std::vector<int64_t>{} : hash::device_hasher()->architectures();
 }
 
 // ---- state
 
-int64_t watch_open(std::vector<Tensor> tensors) { return watches().add(std::make_shared<Watch>(std::move(tensors))); }
-int64_t watch_probe(int64_t watch) { return probe(*watches().get(watch)); }
+int64_t watch_open(std::vector<Tensor> tensors) {
+  return watches().add(std::make_shared<hash::Watch>(std::move(tensors)));
+}
+int64_t watch_probe(int64_t watch) { return hash::probe(*watches().get(watch)); }
 void watch_close(int64_t watch) { watches().remove(watch); }
 
 // ---- memory tier
@@ -101,12 +105,13 @@ void table_close(int64_t table) { tables().remove(table); }
 std::tuple<Tensor, Tensor, int64_t> table_lookup(int64_t table, Tensor keys) {
   const auto [data, count] = as_keys(keys);
   Tensor slots = new_int64(count);
-  const Lookup found = tables().get(table)->keys.lookup(data, count, static_cast<int64_t*>(slots.mutable_data_ptr()));
+  const memory::Lookup found =
+      tables().get(table)->keys.lookup(data, count, static_cast<int64_t*>(slots.mutable_data_ptr()));
   return {slots, int64_tensor(found.missing), found.layout};
 }
 
 // The leaves of the rows with these keys if every one is in an arena that can be read here, else none.
-std::vector<Tensor> leaves_of(const MemoryTable& memory, const Lookup& found, const std::vector<int64_t>& slots,
+std::vector<Tensor> leaves_of(const MemoryTable& memory, const memory::Lookup& found, const std::vector<int64_t>& slots,
                               bool pinned) {
   if (!found.missing.empty() || found.layout < 0) return {};
   return memory.arenas.gather(found.layout, slots.data(), slots.size(), pinned);
@@ -117,10 +122,10 @@ std::vector<Tensor> leaves_of(const MemoryTable& memory, const Lookup& found, co
 std::tuple<bool, std::vector<Tensor>, int64_t, int64_t> table_hash_and_read(int64_t table, std::vector<Tensor> rows,
                                                                             int64_t low, int64_t high, int64_t watch) {
   const std::shared_ptr<MemoryTable> memory = tables().get(table);
-  const std::shared_ptr<Watch> watched = watch == 0 ? nullptr : watches().get(watch);
-  const auto [keys, probe] = hash_batch(rows, digest_of(low, high), watched.get());
+  const std::shared_ptr<hash::Watch> watched = watch == 0 ? nullptr : watches().get(watch);
+  const auto [keys, probe] = hash::hash_batch(rows, digest_of(low, high), watched.get());
   std::vector<int64_t> slots(keys.size());
-  const Lookup found = memory->keys.lookup(keys.data(), keys.size(), slots.data());
+  const memory::Lookup found = memory->keys.lookup(keys.data(), keys.size(), slots.data());
   std::vector<Tensor> leaves = leaves_of(*memory, found, slots, /*pinned=*/rows[0].is_cuda());
   if (!leaves.empty()) return {true, std::move(leaves), found.layout, probe};
   return {false, {keys_tensor(keys), int64_tensor(slots), int64_tensor(found.missing)}, found.layout, probe};
@@ -130,7 +135,7 @@ std::tuple<std::vector<Tensor>, int64_t> table_read(int64_t table, Tensor keys) 
   const std::shared_ptr<MemoryTable> memory = tables().get(table);
   const auto [data, count] = as_keys(keys);
   std::vector<int64_t> slots(count);
-  const Lookup found = memory->keys.lookup(data, count, slots.data());
+  const memory::Lookup found = memory->keys.lookup(data, count, slots.data());
   return {leaves_of(*memory, found, slots, /*pinned=*/false), found.layout};
 }
 
@@ -144,7 +149,7 @@ void table_add_chunk(int64_t table, int64_t layout, int64_t first, std::vector<T
 }
 
 std::tuple<int64_t, int64_t> table_find(int64_t table, int64_t low) {
-  const RowLocation found = tables().get(table)->keys.find(static_cast<uint64_t>(low));
+  const memory::RowLocation found = tables().get(table)->keys.find(static_cast<uint64_t>(low));
   return {found.layout, found.slot};
 }
 
@@ -168,7 +173,7 @@ int64_t store_open(std::string directory, int64_t max_bytes, bool zstd, int64_t 
 std::tuple<Tensor, std::string> store_lookup(int64_t store, Tensor keys) {
   const auto [data, count] = as_keys(keys);
   Tensor present = bool_tensor(count);
-  std::string layout = stores().get(store)->find(data, count, static_cast<uint8_t*>(present.mutable_data_ptr()));
+  std::string layout = stores().get(store)->lookup(data, count, static_cast<uint8_t*>(present.mutable_data_ptr()));
   return {present, layout};
 }
 
@@ -179,7 +184,7 @@ std::vector<Leaf> as_leaves(const std::vector<Tensor>& tensors, size_t rows) {
   for (const Tensor& t : tensors) {
     if (t.dim() == 0 || t.size(0) != static_cast<int64_t>(rows) || !t.is_contiguous() || !t.is_cpu())
       throw std::invalid_argument("leaves must be contiguous CPU tensors with one row for each key");
-    const uint64_t bytes = static_cast<uint64_t>(t.numel() * item_size(t));
+    const uint64_t bytes = static_cast<uint64_t>(t.numel() * core::item_size(t));
     leaves.push_back({static_cast<uint8_t*>(t.data_ptr()), rows == 0 ? 0 : bytes / rows});
   }
   return leaves;
@@ -196,7 +201,7 @@ Tensor store_read(int64_t store, Tensor keys, std::string layout, std::vector<Te
 int64_t store_write(int64_t store, Tensor keys, std::string layout, std::vector<Tensor> leaves) {
   const auto [data, count] = as_keys(keys);
   return static_cast<int64_t>(
-      stores().get(store)->put(data, count, layout, as_leaves<store::ConstLeaf>(leaves, count)));
+      stores().get(store)->write(data, count, layout, as_leaves<store::ConstLeaf>(leaves, count)));
 }
 
 void store_flush(int64_t store) { stores().get(store)->flush(); }
@@ -214,7 +219,7 @@ std::vector<int64_t> store_stats(int64_t store) {
           static_cast<int64_t>(s.full)};
 }
 
-std::vector<std::string> store_warnings(int64_t store) { return stores().get(store)->take_warnings(); }
+std::vector<std::string> store_warnings(int64_t store) { return stores().get(store)->drain_warnings(); }
 
 // ---- maintenance
 

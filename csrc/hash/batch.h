@@ -9,7 +9,7 @@
 #include "hash/sources.h"
 #include "hash/team.h"
 
-namespace torchcache {
+namespace torchcache::hash {
 
 constexpr int64_t kLeaf = kLeafBytes;
 
@@ -122,4 +122,4 @@ TORCHCACHE_DEVICE void digest_batch(Team& team, const Batch& batch, int64_t firs
   }
 }
 
-}  // namespace torchcache
+}  // namespace torchcache::hash

@@ -10,16 +10,21 @@
 #include <utility>
 #include <vector>
 
-#include "cuda.cuh"
+#include "core/cuda.cuh"
 #include "hash/batch.h"
 #include "hash/device.h"
 #include "hash/plan.h"
 #include "hash/sources.h"
 #include "hash/team.h"
 
-namespace torchcache {
+namespace torchcache::hash {
 namespace {
 
+using core::check;
+using core::Current;
+using core::current_stream;
+using core::device_memory;
+using core::refuse_capture;
 using torch::stable::Tensor;
 
 constexpr int kThreads = 128;     // of a block: 16 teams
@@ -257,4 +262,4 @@ class CudaHasher : public DeviceHasher {
 const bool registered = (register_device_hasher(new CudaHasher), true);
 
 }  // namespace
-}  // namespace torchcache
+}  // namespace torchcache::hash

@@ -1,6 +1,6 @@
 #include "hash/device.h"
 
-namespace torchcache {
+namespace torchcache::hash {
 namespace {
 
 const DeviceHasher*& registered() {
@@ -14,4 +14,4 @@ const DeviceHasher* device_hasher() { return registered(); }
 
 void register_device_hasher(const DeviceHasher* hasher) { registered() = hasher; }
 
-}  // namespace torchcache
+}  // namespace torchcache::hash

@@ -11,7 +11,7 @@
 #include "hash/layout.h"
 #include "hash/xxh3.h"
 
-namespace torchcache {
+namespace torchcache::hash {
 
 // Up to 64 bytes somewhere on a device, which a probe reads as one number.
 struct Sample {
@@ -79,4 +79,4 @@ const DeviceHasher* device_hasher();
 // Called while the library is loaded.
 void register_device_hasher(const DeviceHasher* hasher);
 
-}  // namespace torchcache
+}  // namespace torchcache::hash

@@ -6,14 +6,22 @@
 #include <stdexcept>
 #include <utility>
 
+#include "core/tensors.h"
 #include "hash/cpu.h"
 #include "hash/device.h"
-#include "hash/tensors.h"
 
-namespace torchcache {
+namespace torchcache::hash {
 namespace {
 
+using core::device_of;
+using core::kCpu;
 using torch::stable::Tensor;
+
+// Dimension 0 counts the rows, or, with `whole`, the tensor is one row. Alive as long as the tensor is.
+Rows rows_of(const Tensor& t, bool whole) {
+  if (!core::has_bytes(t)) throw std::invalid_argument("there is no memory behind a tensor (was its storage resized?)");
+  return hash::rows_of(t.const_data_ptr(), core::item_size(t), t.sizes(), t.strides(), whole);
+}
 
 // One request for each device that a call involves. Every request is enqueued before the first wait.
 class DeviceRequests {
@@ -146,4 +154,4 @@ int64_t probe(const Watch& watch) {
   return requests.probe(host);
 }
 
-}  // namespace torchcache
+}  // namespace torchcache::hash

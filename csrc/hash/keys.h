@@ -9,7 +9,7 @@
 #include "hash/digest.h"
 #include "hash/watch.h"
 
-namespace torchcache {
+namespace torchcache::hash {
 
 struct HashedBatch {
   std::vector<Digest> keys;
@@ -26,4 +26,4 @@ std::vector<Digest> digests(const std::vector<torch::stable::Tensor>& tensors);
 
 int64_t probe(const Watch& watch);
 
-}  // namespace torchcache
+}  // namespace torchcache::hash

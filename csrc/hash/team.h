@@ -11,7 +11,7 @@
 #include "hash/layout.h"
 #include "hash/xxh3.h"
 
-namespace torchcache {
+namespace torchcache::hash {
 
 constexpr int kLanes = 8;
 
@@ -92,4 +92,4 @@ TORCHCACHE_DEVICE Digest digest_by_team(Team& team, const Words& words, int64_t 
   return {xxh3::finish_low(values, length), xxh3::finish_high(values, length)};
 }
 
-}  // namespace torchcache
+}  // namespace torchcache::hash

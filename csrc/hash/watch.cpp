@@ -6,9 +6,9 @@
 #include <map>
 #include <utility>
 
-#include "hash/tensors.h"
+#include "core/tensors.h"
 
-namespace torchcache {
+namespace torchcache::hash {
 namespace {
 
 using torch::stable::Tensor;
@@ -32,7 +32,7 @@ struct TensorSamples {
 
   TensorSamples(const Tensor& t, Mix& mix) {
     const auto* data = static_cast<const uint8_t*>(t.const_data_ptr());
-    const int64_t item = item_size(t);
+    const int64_t item = core::item_size(t);
     mix(reinterpret_cast<uintptr_t>(data));
     mix(static_cast<uint64_t>(t.scalar_type()));
     const auto sizes = t.sizes(), strides = t.strides();
@@ -42,7 +42,7 @@ struct TensorSamples {
       mix(static_cast<uint64_t>(strides[d]));
       n *= sizes[d], last += (sizes[d] - 1) * strides[d];
     }
-    if (n == 0 || data == nullptr || !has_bytes(t, last, item)) return;
+    if (n == 0 || data == nullptr || !core::has_bytes(t, last, item)) return;
     const int64_t bytes = n * item;
     if (last != n - 1) {
       for (int64_t i = 0; i < kApart; ++i) add(data + offset_of((n - 1) * i / (kApart - 1), t) * item, item);
@@ -92,4 +92,4 @@ HostProbe Watch::probe_host() const {
   return {mix.value, lists_};
 }
 
-}  // namespace torchcache
+}  // namespace torchcache::hash

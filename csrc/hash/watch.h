@@ -8,11 +8,11 @@
 #include <mutex>
 #include <vector>
 
-#include "fork.h"
+#include "core/fork.h"
 #include "hash/device.h"
 #include "hash/xxh3.h"
 
-namespace torchcache {
+namespace torchcache::hash {
 
 // The running value of a probe; order matters.
 struct Mix {
@@ -41,7 +41,7 @@ class Watch {
   mutable std::mutex mutex_;
   mutable uint64_t listed_ = 0;  // the host's value that the lists belong to: addresses and shapes are part of it
   mutable Lists lists_;
-  AtFork at_fork_{[this] { mutex_.lock(); }, [this](bool) { mutex_.unlock(); }};
+  core::AtFork at_fork_{[this] { mutex_.lock(); }, [this](bool) { mutex_.unlock(); }};
 };
 
-}  // namespace torchcache
+}  // namespace torchcache::hash

@@ -4,12 +4,14 @@
 #include <cstring>
 #include <stdexcept>
 
-#include "hash/tensors.h"
+#include "core/parallel.h"
+#include "core/tensors.h"
 #include "memory/gather.h"
-#include "parallel.h"
 
-namespace torchcache {
+namespace torchcache::memory {
 namespace {
+
+using core::kCpu;
 
 constexpr int64_t kBytesPerThread = 512 << 10;  // measured: below, a second thread costs more than it brings
 constexpr int64_t kAhead = 4, kFetched = 512;   // rows, and bytes of each: the processor finds the rest by itself
@@ -22,8 +24,8 @@ void fetch(const uint8_t* from, int64_t bytes) {
 }  // namespace
 
 Arena::Arena(const Tensor& chunk)
-    : device_(device_of(chunk)),
-      row_bytes_(item_size(chunk)),
+    : device_(core::device_of(chunk)),
+      row_bytes_(core::item_size(chunk)),
       sizes_(chunk.sizes().begin(), chunk.sizes().end()),
       strides_(sizes_.size(), 1) {
   if (sizes_.empty()) throw std::invalid_argument("chunks must be tensors [rows, ...]");
@@ -33,7 +35,7 @@ Arena::Arena(const Tensor& chunk)
 }
 
 void Arena::add(int64_t first, const Tensor& chunk) {
-  if (!chunk.is_contiguous() || device_of(chunk) != device_)
+  if (!chunk.is_contiguous() || core::device_of(chunk) != device_)
     throw std::invalid_argument("chunks must be contiguous, and on one device");
   chunks_.push_back({first, static_cast<const uint8_t*>(chunk.const_data_ptr()), chunk});
 }
@@ -57,7 +59,7 @@ torch::stable::Tensor Arena::gather(const int64_t* slots, int64_t n, bool pinned
     device_gather()(device_, rows, row_bytes_, out);
     return result;
   }
-  parallel(n, kBytesPerThread / std::max<int64_t>(1, row_bytes_), [&](int64_t begin, int64_t end) {
+  core::parallel(n, kBytesPerThread / std::max<int64_t>(1, row_bytes_), [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
       if (i + kAhead < end) fetch(row(slots[i + kAhead]), std::min(row_bytes_, kFetched));
       memcpy(out + i * row_bytes_, row(slots[i]), row_bytes_);
@@ -110,4 +112,4 @@ std::vector<torch::stable::Tensor> Arenas::gather(int64_t layout, const int64_t*
   return result;
 }
 
-}  // namespace torchcache
+}  // namespace torchcache::memory

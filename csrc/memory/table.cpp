@@ -3,7 +3,7 @@
 #include <mutex>
 #include <new>
 
-namespace torchcache {
+namespace torchcache::memory {
 namespace {
 
 constexpr size_t kFirstCapacity = 1024;
@@ -107,4 +107,4 @@ void KeyTable::grow() {
     if (entry.location.slot >= 0) entries_[position(entry.key)] = entry;
 }
 
-}  // namespace torchcache
+}  // namespace torchcache::memory

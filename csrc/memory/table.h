@@ -5,10 +5,12 @@
 #include <shared_mutex>
 #include <vector>
 
-#include "fork.h"
+#include "core/fork.h"
 #include "hash/digest.h"
 
-namespace torchcache {
+namespace torchcache::memory {
+
+using hash::Digest;
 
 // Where a row lies: the number of its layout and its slot in that layout's arena.
 struct RowLocation {
@@ -56,7 +58,7 @@ class KeyTable {
   mutable std::shared_mutex mutex_;
   std::vector<Entry> entries_;  // a power of two; empty where slot is -1
   size_t used_ = 0;
-  AtFork at_fork_{[this] { mutex_.lock(); }, [this](bool child) { after_fork(child); }};
+  core::AtFork at_fork_{[this] { mutex_.lock(); }, [this](bool child) { after_fork(child); }};
 };
 
-}  // namespace torchcache
+}  // namespace torchcache::memory

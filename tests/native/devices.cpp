@@ -12,14 +12,14 @@
 #include <utility>
 #include <vector>
 
+#include "core/tensors.h"
 #include "hash/device.h"
 #include "hash/keys.h"
-#include "hash/new_tensor.h"
 #include "hash/plan.h"
 #include "hash/watch.h"
 #include "loop_team.h"
 
-namespace torchcache {
+namespace torchcache::hash {
 namespace {
 
 using torch::stable::Tensor;
@@ -102,7 +102,7 @@ const bool registered = (register_device_hasher(new LoopHasher), true);
 std::map<int64_t, std::unique_ptr<Watch>> watches;
 
 Tensor tensor_of(const std::vector<Digest>& digests) {
-  Tensor result = new_int64(digests.size(), 2);
+  Tensor result = core::new_int64(digests.size(), 2);
   memcpy(result.mutable_data_ptr(), digests.data(), sizeof(Digest) * digests.size());
   return result;
 }
@@ -130,20 +130,20 @@ void capture(bool now) { capturing = now; }
 void forget() { places.clear(), log.clear(), capturing = false; }
 
 }  // namespace
-}  // namespace torchcache
+}  // namespace torchcache::hash
 
 // In place of torch's, for this library.
 extern "C" AOTITorchError aoti_torch_get_device_type(AtenTensorHandle tensor, int32_t* type) {
   void* data = nullptr;
   aoti_torch_get_data_ptr(tensor, &data);
-  *type = torchcache::place_at(data) < 0 ? aoti_torch_device_type_cpu() : aoti_torch_device_type_cuda();
+  *type = torchcache::hash::place_at(data) < 0 ? aoti_torch_device_type_cpu() : aoti_torch_device_type_cuda();
   return 0;
 }
 
 extern "C" AOTITorchError aoti_torch_get_device_index(AtenTensorHandle tensor, int32_t* index) {
   void* data = nullptr;
   aoti_torch_get_data_ptr(tensor, &data);
-  *index = torchcache::place_at(data);
+  *index = torchcache::hash::place_at(data);
   return 0;
 }
 
@@ -159,12 +159,12 @@ STABLE_TORCH_LIBRARY(torchcache_devices, m) {
 }
 
 STABLE_TORCH_LIBRARY_IMPL(torchcache_devices, CompositeImplicitAutograd, m) {
-  m.impl("place", TORCH_BOX(&torchcache::place));
-  m.impl("hash_batch", TORCH_BOX(&torchcache::hash_batch_op));
-  m.impl("digests", TORCH_BOX(&torchcache::digests_op));
-  m.impl("watch_open", TORCH_BOX(&torchcache::watch_open));
-  m.impl("probe", TORCH_BOX(&torchcache::probe_op));
-  m.impl("drain_log", TORCH_BOX(&torchcache::drain_log));
-  m.impl("capture", TORCH_BOX(&torchcache::capture));
-  m.impl("forget", TORCH_BOX(&torchcache::forget));
+  m.impl("place", TORCH_BOX(&torchcache::hash::place));
+  m.impl("hash_batch", TORCH_BOX(&torchcache::hash::hash_batch_op));
+  m.impl("digests", TORCH_BOX(&torchcache::hash::digests_op));
+  m.impl("watch_open", TORCH_BOX(&torchcache::hash::watch_open));
+  m.impl("probe", TORCH_BOX(&torchcache::hash::probe_op));
+  m.impl("drain_log", TORCH_BOX(&torchcache::hash::drain_log));
+  m.impl("capture", TORCH_BOX(&torchcache::hash::capture));
+  m.impl("forget", TORCH_BOX(&torchcache::hash::forget));
 }

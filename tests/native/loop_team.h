@@ -13,7 +13,7 @@
 #include "hash/sources.h"
 #include "hash/team.h"
 
-namespace torchcache {
+namespace torchcache::hash {
 
 class LoopTeam {
  public:
@@ -74,4 +74,4 @@ inline void launch(const Batch& batch, Shape shape) {
   with_source(batch.rows, [&](auto source) { run<typename decltype(source)::type>(batch, shape); });
 }
 
-}  // namespace torchcache
+}  // namespace torchcache::hash

@@ -11,7 +11,7 @@
 #include "hash/plan.h"
 #include "loop_team.h"
 
-namespace torchcache {
+namespace torchcache::hash {
 namespace {
 
 struct Numbers {
@@ -59,9 +59,9 @@ void write(const Canonical* digests, int64_t count, uint64_t* out) {
 }
 
 }  // namespace
-}  // namespace torchcache
+}  // namespace torchcache::hash
 
-using namespace torchcache;
+using namespace torchcache::hash;
 
 struct Argument {  // a tensor
   const void* data;

@@ -31,7 +31,7 @@ def operations() -> Any:
         flags = ["-O0", "-shared", "-fPIC", "-pthread", "-Wl,-Bsymbolic", f"-I{CSRC}"]
         flags += [flag for flag in build.COMPILE_FLAGS if not flag.startswith("-O")]
         flags += ["-isystem", str(found.folder / "include"), f"-L{found.folder / 'lib'}"]
-        sources = [NATIVE / "devices.cpp", CSRC / "fork.cpp", *sorted((CSRC / "hash").glob("*.cpp"))]
+        sources = [NATIVE / "devices.cpp", CSRC / "core" / "fork.cpp", *sorted((CSRC / "hash").glob("*.cpp"))]
         libraries = ["-ltorch", "-ltorch_cpu", "-lc10"]
         subprocess.run([*compiler(), *flags, *map(str, sources), *libraries, "-o", built], check=True)
         torch.ops.load_library(built)

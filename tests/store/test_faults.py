@@ -272,7 +272,7 @@ def test_a_big_endian_machine_is_refused_when_the_store_is_compiled() -> None:
     if compiler is None or not (ROOT / "csrc").is_dir():
         pytest.skip("no C++ compiler")
     swapped = ["-U__BYTE_ORDER__", "-D__BYTE_ORDER__=__ORDER_BIG_ENDIAN__"]
-    source = ROOT / "csrc" / "store" / "format.cpp"
+    source = ROOT / "csrc" / "store" / "format" / "format.cpp"
     command = [compiler, "-std=c++17", "-fsyntax-only", f"-I{ROOT / 'csrc'}", *swapped, str(source)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode != 0 and "torchcache needs a little-endian machine" in done.stderr

@@ -194,7 +194,7 @@ def store_flush(store: int) -> None:
 
 
 def store_stats(store: int) -> list[int]:
-    """In the order of ``csrc/store/store.h``'s Stats."""
+    """In the order of ``csrc/store/options.h``'s Stats."""
     return cast("list[int]", _native().store_stats.default(store))
 
 
@@ -213,7 +213,7 @@ def segment_summary(directory: str, name: str) -> tuple[list[int], list[str]]:
 
 
 def segment_verify(directory: str, name: str, position: int, bytes: int) -> list[int]:
-    """Position, done, rows; then kind, offset, bytes, rows of each damage: ``csrc/store/maintain.h``."""
+    """Position, done, rows; then kind, offset, bytes, rows of each damage: ``csrc/store/maintenance/inspect.h``."""
     return cast("list[int]", _native().segment_verify.default(directory, name, position, bytes))
 
 
@@ -243,7 +243,7 @@ def compact_add(compaction: int, name: str) -> bool:
 
 
 def compact_finish(compaction: int) -> list[int]:
-    """Puts the new segments into place, removes the old → the order of ``csrc/store/compaction.h``'s Counts."""
+    """Puts the new segments into place, removes the old → the order of ``csrc/store/maintenance/compaction.h``'s Counts."""
     return cast("list[int]", _native().compact_finish.default(compaction))
 
 

@@ -116,7 +116,7 @@ class DiskTier:
     def stats(self) -> TierStats:
         rows, written, queued, _, damaged, dropped, full = self._store.call(
             ops.store_stats
-        )  # csrc/store/store.h: Stats
+        )  # csrc/store/options.h: Stats
         return TierStats(rows, written, queued, damaged, dropped, bool(full))
 
     def flush(self) -> None:

@@ -8,9 +8,9 @@
 #include <string>
 #include <unordered_map>
 
-#include "fork.h"
+#include "core/fork.h"
 
-namespace torchcache {
+namespace torchcache::core {
 
 // Thread-safe. An object lives until it is removed and the last operation on it has ended.
 template <class T>
@@ -50,4 +50,4 @@ class Handles {
   AtFork at_fork_{[this] { mutex_.lock(); }, [this](bool) { mutex_.unlock(); }};
 };
 
-}  // namespace torchcache
+}  // namespace torchcache::core

@@ -1,13 +1,13 @@
 // Plan under the mutex, read without it, verify, and drop what turned out to be damaged.
-#include "store/read.h"
+#include "store/reader.h"
 
 #include <algorithm>
 #include <cerrno>
 #include <cstring>
 
-#include "store/compression.h"
-#include "store/look.h"
-#include "store/pages.h"
+#include "store/format/compression.h"
+#include "store/os/pages.h"
+#include "store/refresh.h"
 
 namespace torchcache::store {
 namespace {
@@ -17,7 +17,7 @@ constexpr uint64_t kGroupBytes = 256 << 10;  // runs that are read before they a
 constexpr uint64_t kPopulateBytes = 64 << 10;
 
 // A row that is to be read from a segment.
-struct Piece {
+struct RowRead {
   size_t i = 0;  // of the caller's keys
   Entry entry{};
   Block block;
@@ -31,9 +31,9 @@ struct QueuedRow {
   Queue::Row row;
 };
 
-class Reading {
+class RowReader {
  public:
-  Reading(State& state, const Digest* keys, const std::string& layout, const std::vector<Leaf>& out, uint8_t* ok)
+  RowReader(State& state, const Digest* keys, const std::string& layout, const std::vector<Leaf>& out, uint8_t* ok)
       : state_(state), keys_(keys), layout_(layout), out_(out), ok_(ok) {
     for (const Leaf& leaf : out) row_bytes_ += leaf.row_bytes;
   }
@@ -42,18 +42,18 @@ class Reading {
  private:
   void plan(const std::vector<size_t>& rows);
   void plan_row(uint32_t layout, size_t i);
-  void locate(Piece* piece);
-  Error read_row_ends(const Piece& piece, std::vector<uint32_t>* ends);
+  void locate(RowRead* read);
+  Error read_row_ends(const RowRead& read, std::vector<uint32_t>* ends);
   size_t run_end(size_t first) const;
   size_t group_end(size_t begin);
   void read_group(size_t begin, size_t end);
   void read_run(const File& file, size_t first, size_t last, Transfer transfer);
-  bool deliver(const Piece& piece, const uint8_t* stored);
-  void scatter(const uint8_t* row, size_t i);
-  void settle(const Piece& piece);
+  bool verify_and_copy(const RowRead& read, const uint8_t* stored);
+  void copy_to_leaves(const uint8_t* row, size_t i);
+  void handle_unread(const RowRead& read);
 
   // Whether the bytes in the file are the bytes of the output.
-  bool direct(const Piece& piece) const { return out_.size() == 1 && piece.block.codec == Codec::kRaw; }
+  bool is_direct(const RowRead& read) const { return out_.size() == 1 && read.block.codec == Codec::kRaw; }
 
   State& state_;
   const Digest* const keys_;
@@ -62,50 +62,50 @@ class Reading {
   uint8_t* const ok_;
   uint64_t row_bytes_ = 0;
   std::vector<QueuedRow> queued_;
-  std::vector<Piece> pieces_;
-  std::vector<size_t> again_;  // rows that another copy may still give
-  std::vector<size_t> runs_;   // first pieces of the runs of a group
+  std::vector<RowRead> reads_;
+  std::vector<size_t> retry_;  // rows that another copy may still give
+  std::vector<size_t> runs_;   // first reads of the runs of a group
   std::vector<Transfer> transfers_;
   std::vector<uint8_t> stored_, row_;
   bool file_gone_ = false;
-  bool looked_ = false;  // for files that were gone: once is enough
+  bool refreshed_ = false;  // for files that were gone: once is enough
 };
 
-void Reading::run(size_t n) {
+void RowReader::run(size_t n) {
   std::vector<size_t> rows(n);
   for (size_t i = 0; i < n; ++i) rows[i] = i;
-  for (; !rows.empty(); rows.swap(again_)) {
-    again_.clear();
+  for (; !rows.empty(); rows.swap(retry_)) {
+    retry_.clear();
     plan(rows);
     for (const QueuedRow& queued : queued_) {
-      scatter(queued.row.batch->row(queued.row.row), queued.i);
+      copy_to_leaves(queued.row.batch->row(queued.row.row), queued.i);
       ok_[queued.i] = 1;
     }
-    for (size_t begin = 0, end = 0; begin < pieces_.size(); begin = end) {
+    for (size_t begin = 0, end = 0; begin < reads_.size(); begin = end) {
       end = group_end(begin);
       read_group(begin, end);
     }
-    if (!file_gone_ || looked_) continue;
-    if (!look(state_)) return;  // another thread is at it: misses, for this time
-    looked_ = true;
+    if (!file_gone_ || refreshed_) continue;
+    if (!refresh(state_)) return;  // another thread is at it: these are misses, for this time
+    refreshed_ = true;
   }
 }
 
-void Reading::plan(const std::vector<size_t>& rows) {
+void RowReader::plan(const std::vector<size_t>& rows) {
   queued_.clear();
-  pieces_.clear();
-  pieces_.reserve(rows.size());
+  reads_.clear();
+  reads_.reserve(rows.size());
   {
     std::lock_guard lock(state_.mutex);
     const uint32_t layout = state_.index.layout_number(layout_);
     if (layout == Index::kNone) return;
     for (size_t i : rows) plan_row(layout, i);
   }
-  for (Piece& piece : pieces_)
-    if (piece.block.codec == Codec::kZstd) locate(&piece);
+  for (RowRead& read : reads_)
+    if (read.block.codec == Codec::kZstd) locate(&read);
 }
 
-void Reading::plan_row(uint32_t layout, size_t i) {
+void RowReader::plan_row(uint32_t layout, size_t i) {
   Queue::Row row = state_.queue.find(keys_[i]);
   if (row.batch != nullptr && row.batch->layout == layout && row.batch->row_bytes == row_bytes_) {
     queued_.push_back({i, std::move(row)});
@@ -116,42 +116,42 @@ void Reading::plan_row(uint32_t layout, size_t i) {
     return block.layout == layout && block.row_bytes == row_bytes_;
   });
   if (entry == nullptr) return;
-  Piece piece;
-  piece.i = i;
-  piece.entry = *entry;
-  piece.block = state_.index.block(entry->block);
-  piece.offset = piece.block.payload_offset + entry->row * row_bytes_;
-  piece.length = row_bytes_;
-  pieces_.push_back(piece);
+  RowRead read;
+  read.i = i;
+  read.entry = *entry;
+  read.block = state_.index.block(entry->block);
+  read.offset = read.block.payload_offset + entry->row * row_bytes_;
+  read.length = row_bytes_;
+  reads_.push_back(read);
 }
 
 // Where a row of a zstd block stands.
-void Reading::locate(Piece* piece) {
+void RowReader::locate(RowRead* read) {
   std::shared_ptr<const std::vector<uint32_t>> ends;
   {
     std::lock_guard lock(state_.mutex);
-    const auto known = state_.row_ends.find(piece->entry.block);
+    const auto known = state_.row_ends.find(read->entry.block);
     if (known != state_.row_ends.end()) ends = known->second;
   }
   if (ends == nullptr) {
-    auto read = std::make_shared<std::vector<uint32_t>>();
-    piece->error = read_row_ends(*piece, read.get());
-    if (piece->error != 0) return;
+    auto new_ends = std::make_shared<std::vector<uint32_t>>();
+    read->error = read_row_ends(*read, new_ends.get());
+    if (read->error != 0) return;
     std::lock_guard lock(state_.mutex);
-    state_.row_ends[piece->entry.block] = ends = read;
+    state_.row_ends[read->entry.block] = ends = new_ends;
   }
-  const uint32_t row = piece->entry.row;
+  const uint32_t row = read->entry.row;
   const uint32_t begin = row == 0 ? 0 : (*ends)[row - 1], end = (*ends)[row];
-  if (begin > end || end > piece->block.payload_bytes || end - begin > row_bytes_)
-    piece->error = kShortFile;  // the lengths are not what they were when they were checked
-  piece->offset = piece->block.payload_offset + begin;
-  piece->length = end - begin;
+  if (begin > end || end > read->block.payload_bytes || end - begin > row_bytes_)
+    read->error = kShortFile;  // the lengths are not what they were when they were checked
+  read->offset = read->block.payload_offset + begin;
+  read->length = end - begin;
 }
 
-Error Reading::read_row_ends(const Piece& piece, std::vector<uint32_t>* ends) {
-  const Block& block = piece.block;
+Error RowReader::read_row_ends(const RowRead& read, std::vector<uint32_t>* ends) {
+  const Block& block = read.block;
   Error error = 0;
-  const auto file = segment_file(state_, block.segment, &error);
+  const auto file = open_segment_file(state_, block.segment, &error);
   if (file == nullptr) return error;
   const uint64_t head = kHeaderBytes + table_bytes(block.codec, block.rows, layout_.size());
   const uint64_t lengths = lengths_offset(block.rows, layout_.size());
@@ -161,34 +161,34 @@ Error Reading::read_row_ends(const Piece& piece, std::vector<uint32_t>* ends) {
   return error;
 }
 
-// One behind the last piece that can be read together with the first: neighbours in the file, and
+// One behind the last read that can be read together with the first: neighbours in the file, and
 // in the output if they are read straight into it.
-size_t Reading::run_end(size_t first) const {
-  uint64_t bytes = pieces_[first].length;
+size_t RowReader::run_end(size_t first) const {
+  uint64_t bytes = reads_[first].length;
   size_t last = first + 1;
-  for (; last < pieces_.size(); ++last) {
-    const Piece &before = pieces_[last - 1], &piece = pieces_[last];
-    bytes += piece.length;
-    if (piece.entry.block != before.entry.block || piece.error != 0 || before.error != 0) break;
-    if (piece.offset != before.offset + before.length || bytes > kRunBytes) break;
-    if (direct(piece) && piece.i != before.i + 1) break;
+  for (; last < reads_.size(); ++last) {
+    const RowRead &before = reads_[last - 1], &read = reads_[last];
+    bytes += read.length;
+    if (read.entry.block != before.entry.block || read.error != 0 || before.error != 0) break;
+    if (read.offset != before.offset + before.length || bytes > kRunBytes) break;
+    if (is_direct(read) && read.i != before.i + 1) break;
   }
   return last;
 }
 
 // Plans the reads of some runs of one segment: runs_ and transfers_.
-size_t Reading::group_end(size_t begin) {
+size_t RowReader::group_end(size_t begin) {
   runs_.clear();
   transfers_.clear();
-  runs_.reserve(pieces_.size());
-  transfers_.reserve(pieces_.size());
-  const uint32_t segment = pieces_[begin].block.segment;
+  runs_.reserve(reads_.size());
+  transfers_.reserve(reads_.size());
+  const uint32_t segment = reads_[begin].block.segment;
   uint64_t bytes = 0;
   size_t first = begin;
-  while (first < pieces_.size() && bytes < kGroupBytes && pieces_[first].block.segment == segment) {
+  while (first < reads_.size() && bytes < kGroupBytes && reads_[first].block.segment == segment) {
     const size_t last = run_end(first);
-    const Piece& front = pieces_[first];
-    const uint64_t size = pieces_[last - 1].offset + pieces_[last - 1].length - front.offset;
+    const RowRead& front = reads_[first];
+    const uint64_t size = reads_[last - 1].offset + reads_[last - 1].length - front.offset;
     runs_.push_back(first);
     transfers_.push_back({nullptr, front.error == 0 ? size : 0, front.offset});
     bytes += transfers_.back().size;
@@ -197,57 +197,57 @@ size_t Reading::group_end(size_t begin) {
   return first;
 }
 
-void Reading::read_group(size_t begin, size_t end) {
+void RowReader::read_group(size_t begin, size_t end) {
   uint64_t size = 0;
-  for (size_t run = 0; run < runs_.size(); ++run) size += direct(pieces_[runs_[run]]) ? 0 : transfers_[run].size;
+  for (size_t run = 0; run < runs_.size(); ++run) size += is_direct(reads_[runs_[run]]) ? 0 : transfers_[run].size;
   if (stored_.size() < size) stored_.resize(size);
   uint8_t* stored = stored_.data();
   for (size_t run = 0; run < runs_.size(); ++run) {
-    const Piece& front = pieces_[runs_[run]];
-    transfers_[run].out = direct(front) ? out_[0].data + front.i * row_bytes_ : stored;
-    stored += direct(front) ? 0 : transfers_[run].size;
+    const RowRead& front = reads_[runs_[run]];
+    transfers_[run].out = is_direct(front) ? out_[0].data + front.i * row_bytes_ : stored;
+    stored += is_direct(front) ? 0 : transfers_[run].size;
   }
   Error error = 0;
-  const auto file = segment_file(state_, pieces_[begin].block.segment, &error);
+  const auto file = open_segment_file(state_, reads_[begin].block.segment, &error);
   if (file != nullptr) file->read(transfers_.data(), transfers_.size());
   for (size_t run = 0; run < runs_.size(); ++run) {
     const size_t last = run + 1 < runs_.size() ? runs_[run + 1] : end;
     if (file != nullptr)
       read_run(*file, runs_[run], last, transfers_[run]);
     else
-      for (size_t p = runs_[run]; p < last; ++p) pieces_[p].error = error;
+      for (size_t p = runs_[run]; p < last; ++p) reads_[p].error = error;
   }
   for (size_t p = begin; p < end; ++p)
-    if (!ok_[pieces_[p].i]) settle(pieces_[p]);
+    if (!ok_[reads_[p].i]) handle_unread(reads_[p]);
 }
 
 // Hands out what was read; rows that could not be read together are read one by one.
-void Reading::read_run(const File& file, size_t first, size_t last, Transfer run) {
+void RowReader::read_run(const File& file, size_t first, size_t last, Transfer run) {
   for (size_t p = first; p < last; ++p) {
-    Piece& piece = pieces_[p];
-    uint8_t* const stored = run.out + (piece.offset - pieces_[first].offset);
-    if (piece.error == 0) piece.error = run.error;
-    if (run.error != 0 && last - first > 1) piece.error = file.read(stored, piece.length, piece.offset);
-    if (piece.error == 0) ok_[piece.i] = deliver(piece, stored);
+    RowRead& read = reads_[p];
+    uint8_t* const stored = run.out + (read.offset - reads_[first].offset);
+    if (read.error == 0) read.error = run.error;
+    if (run.error != 0 && last - first > 1) read.error = file.read(stored, read.length, read.offset);
+    if (read.error == 0) ok_[read.i] = verify_and_copy(read, stored);
   }
 }
 
 // Verifies one row and hands it out.
-bool Reading::deliver(const Piece& piece, const uint8_t* stored) {
-  if (row_check(digest(stored, piece.length), keys_[piece.i]) != piece.entry.check) return false;
-  if (direct(piece)) return true;
-  if (piece.block.codec == Codec::kZstd) {
-    uint8_t* row = out_.size() == 1 ? out_[0].data + piece.i * row_bytes_ : nullptr;
+bool RowReader::verify_and_copy(const RowRead& read, const uint8_t* stored) {
+  if (row_check(digest(stored, read.length), keys_[read.i]) != read.entry.check) return false;
+  if (is_direct(read)) return true;
+  if (read.block.codec == Codec::kZstd) {
+    uint8_t* row = out_.size() == 1 ? out_[0].data + read.i * row_bytes_ : nullptr;
     if (row == nullptr) row_.resize(row_bytes_);
-    if (!decompress_row(stored, piece.length, row ? row : row_.data(), row_bytes_)) return false;
+    if (!decompress_row(stored, read.length, row ? row : row_.data(), row_bytes_)) return false;
     if (row != nullptr) return true;
     stored = row_.data();
   }
-  scatter(stored, piece.i);
+  copy_to_leaves(stored, read.i);
   return true;
 }
 
-void Reading::scatter(const uint8_t* row, size_t i) {
+void RowReader::copy_to_leaves(const uint8_t* row, size_t i) {
   for (const Leaf& leaf : out_) {
     if (leaf.row_bytes > 0) memcpy(leaf.data + i * leaf.row_bytes, row, leaf.row_bytes);
     row += leaf.row_bytes;
@@ -255,23 +255,22 @@ void Reading::scatter(const uint8_t* row, size_t i) {
 }
 
 // Decides about a row that was not read: whether to try again, and whether this copy is lost.
-void Reading::settle(const Piece& piece) {
-  const Error error = piece.error;
+void RowReader::handle_unread(const RowRead& read) {
+  const Error error = read.error;
   if (error == EMFILE || error == ENFILE || error == ENOMEM) return;  // a miss, for this time
   std::lock_guard lock(state_.mutex);
   if (state_.closed) return;
-  again_.push_back(piece.i);
-  Segment& segment = state_.segments[piece.block.segment];
+  retry_.push_back(read.i);
   const bool gone = is_gone(error);
-  if (gone && !looked_) {
-    forget_file(state_, segment);
+  if (gone && !refreshed_) {
+    state_.segments.close_file(read.block.segment);
     file_gone_ = true;
     return;
   }
-  const bool dropped = state_.index.drop(piece.entry.low, piece.entry.block, piece.entry.row);
+  const bool dropped = state_.index.drop(read.entry.low, read.entry.block, read.entry.row);
   if (!dropped || gone) return;
   ++state_.damaged_rows;
-  state_.warn_of_damage(segment);
+  state_.warn_of_damage(state_.segments[read.block.segment]);
 }
 
 // Fresh outputs cost more in page faults than in copies: huge pages, or all pages at once, halve it.
@@ -289,7 +288,7 @@ void read_rows(State& state, const Digest* keys, size_t n, const std::string& la
                uint8_t* ok) {
   memset(ok, 0, n);
   for (const Leaf& leaf : out) prepare_pages(leaf, n);
-  Reading(state, keys, layout, out, ok).run(n);
+  RowReader(state, keys, layout, out, ok).run(n);
 }
 
 }  // namespace torchcache::store

@@ -5,9 +5,9 @@
 
 #include <cstdint>
 
-#include "fork.h"
+#include "core/fork.h"
 
-namespace torchcache {
+namespace torchcache::core {
 
 // f(begin, end) for parts of 0 … n of at least `grain`. In a forked child in this thread alone: torch's thread pool
 // does not survive a fork, and waiting for it would hang the child.
@@ -20,4 +20,4 @@ void parallel(int64_t n, int64_t grain, const F& f) {
   }
 }
 
-}  // namespace torchcache
+}  // namespace torchcache::core

@@ -2,14 +2,18 @@
 // docs/format.md is the specification; where they differ, the page is right.
 #pragma once
 
-#include <array>
 #include <cstddef>
 #include <cstdint>
-#include <string>
 
 #include "hash/digest.h"
+#include "store/format/names.h"
 
 namespace torchcache::store {
+
+using hash::Digest;
+using hash::digest;
+using hash::from_canonical;
+using hash::to_canonical;
 
 // Blocks and payloads start at multiples of this.
 constexpr uint64_t kAlignment = 64;
@@ -20,15 +24,18 @@ constexpr uint64_t kMaxRowBytes = uint64_t{1} << 30;
 constexpr uint32_t kMaxRows = 1 << 20;
 constexpr uint32_t kMaxLayoutBytes = 64 << 10;
 
-constexpr uint64_t padded(uint64_t size, uint64_t unit) { return (size + unit - 1) / unit * unit; }
+constexpr uint64_t kBlockBytes = 1 << 20;  // of rows that a writer puts into one block, unless one row is larger
 
-// The name of a segment and of its index, as bytes.
-using SegmentId = std::array<uint8_t, 16>;
-std::string to_hex(const SegmentId& id);
-bool from_hex(const std::string& hex, SegmentId* id);  // false unless 32 lower-case hex digits
+constexpr uint64_t padded(uint64_t size, uint64_t unit) { return (size + unit - 1) / unit * unit; }
 
 enum class Codec : uint8_t { kRaw = 0, kZstd = 1 };
 
+// What each row adds to the table of its block: key, check, stored length.
+constexpr uint64_t row_table_bytes(Codec codec) { return codec == Codec::kZstd ? 28 : 24; }
+// Bytes that a block takes without any row, at most.
+constexpr uint64_t block_overhead(uint64_t layout_bytes) {
+  return kHeaderBytes + padded(layout_bytes, 8) + 2 * kAlignment;
+}
 // Bytes between the header of a block and its payload.
 uint64_t table_bytes(Codec codec, uint64_t rows, uint64_t layout_bytes);
 // Where the stored lengths of a zstd block stand, counted from the start of the block.
@@ -83,7 +90,15 @@ inline uint64_t row_check(Digest stored, Digest key) {
 // The index of a segment: pages of sorted rows, a catalog of layouts and blocks, a footer.
 constexpr uint64_t kPageBytes = 4096;
 constexpr uint64_t kPageHeaderBytes = 16;
+// A row in an index; the file holds it as it is in memory.
+struct Entry {
+  uint64_t low;  // of the key
+  uint64_t check;
+  uint32_t block;
+  uint32_t row;
+};
 constexpr uint64_t kEntryBytes = 24;
+static_assert(sizeof(Entry) == kEntryBytes);
 constexpr uint64_t kPageRows = (kPageBytes - kPageHeaderBytes) / kEntryBytes;  // 170
 constexpr uint64_t kFooterBytes = 64;
 constexpr uint64_t kCatalogBlockBytes = 40;

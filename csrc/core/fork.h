@@ -3,7 +3,7 @@
 
 #include <functional>
 
-namespace torchcache {
+namespace torchcache::core {
 
 // True in a process that was forked after this library was loaded.
 bool in_forked_child();
@@ -24,4 +24,4 @@ class AtFork {
   std::function<void(bool)> after_;
 };
 
-}  // namespace torchcache
+}  // namespace torchcache::core

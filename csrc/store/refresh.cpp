@@ -1,51 +1,39 @@
-// Segments of other processes only grow, so a look costs a listing and what is new in each.
-#include "store/look.h"
+// Segments of other processes only grow, so a refresh costs a listing and what is new in each.
+#include "store/refresh.h"
 
 #include <algorithm>
 #include <cerrno>
 #include <new>
 
-#include "store/bytes.h"
-#include "store/index_file.h"
+#include "store/format/bytes.h"
+#include "store/format/index_file.h"
 
 namespace torchcache::store {
 namespace {
 
-constexpr size_t kMostOpenFiles = 128;
-constexpr int kMostListings = 8;
-constexpr uint32_t kSealedEvery = 32;  // looks: anyone may write an index, also of a segment that grows
-constexpr auto kShortestPause = std::chrono::milliseconds(250);
+constexpr int kMaxListings = 8;
+constexpr uint32_t kSealedEvery = 32;  // refreshes: anyone may write an index, also of a segment that grows
+constexpr auto kMinPause = std::chrono::milliseconds(250);
 constexpr auto kSettled = std::chrono::seconds(60);  // later, nobody is still writing these bytes
 
-std::string at_place(const State& state, const SegmentId& id) { return segment_path(state.options.directory, id); }
+std::string path_of(const State& state, const SegmentId& id) { return segment_path(state.options.directory, id); }
 
 // ---- the set of segments
 
 uint32_t number_of(State& state, const SegmentId& id) {
   std::lock_guard lock(state.mutex);
-  const auto known = state.numbers.find(id);
-  return known != state.numbers.end() ? known->second : add_segment(state, id);
-}
-
-// Numbers of segments that were in the directory and are not in this sorted listing. The caller holds the mutex.
-std::vector<uint32_t> missing_from(const State& state, const std::vector<SegmentId>& listed) {
-  std::vector<uint32_t> missing;
-  for (uint32_t n = 0; n < state.segments.size(); ++n) {
-    const Segment& segment = state.segments[n];
-    if (segment.own || segment.gone) continue;
-    if (!std::binary_search(listed.begin(), listed.end(), segment.id)) missing.push_back(n);
-  }
-  return missing;
+  const auto number = state.segments.find(id);
+  return number ? *number : state.segments.add(id);
 }
 
 bool lacks_a_segment(State& state, const std::vector<SegmentId>& listed) {
   std::lock_guard lock(state.mutex);
-  return !missing_from(state, listed).empty();
+  return !state.segments.missing_from(listed).empty();
 }
 
-void forget_missing(State& state, const std::vector<SegmentId>& listed) {
+void remove_missing(State& state, const std::vector<SegmentId>& listed) {
   std::lock_guard lock(state.mutex);
-  for (const uint32_t number : missing_from(state, listed)) remove_segment(state, number);
+  for (const uint32_t number : state.segments.missing_from(listed)) state.remove_segment(number);
 }
 
 Error list_sorted(const State& state, std::vector<SegmentId>* ids) {
@@ -59,7 +47,7 @@ Error list_sorted(const State& state, std::vector<SegmentId>* ids) {
 // which went before it ended. So one that lacks a segment is made again, until two in a row agree.
 Error list_all(State& state, std::vector<SegmentId>* ids) {
   Error error = list_sorted(state, ids);
-  for (int n = 1; n < kMostListings && error == 0 && lacks_a_segment(state, *ids); ++n) {
+  for (int n = 1; n < kMaxListings && error == 0 && lacks_a_segment(state, *ids); ++n) {
     const std::vector<SegmentId> before = *ids;
     error = list_sorted(state, ids);
     if (*ids == before) break;
@@ -95,7 +83,7 @@ uint64_t scan(State& state, uint32_t number, const File& file, const SegmentId& 
   return scanner.position();
 }
 
-// Looks again at what was not readable before: only a header that is right now makes it worth it.
+// Scans again what was not readable before: only a header that is right now makes it worth it.
 std::vector<Hole> scan_holes(State& state, uint32_t number, const File& file, const SegmentId& id,
                              const std::vector<Hole>& holes, uint64_t size) {
   std::vector<Hole> left;
@@ -146,18 +134,18 @@ bool has_index(const State& state, const SegmentId& id) {
   return path_state(index_path(state.options.directory, id), &index) == 0;
 }
 
-// Ends the look, also after an exception.
-class Looking {
+// Ends the refresh, also after an exception.
+class RefreshScope {
  public:
-  explicit Looking(State& state) : state_(state), begin_(Clock::now()) {}
-  ~Looking() {
+  explicit RefreshScope(State& state) : state_(state), begin_(Clock::now()) {}
+  ~RefreshScope() {
     std::lock_guard lock(state_.mutex);
     const Clock::time_point now = Clock::now();
     const Clock::duration cost = now - begin_ - first_scans_;
-    state_.looking = false;
-    state_.next_look = now + std::max<Clock::duration>(kShortestPause, 100 * cost);
+    state_.refreshing = false;
+    state_.next_refresh = now + std::max<Clock::duration>(kMinPause, 100 * cost);
   }
-  // What a segment takes once is no reason to look less often.
+  // What a segment costs once is no reason to refresh less often.
   void leave_out(Clock::duration first_scan) { first_scans_ += first_scan; }
 
  private:
@@ -168,11 +156,11 @@ class Looking {
 
 void warn_of(State& state, const SegmentId& id, Error error) {
   std::lock_guard lock(state.mutex);
-  state.warn("cannot read " + at_place(state, id) + ": " + error_text(error));
+  state.warn("cannot read " + path_of(state, id) + ": " + error_text(error));
 }
 
-// Reads what is new in a segment and puts down where it stopped.
-void scan_news(State& state, uint32_t number, const File& file, const FileState& now, Segment known) {
+// Scans what is new in a segment, of which `known` is a copy, and records where the scan ended.
+void scan_new_blocks(State& state, uint32_t number, const File& file, const FileState& now, Segment known) {
   if (!known.scanned) {
     known.position = read_index(state, number, known.id, now.size);
     known.sealed = known.position > kHeaderBytes;
@@ -182,134 +170,86 @@ void scan_news(State& state, uint32_t number, const File& file, const FileState&
   const bool sealed = !holes.empty() && has_index(state, known.id);
   std::lock_guard lock(state.mutex);
   Segment& segment = state.segments[number];
-  if (!known.scanned || !(segment.seen == now)) segment.changed = Clock::now();
+  if (!known.scanned || !(segment.state == now)) segment.changed = Clock::now();
   segment.scanned = true;
   segment.sealed = known.sealed;
-  segment.seen = now;
+  segment.state = now;
   segment.position = known.position;
   segment.holes = std::move(holes);
   if (sealed || Clock::now() - segment.changed > kSettled) count_damage(state, segment);
 }
 
-// Whether nothing new is to be expected of a segment this time. The caller holds the mutex.
-bool rests(const State& state, uint32_t number) {
+// Whether this refresh may pass over a segment. The caller holds the mutex.
+bool may_skip(const State& state, uint32_t number) {
   const Segment& segment = state.segments[number];
   const bool sealed = segment.sealed && segment.holes.empty();
-  return segment.own || (sealed && (number + state.looks) % kSealedEvery != 0);
+  return segment.own || (sealed && (number + state.refreshes) % kSealedEvery != 0);
 }
 
-void look_at(State& state, const SegmentId& id, Looking* looking) {
+// Scans a segment if its file has changed since the last scan; `known` is a copy of its record.
+Error refresh_changed(State& state, uint32_t number, const Segment& known) {
+  FileState now;
+  if (const Error error = path_state(path_of(state, known.id), &now)) return error;
+  if (known.scanned && now == known.state && known.holes.empty()) {
+    const bool sealed = known.sealed || has_index(state, known.id);
+    std::lock_guard lock(state.mutex);
+    state.segments[number].sealed = sealed;
+    return 0;
+  }
+  Error error = 0;
+  const auto file = open_segment_file(state, number, &error);
+  if (file != nullptr) error = file->state(&now);
+  if (error != 0) return error;
+  try {
+    scan_new_blocks(state, number, *file, now, known);
+  } catch (const std::bad_alloc&) {  // what was read of it stays, the rest is read when there is memory
+    return ENOMEM;
+  }
+  return 0;
+}
+
+void refresh_segment(State& state, const SegmentId& id, RefreshScope* scope) {
   const Clock::time_point begin = Clock::now();
   const uint32_t number = number_of(state, id);
   Segment known;
   {
     std::lock_guard lock(state.mutex);
-    if (rests(state, number)) return;
+    if (may_skip(state, number)) return;
     known = state.segments[number];
   }
-  FileState now;
-  Error error = path_state(at_place(state, id), &now);
-  if (error == 0 && known.scanned && now == known.seen && known.holes.empty()) {
-    const bool sealed = known.sealed || has_index(state, id);
-    std::lock_guard lock(state.mutex);
-    state.segments[number].sealed = sealed;
-    return;
-  }
-  const auto file = error == 0 ? segment_file(state, number, &error) : nullptr;
-  if (file != nullptr) error = file->state(&now);
-  if (error != 0) {
-    if (!is_gone(error)) warn_of(state, id, error);
-    return;
-  }
-  try {
-    scan_news(state, number, *file, now, known);
-  } catch (const std::bad_alloc&) {  // what was read of it stays, the rest is read when there is memory
-    warn_of(state, id, ENOMEM);
-  }
-  if (!known.scanned) looking->leave_out(Clock::now() - begin);
+  const Error error = refresh_changed(state, number, known);
+  if (error != 0 && !is_gone(error)) warn_of(state, id, error);
+  if (!known.scanned && (error == 0 || error == ENOMEM)) scope->leave_out(Clock::now() - begin);
 }
 
-void look_at_all(State& state, Looking* looking) {
+void refresh_all(State& state, RefreshScope* scope) {
   std::vector<SegmentId> ids;
   const Error error = list_all(state, &ids);
   if (error == 0 || error == ENOENT || error == ENOTDIR) {  // not there: only writing would say so
-    for (const SegmentId& id : ids) look_at(state, id, looking);
-    forget_missing(state, ids);
+    for (const SegmentId& id : ids) refresh_segment(state, id, scope);
+    remove_missing(state, ids);
     return;
   }
   std::lock_guard lock(state.mutex);
   state.warn("cannot read the cache directory", error);
 }
 
-void close_oldest(State& state) {
-  Segment* oldest = nullptr;
-  for (Segment& segment : state.segments)
-    if (segment.file != nullptr && (oldest == nullptr || segment.used < oldest->used)) oldest = &segment;
-  if (oldest != nullptr) forget_file(state, *oldest);
-}
-
 }  // namespace
 
-bool look_is_due(const State& state) { return !state.looking && !state.closed && Clock::now() >= state.next_look; }
+bool refresh_is_due(const State& state) {
+  return !state.refreshing && !state.closed && Clock::now() >= state.next_refresh;
+}
 
-bool look(State& state) {
+bool refresh(State& state) {
   {
     std::lock_guard lock(state.mutex);
-    if (state.looking || state.closed) return false;
-    state.looking = true;
-    ++state.looks;
+    if (state.refreshing || state.closed) return false;
+    state.refreshing = true;
+    ++state.refreshes;
   }
-  Looking looking(state);
-  look_at_all(state, &looking);
+  RefreshScope scope(state);
+  refresh_all(state, &scope);
   return true;
-}
-
-uint32_t add_segment(State& state, const SegmentId& id) {
-  const uint32_t number = static_cast<uint32_t>(state.segments.size());
-  Segment segment;
-  segment.id = id;
-  segment.changed = Clock::now();
-  state.segments.push_back(std::move(segment));
-  state.numbers[id] = number;
-  return number;
-}
-
-void remove_segment(State& state, uint32_t number) {
-  Segment& segment = state.segments[number];
-  segment.gone = true;
-  state.numbers.erase(segment.id);
-  forget_file(state, segment);
-  state.index.drop_segment(number);
-}
-
-void forget_file(State& state, Segment& segment) {
-  if (segment.file == nullptr) return;
-  segment.file.reset();
-  --state.open_files;
-}
-
-std::shared_ptr<File> segment_file(State& state, uint32_t number, Error* error) {
-  std::string path;
-  *error = 0;
-  {
-    std::lock_guard lock(state.mutex);
-    Segment& segment = state.segments[number];
-    segment.used = ++state.uses;
-    if (segment.file != nullptr) return segment.file;
-    path = at_place(state, segment.id);
-  }
-  auto file = File::open(path, state.options.mmap, error);
-  std::lock_guard lock(state.mutex);
-  if (file == nullptr && (*error == EMFILE || *error == ENFILE)) {
-    for (Segment& segment : state.segments) forget_file(state, segment);
-    file = File::open(path, state.options.mmap, error);
-  }
-  Segment& segment = state.segments[number];
-  if (file == nullptr || segment.file != nullptr || segment.gone || state.closed) return file;
-  if (state.open_files >= kMostOpenFiles) close_oldest(state);
-  segment.file = file;
-  ++state.open_files;
-  return file;
 }
 
 }  // namespace torchcache::store

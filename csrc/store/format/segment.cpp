@@ -1,12 +1,12 @@
 // Scanning passes over damage; writing leaves whole blocks or nothing.
-#include "store/segment.h"
+#include "store/format/segment.h"
 
 #include <unistd.h>
 
 #include <algorithm>
 #include <cstring>
 
-#include "store/bytes.h"
+#include "store/format/bytes.h"
 
 namespace torchcache::store {
 namespace {

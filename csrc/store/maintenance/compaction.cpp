@@ -1,5 +1,5 @@
 // The order of steps is what makes it safe: copy, write, sync, rename, sync the directory, remove.
-#include "store/compaction.h"
+#include "store/maintenance/compaction.h"
 
 #include <fcntl.h>
 #include <sys/stat.h>
@@ -9,16 +9,12 @@
 #include <cerrno>
 #include <cstdio>
 
-#include "store/index_file.h"
+#include "store/format/index_file.h"
 
 namespace torchcache::store {
 namespace {
 
-constexpr uint64_t kBlockBytes = 1 << 20;     // of rows, unless one row is larger
 constexpr uint64_t kPendingBytes = 16 << 20;  // of all rows that wait for a full block
-constexpr uint64_t kRowTableBytes = 28;
-
-uint64_t block_cost(uint64_t layout_bytes) { return kHeaderBytes + layout_bytes + 3 * kAlignment; }
 
 // Names in a directory survive a power cut once it is synced. Some file systems cannot do that.
 void sync_directory(const std::string& directory) {
@@ -89,12 +85,12 @@ bool Compaction::is_full(uint64_t more) const {
 }
 
 void Compaction::add(const Kind& kind, const StoredRow& row) {
-  const uint64_t cost = row.length + kRowTableBytes;
-  if (is_full(cost + block_cost(std::get<0>(kind).size()))) publish();
+  const uint64_t cost = row.length + row_table_bytes(Codec::kZstd);
+  if (is_full(cost + block_overhead(std::get<0>(kind).size()))) publish();
   Pending* pending = &pending_[kind];
   if (!pending->rows.empty() && pending->rows.size() + row.length > kBlockBytes) write(kind, pending);
   if (pending->block.keys.size() == kMaxRows) write(kind, pending);
-  if (pending->block.keys.empty()) pending_bytes_ += block_cost(std::get<0>(kind).size());
+  if (pending->block.keys.empty()) pending_bytes_ += block_overhead(std::get<0>(kind).size());
   pending->block.keys.push_back(row.key);
   pending->block.checks.push_back(row.check);
   if (std::get<2>(kind) == Codec::kZstd) pending->block.lengths.push_back(static_cast<uint32_t>(row.length));
@@ -119,7 +115,8 @@ void Compaction::write(const Kind& kind, Pending* pending) {
   block.payload_bytes = pending->rows.size();
   BlockHeader header;
   must(segment_->append(block, &header), "cannot write to", work_);
-  pending_bytes_ -= block_cost(block.layout.size()) + kRowTableBytes * block.keys.size() + pending->rows.size();
+  pending_bytes_ -=
+      block_overhead(block.layout.size()) + row_table_bytes(Codec::kZstd) * block.keys.size() + pending->rows.size();
   pending->rows.clear();
   block.keys.clear();
   block.checks.clear();

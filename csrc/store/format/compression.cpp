@@ -1,6 +1,6 @@
 // One frame a row, so that each row can be read alone; no dictionary, the content size in the
 // frame.
-#include "store/compression.h"
+#include "store/format/compression.h"
 
 #include <zstd.h>
 

@@ -1,5 +1,5 @@
 // Walks that tell damage from what cannot be read, and from what is not written yet.
-#include "store/maintain.h"
+#include "store/maintenance/inspect.h"
 
 #include <fcntl.h>
 #include <unistd.h>
@@ -10,8 +10,8 @@
 #include <ctime>
 #include <stdexcept>
 
-#include "store/bytes.h"
-#include "store/index_file.h"
+#include "store/format/bytes.h"
+#include "store/format/index_file.h"
 
 namespace torchcache::store {
 namespace {
@@ -22,7 +22,7 @@ constexpr uint32_t kVersion = 1;
 
 std::shared_ptr<File> open_segment(const std::string& path) {
   Error error = 0;
-  auto file = File::open(path, false, &error);
+  auto file = File::open(path, 0, &error);
   must(error, "cannot read", path);
   return file;
 }

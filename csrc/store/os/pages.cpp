@@ -1,13 +1,11 @@
 // mremap moves pages in the page table instead of copying them.
-#include "store/pages.h"
+#include "store/os/pages.h"
 
 #include <sys/mman.h>
 #include <unistd.h>
 
 #include <cstdint>
 #include <new>
-
-#include "store/format.h"
 
 namespace torchcache::store {
 namespace {
@@ -17,7 +15,7 @@ constexpr int kPopulateWrite = 23;  // MADV_POPULATE_WRITE, Linux 5.14; older sy
 // For the whole pages of a range.
 void advise(void* begin, size_t size, int advice) {
   const uint64_t page = static_cast<uint64_t>(::sysconf(_SC_PAGESIZE));
-  const uint64_t first = padded(reinterpret_cast<uint64_t>(begin), page);
+  const uint64_t first = (reinterpret_cast<uint64_t>(begin) + page - 1) / page * page;
   const uint64_t last = (reinterpret_cast<uint64_t>(begin) + size) / page * page;
   if (first < last) ::madvise(reinterpret_cast<void*>(first), last - first, advice);
 }

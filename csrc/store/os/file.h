@@ -11,8 +11,6 @@
 #include <string>
 #include <vector>
 
-#include "store/format.h"
-
 namespace torchcache::store {
 
 // An errno; 0 is success. A transfer that ends early because the file does is kShortFile.
@@ -59,9 +57,9 @@ struct Transfer {
 // An open regular file. Thread-safe; closed when the last owner lets go.
 class File {
  public:
-  // For reading, never through a symbolic link, never blocking. With `map`, copies come from a
-  // mapping where the system allows it. Null and an error if it cannot be had.
-  static std::shared_ptr<File> open(const std::string& path, bool map, Error* error);
+  // For reading, never through a symbolic link, never blocking. Reads of the first `mapped_bytes` copy from a mapping
+  // where the system allows it. Null and an error if the file cannot be opened.
+  static std::shared_ptr<File> open(const std::string& path, uint64_t mapped_bytes, Error* error);
   // For writing; the file must not exist. Holds an advisory lock as long as the file is open.
   static std::shared_ptr<File> create(const std::string& path, Error* error);
   ~File();
@@ -84,28 +82,25 @@ class File {
 
  private:
   explicit File(int fd) : fd_(fd) {}
-  void map();
+  void map(uint64_t bytes);
   size_t copy_mapped(const Transfer* transfers, size_t n) const;
   Error read_file(uint8_t* out, uint64_t size, uint64_t offset) const;
 
   int fd_;
-  // All that a segment may ever be, mapped beyond its end: a growing file needs no new mapping, and
-  // what is not there is an error of process_vm_readv rather than a signal.
+  // Reaches beyond the end of the file: a growing file needs no new mapping, and what is not there is an error of
+  // process_vm_readv rather than a signal.
   uint8_t* mapping_ = nullptr;
+  uint64_t mapped_bytes_ = 0;
 };
 
 // The state of what the path names, itself and not what a symbolic link points to.
 Error path_state(const std::string& path, FileState* state);
 
-// Ids of all names that are 32 lower-case hex digits and ".seg".
-Error list_segments(const std::string& directory, std::vector<SegmentId>* ids);
-// Removes unfinished indexes of processes that died while they wrote them: those that nobody locks.
-void sweep_temporaries(const std::string& directory);
+// The names in a directory, also those that were read before an error.
+Error list_directory(const std::string& directory, std::vector<std::string>* names);
 Error make_directories(const std::string& directory);
-SegmentId random_id();
-
-std::string segment_path(const std::string& directory, const SegmentId& id);
-std::string index_path(const std::string& directory, const SegmentId& id);
-std::string temporary_path(const std::string& directory, const SegmentId& id);
+// Removes a regular file unless a process holds its lock.
+void remove_unlocked(const std::string& path);
+void fill_random(uint8_t* out, size_t size);
 
 }  // namespace torchcache::store

@@ -4,11 +4,12 @@
 
 #include <cstdint>
 #include <functional>
+#include <memory>
 #include <string>
 #include <vector>
 
-#include "store/file.h"
-#include "store/index.h"
+#include "store/format/format.h"
+#include "store/os/file.h"
 
 namespace torchcache::store {
 

@@ -8,8 +8,8 @@
 #include <string>
 #include <vector>
 
-#include "store/file.h"
-#include "store/format.h"
+#include "store/format/format.h"
+#include "store/os/file.h"
 
 namespace torchcache::store {
 

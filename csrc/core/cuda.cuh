@@ -16,7 +16,7 @@
 // Of libtorch_cuda. Weak: a torch without CUDA does not have it, and never gets here.
 extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device, void** stream);
 
-namespace torchcache {
+namespace torchcache::core {
 
 inline void check(cudaError_t error, const char* what) {
   if (error == cudaSuccess) return;
@@ -59,4 +59,4 @@ inline torch::stable::Tensor device_memory(int32_t device, int64_t words) {
   return torch::stable::Tensor(handle);
 }
 
-}  // namespace torchcache
+}  // namespace torchcache::core

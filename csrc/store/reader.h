@@ -9,12 +9,6 @@
 
 namespace torchcache::store {
 
-// n rows of one output leaf, contiguous: row i at data + i * row_bytes.
-struct Leaf {
-  uint8_t* data;
-  uint64_t row_bytes;
-};
-
 // As Store::read. Takes the mutex; the caller must not hold it.
 void read_rows(State& state, const Digest* keys, size_t n, const std::string& layout, const std::vector<Leaf>& out,
                uint8_t* ok);

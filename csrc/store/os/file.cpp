@@ -1,5 +1,5 @@
 // POSIX files: open rules, loops over short transfers and interruptions, copies out of mappings.
-#include "store/file.h"
+#include "store/os/file.h"
 
 #include <fcntl.h>
 #include <limits.h>
@@ -48,24 +48,6 @@ Error regular_state(int fd, FileState* state) {
   return 0;
 }
 
-// Ids of all names that are an id and this suffix.
-Error list_names(const std::string& directory, const std::string& suffix, std::vector<SegmentId>* ids) {
-  DIR* stream = system_calls.opendir(directory.c_str());
-  if (stream == nullptr) return errno;
-  errno = 0;
-  while (const dirent* entry = ::readdir(stream)) {
-    const std::string name = entry->d_name;
-    SegmentId id;
-    if (name.size() == 32 + suffix.size() && name.compare(32, suffix.size(), suffix) == 0 &&
-        from_hex(name.substr(0, 32), &id))
-      ids->push_back(id);
-    errno = 0;
-  }
-  const Error error = errno;
-  ::closedir(stream);
-  return error;
-}
-
 }  // namespace
 
 SystemCalls system_calls = {open_file, ::fstat, read_at,   ::pwritev, ::ftruncate,
@@ -80,7 +62,7 @@ std::string error_text(Error error) {
 
 bool is_gone(Error error) { return error == ENOENT || error == ESTALE; }
 
-std::shared_ptr<File> File::open(const std::string& path, bool map, Error* error) {
+std::shared_ptr<File> File::open(const std::string& path, uint64_t mapped_bytes, Error* error) {
   const int fd = system_calls.open(path.c_str(), O_RDONLY | kOpenFlags, 0);
   if (fd < 0) {
     *error = errno;
@@ -90,7 +72,7 @@ std::shared_ptr<File> File::open(const std::string& path, bool map, Error* error
   FileState state;
   *error = file->state(&state);
   if (*error != 0) return nullptr;
-  if (map) file->map();
+  if (mapped_bytes > 0) file->map(mapped_bytes);
   return file;
 }
 
@@ -103,7 +85,7 @@ std::shared_ptr<File> File::create(const std::string& path, Error* error) {
 }
 
 File::~File() {
-  if (mapping_ != nullptr) ::munmap(mapping_, kMaxSegmentBytes);
+  if (mapping_ != nullptr) ::munmap(mapping_, mapped_bytes_);
   if (fd_ >= 0) ::close(fd_);
 }
 
@@ -112,9 +94,11 @@ void File::abandon() {
   fd_ = -1;
 }
 
-void File::map() {
-  void* address = ::mmap(nullptr, kMaxSegmentBytes, PROT_READ, MAP_SHARED | MAP_NORESERVE, fd_, 0);
-  if (address != MAP_FAILED) mapping_ = static_cast<uint8_t*>(address);
+void File::map(uint64_t bytes) {
+  void* address = ::mmap(nullptr, bytes, PROT_READ, MAP_SHARED | MAP_NORESERVE, fd_, 0);
+  if (address == MAP_FAILED) return;
+  mapping_ = static_cast<uint8_t*>(address);
+  mapped_bytes_ = bytes;
 }
 
 Error File::read(void* out, uint64_t size, uint64_t offset) const {
@@ -139,7 +123,7 @@ size_t File::copy_mapped(const Transfer* transfers, size_t n) const {
     size_t count = 0;
     for (; count < kAtOnce && done + count < n; ++count) {
       const Transfer& t = transfers[done + count];
-      if (t.size == 0 || t.size > kMaxSegmentBytes || t.offset > kMaxSegmentBytes - t.size) break;
+      if (t.size == 0 || t.size > mapped_bytes_ || t.offset > mapped_bytes_ - t.size) break;
       to[count] = {t.out, t.size};
       from[count] = {mapping_ + t.offset, t.size};
     }
@@ -215,21 +199,25 @@ Error path_state(const std::string& path, FileState* state) {
   return S_ISREG(s.st_mode) ? 0 : kNotRegular;
 }
 
-Error list_segments(const std::string& directory, std::vector<SegmentId>* ids) {
-  return list_names(directory, ".seg", ids);
+Error list_directory(const std::string& directory, std::vector<std::string>* names) {
+  DIR* stream = system_calls.opendir(directory.c_str());
+  if (stream == nullptr) return errno;
+  errno = 0;
+  while (const dirent* entry = ::readdir(stream)) {
+    names->emplace_back(entry->d_name);
+    errno = 0;
+  }
+  const Error error = errno;
+  ::closedir(stream);
+  return error;
 }
 
-void sweep_temporaries(const std::string& directory) {
-  std::vector<SegmentId> ids;
-  list_names(directory, ".tmp", &ids);
-  for (const SegmentId& id : ids) {
-    const std::string path = temporary_path(directory, id);
-    const int fd = system_calls.open(path.c_str(), O_RDWR | kOpenFlags, 0);
-    if (fd < 0) continue;
-    FileState state;
-    if (regular_state(fd, &state) == 0 && lock_file(fd)) ::unlink(path.c_str());
-    ::close(fd);
-  }
+void remove_unlocked(const std::string& path) {
+  const int fd = system_calls.open(path.c_str(), O_RDWR | kOpenFlags, 0);
+  if (fd < 0) return;
+  FileState state;
+  if (regular_state(fd, &state) == 0 && lock_file(fd)) ::unlink(path.c_str());
+  ::close(fd);
 }
 
 Error make_directories(const std::string& directory) {
@@ -243,24 +231,10 @@ Error make_directories(const std::string& directory) {
   return S_ISDIR(s.st_mode) ? 0 : ENOTDIR;
 }
 
-SegmentId random_id() {
-  SegmentId id;
-  if (::getrandom(id.data(), id.size(), 0) == static_cast<ssize_t>(id.size())) return id;
+void fill_random(uint8_t* out, size_t size) {
+  if (::getrandom(out, size, 0) == static_cast<ssize_t>(size)) return;
   std::random_device device;
-  for (uint8_t& byte : id) byte = static_cast<uint8_t>(device());
-  return id;
-}
-
-std::string segment_path(const std::string& directory, const SegmentId& id) {
-  return directory + "/" + to_hex(id) + ".seg";
-}
-
-std::string index_path(const std::string& directory, const SegmentId& id) {
-  return directory + "/" + to_hex(id) + ".idx";
-}
-
-std::string temporary_path(const std::string& directory, const SegmentId& id) {
-  return directory + "/" + to_hex(id) + ".tmp";
+  std::generate_n(out, size, [&] { return static_cast<uint8_t>(device()); });
 }
 
 }  // namespace torchcache::store

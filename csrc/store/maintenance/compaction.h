@@ -8,7 +8,7 @@
 #include <utility>
 #include <vector>
 
-#include "store/maintain.h"
+#include "store/maintenance/inspect.h"
 
 namespace torchcache::store {
 

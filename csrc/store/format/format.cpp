@@ -1,10 +1,10 @@
 // Encoding and validation of headers, tables and indexes.
-#include "store/format.h"
+#include "store/format/format.h"
 
 #include <cstring>
 #include <vector>
 
-#include "store/bytes.h"
+#include "store/format/bytes.h"
 
 namespace torchcache::store {
 namespace {
@@ -48,27 +48,6 @@ bool within_limits(const BlockHeader& h) {
   if (h.codec == Codec::kRaw ? h.payload_bytes != all : h.payload_bytes > all) return false;
   if (h.offset > kMaxSegmentBytes || h.offset % kAlignment != 0) return false;
   return h.end() <= kMaxSegmentBytes;
-}
-
-std::string to_hex(const SegmentId& id) {
-  std::string hex;
-  for (uint8_t byte : id) {
-    hex += "0123456789abcdef"[byte >> 4];
-    hex += "0123456789abcdef"[byte & 15];
-  }
-  return hex;
-}
-
-bool from_hex(const std::string& hex, SegmentId* id) {
-  if (hex.size() != 32) return false;
-  for (size_t i = 0; i < 32; ++i) {
-    const char c = hex[i];
-    const bool digit = c >= '0' && c <= '9';
-    if (!digit && (c < 'a' || c > 'f')) return false;
-    const uint8_t value = static_cast<uint8_t>(digit ? c - '0' : c - 'a' + 10);
-    (*id)[i / 2] = static_cast<uint8_t>(i % 2 == 0 ? value << 4 : (*id)[i / 2] | value);
-  }
-  return true;
 }
 
 uint64_t lengths_offset(uint64_t rows, uint64_t layout_bytes) {

@@ -1,5 +1,5 @@
 // Reading and writing of .idx files: pages first, so that each stands at a multiple of its size.
-#include "store/index_file.h"
+#include "store/format/index_file.h"
 
 #include <unistd.h>
 
@@ -9,8 +9,8 @@
 #include <cstring>
 #include <unordered_map>
 
-#include "store/bytes.h"
-#include "store/segment.h"
+#include "store/format/bytes.h"
+#include "store/format/segment.h"
 
 namespace torchcache::store {
 namespace {
@@ -42,7 +42,7 @@ void add_block(const BlockHeader& header, const uint8_t* table, std::unordered_m
 
 Error collect(const std::string& directory, const SegmentId& id, Contents* contents) {
   Error error = 0;
-  const auto file = File::open(segment_path(directory, id), false, &error);
+  const auto file = File::open(segment_path(directory, id), 0, &error);
   FileState state;
   if (file == nullptr || (error = file->state(&state)) != 0) return error;
   std::unordered_map<std::string, uint32_t> numbers;
@@ -110,12 +110,10 @@ Error write_contents(const File& file, const SegmentId& id, const Contents& cont
 
 }  // namespace
 
-static_assert(sizeof(Entry) == kEntryBytes, "entries are stored as they are in memory");
-
 bool IndexFile::open(const std::string& directory, const SegmentId& id, uint64_t segment_bytes) {
   id_ = id;
   Error error = 0;
-  file_ = File::open(index_path(directory, id), false, &error);
+  file_ = File::open(index_path(directory, id), 0, &error);
   FileState state;
   if (file_ == nullptr || file_->state(&state) != 0) return false;
   if (state.size < kFooterBytes || state.size > most_bytes(segment_bytes)) return false;

@@ -8,8 +8,8 @@
 #include <string>
 #include <vector>
 
-#include "store/compression.h"
-#include "store/segment.h"
+#include "store/format/compression.h"
+#include "store/format/segment.h"
 
 namespace torchcache::store {
 

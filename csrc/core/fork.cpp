@@ -1,4 +1,4 @@
-#include "fork.h"
+#include "core/fork.h"
 
 #include <pthread.h>
 
@@ -7,7 +7,7 @@
 #include <unordered_set>
 #include <utility>
 
-namespace torchcache {
+namespace torchcache::core {
 
 // One registration with the system for all objects.
 struct ForkRegistry {
@@ -55,4 +55,4 @@ AtFork::~AtFork() {
   ForkRegistry::instance().live.erase(this);
 }
 
-}  // namespace torchcache
+}  // namespace torchcache::core
