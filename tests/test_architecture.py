@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ast
 import re
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from graphlib import TopologicalSorter
 from pathlib import Path
 
@@ -196,6 +196,33 @@ def test_one_file_names_the_native_operations() -> None:
     paths = [path for package in ("torchcache", "torchmb") for path in (ROOT / package).rglob("*.py")]
     named = {path.relative_to(ROOT) for path in paths if "torch.ops.torchcache" in path.read_text()}
     assert named == {Path("torchcache/_native/ops.py")}
+
+
+def private_names(path: Path, of_torch: Container[str] = ()) -> Iterator[str]:
+    """Private names that a file imports, has as strings or reads from objects; from `self`, only those of torch."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        match node:
+            case ast.Import(names=names) | ast.ImportFrom(module="torch", names=names):
+                found = [name.name for name in names]
+            case ast.ImportFrom(module=str(module), names=names, level=0):
+                found = [module, *(name.name for name in names)]
+            case ast.Attribute(value=ast.Name(id="self" | "cls"), attr=name) if name not in of_torch:
+                continue
+            case ast.Attribute(attr=name) | ast.Constant(value=str(name)):
+                found = [name]
+            case _:
+                continue
+        parts = [part for name in found for part in name.split(".")]
+        yield from (part for part in parts if re.fullmatch(r"_(?!_)\w+", part))
+
+
+def test_one_module_of_torchmb_uses_private_names_of_torch() -> None:
+    module = ROOT / "torchmb" / "torch_private.py"
+    of_torch = set(private_names(module))
+    own = {"_root", "_per_model_lr"}
+    for path in (ROOT / "torchmb").rglob("*.py"):
+        if path != module:
+            assert set(private_names(path, of_torch)) <= own, path
 
 
 def test_native_folders_include_only_what_they_may() -> None:

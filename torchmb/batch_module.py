@@ -41,6 +41,7 @@ from .state import (
     stack_tensors,
     walk,
 )
+from .torch_private import apply_to_tensors, load_own_entries, save_own_entries, share_contents, version_of
 
 
 class BatchModule(AbstractBatchModule):
@@ -129,8 +130,7 @@ class BatchModule(AbstractBatchModule):
         self._kept = Kept()
         self._refused = ""
         self.__dict__["_root"] = root  # no submodule: its names would get a prefix
-        for name in ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set"):
-            self.__dict__[name] = vars(root)[name]
+        share_contents(self, root)
         self.training = root.training
 
     def _batch_module(self, name: str) -> AbstractBatchModule:
@@ -174,14 +174,14 @@ class BatchModule(AbstractBatchModule):
         return self
 
     def _apply(self, fn: Any, recurse: bool = True) -> BatchModule:
-        self._template._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        apply_to_tensors(self._template, fn, recurse)
         return self
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
-        self._template._save_to_state_dict(destination, prefix, keep_vars)
+        save_own_entries(self._template, destination, prefix, keep_vars)
 
     def _load_from_state_dict(self, *args: Any) -> None:
-        self._template._load_from_state_dict(*args)
+        load_own_entries(self._template, *args)
 
     def forward(self, *args: Any, merge: bool = True, split: bool = True, **kwargs: Any) -> Any:
         """All models on their share of the arguments, tensors (M, B, …) → the template's output, tensors (M, B, …).
@@ -243,7 +243,7 @@ class BatchModule(AbstractBatchModule):
         """Under vmap, or else model by model from where it began."""
         attributes = Attributes(models.modules)
         tensors = models.plain_tensors(attributes).values()
-        plain = [(t, t.clone(), t._version) for t in tensors if not t.is_inference()]
+        plain = [(t, t.clone(), version_of(t)) for t in tensors if not t.is_inference()]
         devices = {t.device for t in inputs.tensors if t.is_cuda}
         versions = models.versions(inputs)
         rng = torch.get_rng_state(), {d: torch.cuda.get_rng_state(d) for d in devices}
@@ -254,7 +254,7 @@ class BatchModule(AbstractBatchModule):
         except Exception as error:
             attributes.restore()
             for tensor, content, version in plain:
-                if tensor._version != version:
+                if version_of(tensor) != version:
                     tensor.detach().copy_(content)
             if models.batch_modules or versions != models.versions(inputs):
                 raise
@@ -312,7 +312,7 @@ class BatchModule(AbstractBatchModule):
         if not -self.batch <= index < self.batch:
             raise IndexError(f"model {index} of {self.batch}")
         instead: dict[int, Any] = {}
-        for tensor, _ in named_tensors(self._template, is_batch_module).values():
+        for tensor in named_tensors(self._template, is_batch_module).values():
             one = tensor[index].detach().clone()
             instead[id(tensor)] = nn.Parameter(one, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else one
         for name, plain in self._plain.items():
@@ -342,19 +342,19 @@ def _check_is_module(name: str, value: Any) -> None:
 
 def _convert(batch_module: nn.Module, module: nn.Module) -> None:
     """Gives a batch module the devices and dtypes of `module`: by names, and those of its first tensor to the rest."""
-    given = {name: tensor for name, (tensor, _) in named_tensors(module, lambda _: False).items()}
+    given = named_tensors(module, lambda _: False)
     if not given:
         return
     first = next((t for t in given.values() if t.is_floating_point()), next(iter(given.values())))
     own = named_tensors(batch_module, lambda _: False)
-    like = {id(tensor): given.get(name, first) for name, (tensor, _) in own.items()}
+    like = {id(tensor): given.get(name, first) for name, tensor in own.items()}
 
     def converted(tensor: Tensor) -> Tensor:
         other = like.get(id(tensor), first)
         dtype = other.dtype if other.is_floating_point() == tensor.is_floating_point() else tensor.dtype
         return tensor.to(other.device, dtype)
 
-    batch_module._apply(converted)  # type: ignore[no-untyped-call]
+    apply_to_tensors(batch_module, converted)
 
 
 def _copy_requires_grad(source: nn.Module, target: nn.Module) -> None:
