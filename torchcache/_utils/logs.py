@@ -108,18 +108,28 @@ def _number(level: int | str) -> int | None:
     return number if isinstance(number, int) else None
 
 
-class Once:
-    """Says each thing once for as long as this object lives."""
+class WarnOnce:
+    """Logs one message about each subject for as long as this object lives.
 
-    def __init__(self, name: str) -> None:
-        self.name = name
-        self._said: set[Hashable] = set()
+    Args:
+        name: what every message starts with, if it is not empty.
+    """
 
-    def warn(self, what: Hashable, message: str, *args: object) -> None:
-        """Warns, unless something was already said about ``what``."""
-        if what not in self._said:
-            self._said.add(what)
-            logger.warning(f"{self.name}: {message}", *args)
+    def __init__(self, name: str = "") -> None:
+        self._prefix = f"{name}: " if name else ""
+        self.subjects: set[Hashable] = set()  # those that a message was logged about
 
+    def warn(self, subject: Hashable, message: str, *args: object) -> None:
+        """Logs a warning, unless a message about the subject was logged before."""
+        self.log(logging.WARNING, subject, message, *args)
+
+    def log(self, level: int, subject: Hashable, message: str, *args: object) -> None:
+        """Logs a message at a level of ``logging``, unless one about the subject was logged before."""
+        if subject not in self.subjects:
+            self.subjects.add(subject)
+            logger.log(level, self._prefix + message, *args)
+
+
+Once = WarnOnce  # the former name, until engine/ and tiers/ use the new one
 
 set_logger_config()

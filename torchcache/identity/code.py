@@ -22,6 +22,7 @@ from typing import Any
 
 import torch
 
+from torchcache._utils.logs import WarnOnce
 from torchcache._utils.torch_private import UNKNOWN, CustomOpDef, operator
 from torchcache.identity import syntax
 from torchcache.identity.attributes import FORWARD_HOOKS, counted, counts
@@ -37,7 +38,7 @@ from torchcache.identity.origin import (
     unwrap,
 )
 from torchcache.identity.torchscript import attributes_read, program
-from torchcache.identity.values import C_FUNCTIONS, CODE, PLACES, Generators, Modules, Tensors, Unknown, Values, logger
+from torchcache.identity.values import C_FUNCTIONS, CODE, PLACES, Generators, Modules, Tensors, Unknown, Values
 
 _DESCRIPTORS = (types.GetSetDescriptorType, types.MemberDescriptorType)
 _ANNOTATIONS = ("__annotations__", "__annotate__", "__annotate_func__")
@@ -107,13 +108,12 @@ def tree(module: torch.nn.Module | None, path: str = "", seen: set[int] | None =
             yield from tree(part, f"{path}.{name}" if path else name, seen)
 
 
-_without_source: set[str] = set()
+_without_source = WarnOnce()
 
 
-def _say_bytecode(name: str) -> None:
-    if name not in _without_source:
-        logger.log(logging.INFO if _without_source else logging.WARNING, _BYTECODE, name)
-        _without_source.add(name)
+def _log_bytecode(name: str) -> None:
+    level = logging.INFO if _without_source.subjects else logging.WARNING
+    _without_source.log(level, name, _BYTECODE, name)
 
 
 class _Describer(Values):
@@ -231,7 +231,7 @@ class _Describer(Values):
         if node is None:
             # Of several lambdas on one line it is not known which is meant: no fault of the source.
             if function.__name__ != "<lambda>" or not syntax.text_of(function):
-                _say_bytecode(function.__qualname__)
+                _log_bytecode(function.__qualname__)
             return "bytecode", syntax.bytecode(function.__code__)
         scope = function.__globals__
         kept = [item for item in syntax.decorators(node) if not is_our_decorator(item, scope)]

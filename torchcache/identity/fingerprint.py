@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from torchcache._utils.logs import logger
+from torchcache._utils.logs import WarnOnce, logger
 from torchcache._utils.torch_private import UNKNOWN, operators_are_known
 from torchcache.identity.attributes import counted
 from torchcache.identity.code import describe, describe_value
@@ -27,6 +27,13 @@ from torchcache.identity.values import CODE
 from torchcache.options import Options
 
 FINGERPRINT_FORMAT = 1
+
+
+_NOT_SHARED = (
+    "%s: %s holds an object of type %s, which has no encoding that is the same in every process: rows are not shared "
+    "with other instances and processes; give persistent_module_hash to share them"
+)
+_once = WarnOnce()
 
 
 class _Contents(NamedTuple):
@@ -234,17 +241,9 @@ class Fingerprint:
         kind = f"{type(value).__module__}.{type(value).__qualname__}"
         if kind.startswith("torch.") and not isinstance(value, torch.ScriptObject):
             return encode(kind)
-        _once(
-            "%s: %s holds an object of type %s, which has no encoding that is the same in every process: rows are "
-            "not shared with other instances and processes; give persistent_module_hash to share them",
-            *(self.name, what, type(value).__qualname__),
-        )
+        subject = self.name, what, type(value).__qualname__
+        _once.warn(subject, _NOT_SHARED, *subject)
         return os.urandom(16)
-
-
-@functools.lru_cache(maxsize=4096)
-def _once(*message: str) -> None:
-    logger.warning(*message)
 
 
 def _has_contents(value: Any) -> bool:

@@ -11,6 +11,7 @@ from collections.abc import Callable
 
 import torch
 
+from torchcache._utils.logs import WarnOnce
 from torchcache._utils.torch_private import CustomOpDef
 from torchcache.identity.encoding import Unencodable, encode, type_name
 from torchcache.identity.objects import array, definition, held, is_without_value, owner
@@ -23,7 +24,7 @@ Modules = Callable[[torch.nn.Module], bytes]
 Unknown = Callable[[object], bytes]
 Generators = Callable[[object], None]
 
-logger = logging.getLogger("torchcache")
+_once = WarnOnce()
 
 C_FUNCTIONS = (
     types.BuiltinFunctionType,
@@ -41,11 +42,6 @@ CODE = (
 PLACES = (list, dict, set, deque, bytearray)
 # Containers of the standard library hold the users' values; other objects of libraries count whole or not at all.
 _CONTAINER_MODULES = frozenset(("builtins", "collections", "functools", "operator", "types", "weakref"))
-
-
-@functools.lru_cache(maxsize=4096)
-def say_once(level: int, message: str) -> None:
-    logger.log(level, message)
 
 
 class Values(ABC):
@@ -126,8 +122,8 @@ class Values(ABC):
     def leave_out(self, value: object) -> bytes:
         """What code reaches and has no stable encoding counts by its type alone."""
         kind = type_name(type(value))
-        text = "%s, of type %s, may change and is left out of the module hash"
-        say_once(logging.INFO, text % (self.where or "an object that code reaches", kind))
+        subject = self.where or "an object that code reaches", kind
+        _once.log(logging.INFO, subject, "%s, of type %s, may change and is left out of the module hash", *subject)
         return encode(("left out", kind))
 
     def constant(self, value: object, where: str) -> bytes | None:
