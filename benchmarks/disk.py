@@ -36,7 +36,7 @@ def open_store(folder: Path, mmap: bool = False, zstd: bool = False) -> int:
 def filled(folder: Path, keys: Tensor, data: Tensor, zstd: bool = False) -> int:
     store = open_store(folder, zstd=zstd)
     for k, d in batches(keys, data):
-        ops.store_put(store, k, LAYOUT, [d])
+        ops.store_write(store, k, LAYOUT, [d])
     ops.store_flush(store)
     return store
 
@@ -70,7 +70,7 @@ def writing(root: Path, keys: Tensor, data: Tensor, rounds: int) -> None:
     def pwrite() -> None:
         file = os.open(new() / "plain", os.O_RDWR | os.O_CREAT)
         for i in range(0, len(raw), BATCH):
-            os.pwrite(file, memoryview(raw[i : i + BATCH]).cast("B"), i * row_bytes)
+            os.pwrite(file, raw[i : i + BATCH].data.cast("B"), i * row_bytes)
         os.close(file)
 
     rivals: list[Rival] = [
@@ -89,7 +89,7 @@ def reading(root: Path, keys: Tensor, data: Tensor, rounds: int) -> None:
     order = torch.randperm(rows)
     places, shuffled = order.tolist(), keys.index_select(0, order).contiguous()
     plain = os.open(root / "plain", os.O_RDWR | os.O_CREAT)
-    os.pwrite(plain, memoryview(data.numpy()).cast("B"), 0)
+    os.pwrite(plain, data.numpy().data.cast("B"), 0)
     store = filled(root / "read", keys, data)
     mapped = open_store(root / "read", mmap=True)
 
@@ -101,7 +101,7 @@ def reading(root: Path, keys: Tensor, data: Tensor, rounds: int) -> None:
 
     def read(store: int) -> None:
         for (k,) in batches(shuffled):
-            ops.store_find(store, k)
+            ops.store_lookup(store, k)
             assert ops.store_read(store, k, LAYOUT, [torch.empty(len(k), width)]).all()
 
     rivals: list[Rival] = [
@@ -147,7 +147,7 @@ def compressing(root: Path, keys: Tensor, data: Tensor, rounds: int) -> None:
     rows = data.relu().half()
     row_bytes, half = rows[0].nbytes, len(rows) // 2
     new, compress, pool = new_folders(root), system_zstd(), ThreadPoolExecutor(2)
-    parts = [memoryview(row).cast("B") for row in rows.numpy()]
+    parts: list[bytes | bytearray | memoryview] = [memoryview(row).cast("B") for row in rows.numpy()]
 
     def limit() -> None:
         list(pool.map(lambda i: compress(rows.data_ptr() + i * half * row_bytes, half, row_bytes), range(2)))
@@ -176,7 +176,7 @@ def sizes(root: Path) -> None:
 def opening(root: Path) -> None:
     store = open_store(root)
     for _ in range(OPENED_ROWS // 1000):
-        ops.store_put(store, torch.randint(-(2**63), 2**63 - 1, (1000, 2)), LAYOUT, [torch.zeros(1000, 4)])
+        ops.store_write(store, torch.randint(-(2**63), 2**63 - 1, (1000, 2)), LAYOUT, [torch.zeros(1000, 4)])
     ops.store_close(store)
     indexes = list(root.glob("*.idx"))
     buffer = bytearray(1 << 18)

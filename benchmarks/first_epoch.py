@@ -6,6 +6,7 @@ import copy
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import torch
 from interleaved import Rival, table
@@ -19,16 +20,16 @@ ROWS, BATCH = 512, 64
 
 
 def main() -> None:
-    images = load_data(0)[0][:ROWS]
+    images = load_data(0, "cpu")[0][:ROWS]
     plain = Backbone()
-    caches = []
+    caches: list[Any] = []
 
     def without() -> None:
         for batch in images.split(BATCH):
             plain(batch)
 
-    def with_cache(**options: object) -> None:
-        module = torchcache(**options)(copy.deepcopy(plain))  # type: ignore[arg-type]
+    def with_cache(**options: Any) -> None:
+        module: Any = torchcache(**options)(copy.deepcopy(plain))
         for batch in images.split(BATCH):
             module(batch)
         assert module.cache_instance.info().misses == ROWS

@@ -13,6 +13,7 @@ from collections.abc import Callable
 import torch
 from interleaved import table
 from torch import Tensor, nn
+from torch._C._autograd import DeviceType
 
 from torchcache import torchcache
 from torchcache._native import ops
@@ -40,7 +41,7 @@ def gpu_seconds(work: Callable[[], object], kernel: str | None = None) -> float:
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
             work()
             torch.cuda.synchronize()
-        events = [e for e in profile.events() or [] if e.device_type == torch.autograd.DeviceType.CUDA]
+        events = [e for e in profile.events() or [] if e.device_type == DeviceType.CUDA]
         named = [e for e in events if kernel is None or kernel in e.name]
         times.append(sum(e.time_range.elapsed_us() for e in named) / 1e6)
     return statistics.median(times)
@@ -116,8 +117,8 @@ def unchanged_state() -> None:
         [
             ("limit: one kernel and one wait", lambda: one.add_(1).item()),
             ("a probe of its own", watch.probe),
-            ("keys", lambda: ops.table_take(empty, [x], call, 0)),
-            ("keys and a probe that rides along", lambda: ops.table_take(empty, [x], call, watch.id)),
+            ("keys", lambda: ops.table_hash_and_read(empty, [x], call, 0)),
+            ("keys and a probe that rides along", lambda: ops.table_hash_and_read(empty, [x], call, watch.id)),
         ],
         1000,
         1e-6,

@@ -160,7 +160,7 @@ def vmap_of_grad(work: Work) -> Step:
 
 def vmap_of_forward(work: Work) -> Step:
     net, stacked, buffers = _stacked(work)
-    parameters = {name: nn.Parameter(t) for name, t in stacked.items()}
+    parameters: dict[str, Tensor] = {name: nn.Parameter(t) for name, t in stacked.items()}
     x, targets = work.data()
 
     def loss(p: dict[str, Tensor], b: dict[str, Tensor], x: Tensor, t: Tensor) -> Tensor:

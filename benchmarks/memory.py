@@ -9,6 +9,7 @@ import subprocess
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import torch
 from interleaved import measure, table
@@ -94,7 +95,7 @@ def half_hits(rounds: int = 15) -> None:
 
 def memory_overhead() -> None:
     """Bytes of memory for each byte of cached rows: 100,000 rows of 768 f32."""
-    module = torchcache()(Backbone().eval())
+    module: Any = torchcache()(Backbone().eval())
     module(torch.zeros(1, 8))
 
     def resident() -> int:
@@ -115,8 +116,8 @@ def unchanged_state() -> None:
     convolutions = nn.Sequential(*(copy.deepcopy(layer) for _ in range(53) for layer in block), nn.Linear(8, 8))
     print("\nseeing that nothing changed")
     for name, module in (("encoder", encoder), ("as many tensors as ResNet-50", convolutions)):
-        cache = torchcache()(module.eval().requires_grad_(False)).cache_instance
-        (median,) = measure([(name, lambda cache=cache: cache._state.digest())], 1000)
+        cache: Any = torchcache()(module.eval().requires_grad_(False)).cache_instance
+        (median,) = measure([(name, cache._state.digest)], 1000)
         count = f"{len(list(module.parameters()))} parameters, {len(list(module.buffers()))} buffers"
         print(f"  {name + ', ' + count:62} {median * 1e6:8.1f} µs")
 

@@ -32,7 +32,7 @@ class Limit:
         from torchcache._native import ops
 
         self._keys = ops.keys
-        self._call = torch.zeros(2, dtype=torch.int64)
+        self._call = (0, 0)
         self._file = os.open(folder / "rows", os.O_RDWR | os.O_CREAT) if persistent else None
         self._rows: Tensor | None = None
         self.weight = WEIGHT
@@ -49,7 +49,7 @@ class Limit:
 
     def _from_file(self, x: Tensor, file: int) -> Tensor:
         out = torch.empty(len(x), FEATURES)
-        if os.readv(file, [memoryview(out.numpy()).cast("B")]) == 0:  # the end: this is the process that fills
+        if os.readv(file, [out.numpy().data.cast("B")]) == 0:  # the end: this is the process that fills
             os.write(file, features(x, self.weight).numpy().tobytes())
         return out
 
@@ -68,7 +68,7 @@ class Torchcache:
         self.weight: Tensor = self._module.weight
 
     def __call__(self, x: Tensor, names: Names) -> Tensor:
-        return self._module(x)  # type: ignore[no-any-return]
+        return self._module(x)
 
     def flush(self) -> None:
         if hasattr(self._module.cache_instance, "flush"):
@@ -86,10 +86,10 @@ class ModuleCache:
 
     @property
     def weight(self) -> Tensor:
-        return self._module.weight  # type: ignore[no-any-return]
+        return self._module.weight
 
     def __call__(self, x: Tensor, names: Names) -> Tensor:
-        return self._module(x, cache_key=names)  # type: ignore[no-any-return]
+        return self._module(x, cache_key=names)
 
     def flush(self) -> None:
         pass

@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.nn as nn
@@ -63,6 +63,9 @@ def import_by_path(name: str, path: Path) -> ModuleType:
 
 class Backbone(nn.Module):
     """Digits [B, 1, 8, 8] in 0 … 1, light on dark, as scikit-learn has them → features [B, 1280]."""
+
+    mean: Tensor
+    std: Tensor
 
     def __init__(self) -> None:
         super().__init__()
@@ -223,7 +226,7 @@ def main() -> None:
 
     torch.manual_seed(given.seed)
     decorate = torchcache(persistent=True, persistent_cache_dir=given.cache_dir, memory_cache_device=given.device)
-    backbone = decorate(Backbone().to(given.device))
+    backbone: Any = decorate(Backbone().to(given.device))
     head = nn.Sequential(nn.BatchNorm1d(FEATURES, affine=False), nn.Linear(FEATURES, CLASSES)).to(given.device)
     optimizer = torch.optim.Adam(head.parameters(), lr=1e-3)
     data = load_data(given.seed, given.device)

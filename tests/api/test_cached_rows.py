@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
+from cache_harness import cache_of
 from hypothesis import given
 from hypothesis import strategies as st
 from rows_harness import LABELS, Counting, N, X, assert_rows, cached, labelled
@@ -146,7 +147,7 @@ def test_rows_of_different_shapes_are_refused_in_one_batch_but_given_alone(tmp_p
 def test_a_lost_row_is_an_error_that_names_it_also_from_a_worker() -> None:
     module = cached()
     rows = precompute(module, labelled())
-    module.cache_instance.clear()
+    cache_of(module).clear()
     low, high = (int(half) % 2**64 for half in rows.keys[5])
     with pytest.raises(LookupError, match=f"rows 5 .key {high:016x}{low:016x}., 2 .*precompute") as found:
         rows.__getitems__([5, 2, 5])

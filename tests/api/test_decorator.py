@@ -7,9 +7,11 @@ import inspect
 import io
 import pickle
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
+from cache_harness import cache_of
 from torch import Tensor, nn
 
 from torchcache import torchcache
@@ -61,8 +63,8 @@ def test_instances_have_caches_of_their_own() -> None:
     one, two = Decorated(), Decorated(3.0)
     assert torch.equal(one(X), X * 2) and torch.equal(two(X), X * 3)
     assert one.cache_instance is not two.cache_instance
-    assert one.cache_instance.module_hash != two.cache_instance.module_hash
-    assert Decorated(3.0).cache_instance.module_hash == two.cache_instance.module_hash
+    assert cache_of(one).module_hash != cache_of(two).module_hash
+    assert cache_of(Decorated(3.0)).module_hash == cache_of(two).module_hash
 
 
 def test_a_subclass_is_cached_with_its_own_forward() -> None:
@@ -76,7 +78,7 @@ def test_a_subclass_is_cached_with_its_own_forward() -> None:
     assert torch.equal(Inheriting()(X), X * 2)
     module = Overriding()
     assert torch.equal(module(X), X * 2 + 1) and torch.equal(module(X), X * 2 + 1)
-    assert module.calls == 1 and module.cache_instance.info().memory_rows == 3
+    assert module.calls == 1 and cache_of(module).info().memory_rows == 3
 
 
 def test_a_decorated_subclass_of_a_decorated_class_gives_its_own_rows() -> None:
@@ -106,7 +108,7 @@ def test_layers_of_torch_can_be_decorated() -> None:
     right = layer(X)
     torchcache()(layer)
     assert torch.equal(layer(X), right) and torch.equal(layer(X), right)
-    assert layer.cache_instance.info().memory_hits == 3
+    assert cache_of(layer).info().memory_hits == 3
     assert plain(X).requires_grad
 
 
@@ -118,7 +120,7 @@ def test_other_layers_of_a_decorated_layers_class_can_still_be_scripted() -> Non
     scripted = torchcache()(nn.Sequential(torch.jit.script(layer), nn.ReLU()).requires_grad_(False))
     for _ in range(2):
         assert torch.equal(scripted(X), layer(X).relu())
-    assert scripted.cache_instance.info().memory_hits == 3
+    assert cache_of(scripted).info().memory_hits == 3
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
@@ -128,18 +130,18 @@ def test_scripted_traced_and_symbolic_modules_can_be_decorated(way: Callable[[nn
     module = torchcache()(way(nn.Sequential(layer, nn.ReLU())))
     for _ in range(2):
         assert torch.equal(module(X), layer(X).relu())
-    assert module.cache_instance.info().memory_hits == 3
+    assert cache_of(module).info().memory_hits == 3
     layer.weight.mul_(2)
     assert torch.equal(module(X), layer(X).relu())
 
 
 def test_an_instance_with_a_forward_of_its_own_is_cached_with_that() -> None:
-    module = Base()
-    module.forward = lambda x: x - 1  # type: ignore[method-assign, assignment]
+    module: Any = Base()
+    module.forward = lambda x: x - 1
     torchcache()(module)
     for _ in range(2):
         assert torch.equal(module(X), X - 1)
-    assert module.cache_instance.info().memory_hits == 3
+    assert cache_of(module).info().memory_hits == 3
 
 
 def test_a_function_keeps_its_name_and_is_cached() -> None:
@@ -156,12 +158,12 @@ def test_a_function_keeps_its_name_and_is_cached() -> None:
     )
     assert torch.equal(add(X), X + 1) and torch.equal(add(X), X + 1) and torch.equal(add(X, 5), X + 5)
     assert calls == [1, 5]
-    assert len(add.cache_instance.cache) == 6  # type: ignore[attr-defined]
+    assert len(cache_of(add).cache) == 6
 
 
 def test_functions_of_different_code_have_different_module_hashes() -> None:
     one, two = torchcache()(lambda x: x + 1), torchcache()(lambda x: x + 2)
-    assert one.cache_instance.module_hash != two.cache_instance.module_hash  # type: ignore[attr-defined]
+    assert cache_of(one).module_hash != cache_of(two).module_hash
 
 
 @pytest.mark.parametrize("what", [object, int, 5, "x", torch.relu, Base.__init__.__class__])
@@ -172,21 +174,21 @@ def test_anything_else_cannot_be_decorated(what: object) -> None:
 
 def test_options_are_keyword_only() -> None:
     with pytest.raises(TypeError):
-        torchcache(Base)  # type: ignore[call-arg]
+        torchcache(Base)  # type: ignore[call-arg, arg-type]
 
 
 # ---- enabling, attributes
 
 
 def test_enabled_is_live_and_a_disabled_instance_has_no_cache_instance() -> None:
-    module = Decorated()
+    module: Any = Decorated()
     module(X)
     module.torchcache_enabled = False
     module(X)
     assert module.calls == 2 and not hasattr(module, "cache_instance")
     module.torchcache_enabled = True
     module(X)
-    assert module.calls == 2 and module.cache_instance.info().memory_rows == 3
+    assert module.calls == 2 and cache_of(module).info().memory_rows == 3
 
 
 def test_enabled_can_be_chosen_for_each_instance_or_turned_on_from_off() -> None:
@@ -216,8 +218,8 @@ def test_attributes_beat_options_and_are_checked_when_given() -> None:
                 setattr(self, name, value)
 
     module = Configured(torchcache_zstd_compression=True)
-    options = module.cache_instance.options
-    assert module.cache_instance.persistent and options.zstd_compression and options.max_memory_cache_size == 10
+    options = cache_of(module).options
+    assert cache_of(module).persistent and options.zstd_compression and options.max_memory_cache_size == 10
     assert options.cache_dtype is torch.half
     with pytest.raises(ValueError, match="zstd_compression_level must be between -131072 and 22, got 23"):
         Configured(torchcache_zstd_compression_level=23)
@@ -226,7 +228,7 @@ def test_attributes_beat_options_and_are_checked_when_given() -> None:
 
 
 def test_cache_instance_can_be_read_before_the_first_call() -> None:
-    cache = Decorated().cache_instance
+    cache = cache_of(Decorated())
     assert len(cache.cache) == 0 and cache.cache_dir is None and not cache.persistent
     assert not cache.is_memory_cache_full and not cache.is_persistent_cache_full
     assert cache.memory_cache_size == cache.persistent_cache_size == 0
@@ -251,8 +253,8 @@ def test_a_copy_has_a_cache_of_its_own(way: str, kind: str) -> None:
         buffer.seek(0)
         twin = torch.load(buffer, weights_only=False)
     assert twin.cache_instance is not module.cache_instance
-    assert len(twin.cache_instance.cache) == 0
-    assert twin.cache_instance.module_hash == module.cache_instance.module_hash
+    assert len(cache_of(twin).cache) == 0
+    assert cache_of(twin).module_hash == cache_of(module).module_hash
     assert torch.equal(twin(X), X * 3)
     with torch.no_grad():
         twin.factor = 5.0
@@ -261,9 +263,14 @@ def test_a_copy_has_a_cache_of_its_own(way: str, kind: str) -> None:
 
 def test_hooks_of_the_module_run_on_every_call() -> None:
     module = Decorated()
-    seen = []
+    seen: list[str] = []
     module.register_forward_pre_hook(lambda m, args: seen.append("before"))
-    module.register_forward_hook(lambda m, args, out: seen.append("after") or out + 1)
+
+    @module.register_forward_hook
+    def one_more(m: nn.Module, args: object, out: Tensor) -> Tensor:
+        seen.append("after")
+        return out + 1
+
     for _ in range(2):
         assert torch.equal(module(X), X * 2 + 1)
     assert seen == ["before", "after"] * 2 and module.calls == 1
@@ -296,13 +303,13 @@ def test_a_forward_that_init_chooses_is_cached() -> None:
             super().__init__()
             self.calls = 0
             if double:
-                self.forward = self.doubled
+                self.forward = self.doubled  # type: ignore[method-assign]
 
         def doubled(self, x: Tensor) -> Tensor:
             self.calls += 1
             return x * 2
 
-        def forward(self, x: Tensor) -> Tensor:  # type: ignore[no-redef]
+        def forward(self, x: Tensor) -> Tensor:
             self.calls += 1
             return x + 1
 
@@ -310,13 +317,13 @@ def test_a_forward_that_init_chooses_is_cached() -> None:
         for twin in (module, copy.deepcopy(module)):
             before = twin.calls
             assert torch.equal(twin(X), right) and torch.equal(twin(X), right)
-            assert twin.calls == before + 1 and twin.cache_instance.info().memory_hits == 3
+            assert twin.calls == before + 1 and cache_of(twin).info().memory_hits == 3
 
 
 @pytest.mark.parametrize("kind", [staticmethod, classmethod])
 def test_a_forward_of_the_class_is_refused_before_anything_is_changed(kind: Callable[..., object]) -> None:
     class Odd(nn.Module):
-        forward = kind(lambda *args: args[-1])
+        forward = kind(lambda *args: args[-1])  # type: ignore[assignment]
 
     with pytest.raises(TypeError, match=r"forward of .*Odd must be a method of its instances"):
         torchcache()(Odd)

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn as nn
+from cache_harness import cache_of
 from torch import Tensor
 
 from torchcache import torchcache
@@ -36,7 +37,7 @@ def check(module: nn.Module) -> None:
     x = torch.randn(4, 10)
     first, again = module(x), module(x)
     assert torch.equal(first, again) and not first.requires_grad
-    assert module.cache_instance.info().misses == 4  # type: ignore[union-attr]
+    assert cache_of(module).info().misses == 4
 
 
 def test_the_first_example_runs_though_its_parameters_require_grad(caplog: pytest.LogCaptureFixture) -> None:
@@ -86,7 +87,7 @@ def test_a_head_is_trained_on_a_frozen_backbone() -> None:
         optimizer.step()
         losses.append(loss.item())
     assert losses == sorted(losses, reverse=True)
-    assert model.backbone.cache_instance.info().misses == 16
+    assert cache_of(model.backbone).info().misses == 16
 
 
 @pytest.mark.parametrize(
@@ -112,7 +113,7 @@ def test_options_can_be_set_as_attributes_of_the_module() -> None:
 
     module = MyModule()
     check(module)
-    assert module.cache_instance.options.cache_dtype is torch.half
+    assert cache_of(module).options.cache_dtype is torch.half
 
 
 def test_instances_are_enabled_one_by_one() -> None:
@@ -137,7 +138,7 @@ def test_rows_are_invalid_after_a_change_and_valid_again_after_its_undoing(tmp_p
             def forward(self, x: Tensor) -> Tensor:
                 return x
 
-        return MyModule(bias).cache_instance.module_hash
+        return cache_of(MyModule(bias)).module_hash
 
     first = hash_of(True)
     assert hash_of(False) != first

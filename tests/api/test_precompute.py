@@ -70,6 +70,8 @@ def test_an_interrupted_run_is_taken_up_where_it_stopped(tmp_path: Path) -> None
 
 def test_a_forward_that_sets_something_up_first_is_kept_from_the_second_time_on() -> None:
     class Lazy(Counting):
+        offset: Tensor
+
         def forward(self, x: Tensor) -> Tensor:
             if not hasattr(self, "offset"):
                 self.register_buffer("offset", torch.ones(()))
@@ -150,13 +152,13 @@ def test_plain_arguments_are_arguments() -> None:
 def test_arrays_ride_along_as_tensors_and_empty_batches_are_nothing() -> None:
     rows = precompute(cached(), [(X[:0], LABELS[:0].numpy()), (X, LABELS.numpy())])
     assert len(rows) == N and rows[3][1] == 30
-    assert isinstance(rows.rest[0], Tensor)
+    assert isinstance(rows.rest, tuple) and isinstance(rows.rest[0], Tensor)
 
 
 def test_arrays_of_texts_ride_along_as_lists() -> None:
     names = numpy.array([f"row {i}" for i in range(N)])
     rows = precompute(cached(), [(X, names), (X, names.astype(object))])
-    assert rows.rest[0] == [*names.tolist(), *names.tolist()] and rows[3][1] == "row 3"
+    assert isinstance(rows.rest, tuple) and rows.rest[0] == [*names.tolist(), *names.tolist()] and rows[3][1] == "row 3"
 
 
 def test_what_rides_along_is_copied() -> None:
@@ -165,7 +167,8 @@ def test_what_rides_along_is_copied() -> None:
         for value in (1.0, 2.0):
             yield ONES, label.fill_(value)
 
-    assert precompute(cached(), batches()).rest[0].tolist() == [1] * 4 + [2] * 4
+    rows = precompute(cached(), batches())
+    assert isinstance(rows.rest, tuple) and rows.rest[0].tolist() == [1] * 4 + [2] * 4
 
 
 @pytest.mark.parametrize(
@@ -227,9 +230,10 @@ def test_progress_is_shown_on_a_terminal_only(
     monkeypatch: pytest.MonkeyPatch, stream: type[io.StringIO], progress: bool
 ) -> None:
     monkeypatch.setitem(sys.modules, "tqdm.auto", None)
-    monkeypatch.setattr(sys, "stderr", stream())
+    terminal = stream()
+    monkeypatch.setattr(sys, "stderr", terminal)
     precompute(cached(), [X, X], progress=progress)
-    shown = sys.stderr.getvalue()
+    shown = terminal.getvalue()
     if progress and stream is Terminal:
         assert "2/2 batches" in shown and "40 of 80 hits, 0.0 MB" in shown and shown.endswith("\n")
     else:
@@ -237,6 +241,7 @@ def test_progress_is_shown_on_a_terminal_only(
 
 
 def test_progress_is_a_bar_of_tqdm_where_that_is_installed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sys, "stderr", Terminal())
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stderr", terminal)
     precompute(cached(), X.split(10))
-    assert "4/4" in sys.stderr.getvalue() and "0 of 40 hits" in sys.stderr.getvalue()
+    assert "4/4" in terminal.getvalue() and "0 of 40 hits" in terminal.getvalue()

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from cache_harness import cache_of
 from format_reader import ZSTD, Row, low
 from format_writer import write_segment
 from store_harness import Store, batch, files
@@ -31,7 +32,7 @@ def compute(directory: Path, name: str, rows: Tensor) -> None:
         return {"twice": 2 * x, "sum": x.sum(1)}
 
     doubled(rows)
-    doubled.cache_instance.close()
+    cache_of(doubled).close()
 
 
 @pytest.fixture

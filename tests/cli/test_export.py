@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from cache_harness import cache_of
 from format_reader import RAW, Row
 from format_writer import write_segment
 from golden_rows import golden_rows as rows_of_every_layout
@@ -24,7 +25,7 @@ from torchcache import torchcache
 from torchcache._native import ops
 from torchcache.cli.export import export
 from torchcache.cli.main import main
-from torchcache.cli.maintenance import MaintenanceError
+from torchcache.errors import MaintenanceError
 
 
 @pytest.fixture
@@ -37,7 +38,7 @@ def directory(tmp_path: Path) -> Path:
             return {"twice": 2 * x, "sum": x.sum(1)}
 
         doubled(torch.arange(first, first + 8.0).view(4, 2))
-        doubled.cache_instance.close()
+        cache_of(doubled).close()
     for path in (tmp_path / "104" / "hash").iterdir():
         path.rename(tmp_path / "100" / "hash" / path.name)
     return tmp_path / "100" / "hash"
@@ -134,7 +135,7 @@ def test_memory_is_bounded_by_the_part(tmp_path: Path) -> None:
     store = ops.store_open(str(tmp_path), 10**9, False, 3, 1, False, 16 << 20)
     for number in range(64):
         keys = torch.tensor([[number, number]])
-        ops.store_put(store, keys, layout, [torch.full((1, 1_000_000), number, dtype=torch.uint8)])
+        ops.store_write(store, keys, layout, [torch.full((1, 1_000_000), number, dtype=torch.uint8)])
     ops.store_close(store)
 
     def take_little_memory() -> None:

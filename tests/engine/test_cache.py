@@ -6,6 +6,7 @@ import threading
 
 import pytest
 import torch
+from cache_harness import cache_of
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -44,7 +45,7 @@ def test_outputs_are_right_whatever_fits_in_memory(batches: list[list[int]], lim
     for batch in batches:
         x = numbered(batch)
         assert torch.equal(module(x), x * 2 + 1)
-    assert module.cache_instance.memory_cache_size <= limit
+    assert cache_of(module).memory_cache_size <= limit
 
 
 @given(
@@ -74,7 +75,7 @@ def test_info_counts_rows_by_where_they_came_from() -> None:
     module = torchcache()(Counting())
     module(numbered([1, 2, 2, 3]))
     module(numbered([3, 4]))
-    info = module.cache_instance.info()
+    info = cache_of(module).info()
     assert (info.memory_hits, info.disk_hits, info.misses) == (2, 0, 4)
     assert (info.memory_rows, info.memory_bytes) == (4, 4 * 3 * 4)
 
@@ -85,17 +86,17 @@ def test_info_counts_rows_by_where_they_came_from() -> None:
 def test_the_cache_maps_hashes_to_copies_of_rows_in_memory() -> None:
     module = torchcache()(Counting())
     x = numbered([1, 2, 3])
-    assert len(module.cache_instance.cache) == 0
+    assert len(cache_of(module).cache) == 0
     module(x)
-    rows = module.cache_instance.cache
-    hashes = module.cache_instance.hash_tensor(x)
+    rows = cache_of(module).cache
+    hashes = cache_of(module).hash_tensor(x)
     assert hashes.dtype == torch.int64 and hashes.shape == (3,)
     assert set(rows) == set(hashes.tolist()) and len(rows) == 3
     for h, row in zip(hashes, x):
         assert torch.equal(rows[h.item()], row[None] * 2 + 1)
         rows[h.item()].zero_()
         assert torch.equal(rows[h.item()], row[None] * 2 + 1)
-    assert 5 not in rows and "x" not in rows
+    assert 5 not in rows and "x" not in rows  # type: ignore[comparison-overlap]
     with pytest.raises(KeyError):
         rows[5]
     with pytest.raises(TypeError):
@@ -106,8 +107,8 @@ def test_clear_forgets_the_rows_in_memory() -> None:
     module = torchcache()(Counting())
     x = numbered([1, 2])
     module(x)
-    module.cache_instance.clear()
-    assert len(module.cache_instance.cache) == 0 == module.cache_instance.memory_cache_size
+    cache_of(module).clear()
+    assert len(cache_of(module).cache) == 0 == cache_of(module).memory_cache_size
     assert torch.equal(module(x), x * 2 + 1)
     assert module.rows == [1, 2, 1, 2]
 
@@ -118,17 +119,17 @@ def test_clear_forgets_the_rows_in_memory() -> None:
 def test_of_a_batch_that_does_not_fit_whole_what_fits_is_kept() -> None:
     module = torchcache(max_memory_cache_size=3 * 12)(Counting())
     module(numbered([1, 2]))
-    assert not module.cache_instance.is_memory_cache_full
+    assert not cache_of(module).is_memory_cache_full
     module(numbered([3, 4, 5]))
-    assert module.cache_instance.is_memory_cache_full
-    assert module.cache_instance.memory_cache_size == 36
-    kept = module.cache_instance.hash_tensor(numbered([1, 2, 3])).tolist()
-    assert set(module.cache_instance.cache) == set(kept)  # the oldest stay
+    assert cache_of(module).is_memory_cache_full
+    assert cache_of(module).memory_cache_size == 36
+    kept = cache_of(module).hash_tensor(numbered([1, 2, 3])).tolist()
+    assert set(cache_of(module).cache) == set(kept)  # the oldest stay
 
 
 def test_sizes_may_be_floats() -> None:
     module = torchcache(max_memory_cache_size=5e9, max_persistent_cache_size=5e9)(Counting())
-    assert module.cache_instance.options.max_memory_cache_size == 5_000_000_000
+    assert cache_of(module).options.max_memory_cache_size == 5_000_000_000
 
 
 # ---- threads
@@ -145,7 +146,7 @@ def test_rows_may_be_removed_from_disk_while_other_threads_call(caplog: pytest.L
                 if not torch.equal(cached(x), x * 2):
                     wrong.append(x)
                 if seed == 0 and i % 10 == 0:
-                    cached.cache_instance.clear(persistent=True)  # type: ignore[attr-defined]
+                    cache_of(cached).clear(persistent=True)
         except Exception as error:
             wrong.append(error)
 
@@ -170,7 +171,7 @@ def test_clearing_while_others_look_up_gives_no_wrong_row() -> None:
             out = cached(x)
             if not torch.equal(out, function(x)):
                 wrong.append(out)
-            cached.cache_instance.clear()  # type: ignore[attr-defined]
+            cache_of(cached).clear()
 
     threads = [threading.Thread(target=work, args=(i,)) for i in range(1, 7)]
     for t in threads:
@@ -197,4 +198,4 @@ def test_eight_threads_on_one_module_compute_right_rows() -> None:
     for t in threads:
         t.join()
     assert not wrong
-    assert len(module.cache_instance.cache) == len(set(module.rows))
+    assert len(cache_of(module).cache) == len(set(module.rows))

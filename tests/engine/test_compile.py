@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 
 import torch
+from cache_harness import cache_of
 from torch import Tensor, nn
 
 from torchcache import torchcache
@@ -54,7 +55,7 @@ def test_a_cached_call_in_a_compiled_model_is_one_graph_break_and_compiles_nothi
     torchcache()(cached)
     other.forward = torch.compiler.disable(other.forward)  # type: ignore[method-assign]
     assert graphs_of(cached, plain) == graphs_of(other, plain)
-    assert cached.cache_instance.info().memory_hits >= 40
+    assert cache_of(cached).info().memory_hits >= 40
 
 
 def test_other_instances_of_a_decorated_instances_class_are_compiled_without_a_break() -> None:
@@ -76,4 +77,4 @@ def test_a_module_compiled_before_it_is_decorated_computes_its_misses_compiled()
     for _ in range(3):
         assert torch.allclose(module(x), plain(x))
     assert counter.graphs == 1
-    assert module.cache_instance.info().memory_hits == 12
+    assert cache_of(module).info().memory_hits == 12

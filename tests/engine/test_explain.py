@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from cache_harness import cache_of
 from torch import Tensor, nn
 
 from torchcache import torchcache
@@ -35,12 +36,12 @@ def test_rows_are_counted_by_tier_and_nothing_is_computed(tmp_path: Path) -> Non
     cached(tmp_path)(X[:2])
     module = cached(tmp_path)
     module(X[1:2])
-    before = module.cache_instance.info()
-    why = module.cache_instance.explain(X)
+    before = cache_of(module).info()
+    why = cache_of(module).explain(X)
     assert (why.rows, why.in_memory, why.on_disk) == (4, 1, 1)
     assert why.since_last_call == [] == why.since_directory
     assert "1 of 4 rows are in memory, 1 more on disk" in str(why) and "but the rows themselves" in str(why)
-    assert module.cache_instance.info() == before
+    assert cache_of(module).info() == before
 
 
 @pytest.mark.parametrize(
@@ -56,7 +57,7 @@ def test_what_changed_is_named(tmp_path: Path, change: object, named: str) -> No
     module = cached(tmp_path)
     module(X)
     change(module)  # type: ignore[operator]
-    why = module.cache_instance.explain(X)
+    why = cache_of(module).explain(X)
     assert why.in_memory == 0 and why.since_last_call == why.since_directory == [named]
     assert f"changed: {named}" in str(why)
 
@@ -64,16 +65,16 @@ def test_what_changed_is_named(tmp_path: Path, change: object, named: str) -> No
 def test_a_changed_argument_is_named(tmp_path: Path) -> None:
     module = cached(tmp_path)
     module(X)
-    assert module.cache_instance.explain(X, 2).since_last_call == ["argument power"]
-    assert module.cache_instance.explain(X.double()).since_last_call == ["argument x"]
+    assert cache_of(module).explain(X, 2).since_last_call == ["argument power"]
+    assert cache_of(module).explain(X.double()).since_last_call == ["argument x"]
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert module.cache_instance.explain(X).since_last_call == ["autocast"]
+        assert cache_of(module).explain(X).since_last_call == ["autocast"]
 
 
 def test_a_directory_of_another_module_hash_says_what_makes_it_another(tmp_path: Path) -> None:
     cached(tmp_path)(X)
     other = cached(tmp_path, zstd_compression=True, zstd_compression_level=5)
-    assert other.cache_instance.explain(X).since_directory == [
+    assert cache_of(other).explain(X).since_directory == [
         "option zstd_compression",
         "option zstd_compression_level",
     ]
@@ -84,7 +85,7 @@ def test_a_directory_of_another_module_hash_says_what_makes_it_another(tmp_path:
 
     Net.__qualname__ = "Net"
     changed = torchcache(persistent=True, persistent_cache_dir=tmp_path)(Net())
-    assert "code of Net" in (changed.cache_instance.explain(X).since_directory or [])
+    assert "code of Net" in (cache_of(changed).explain(X).since_directory or [])
 
 
 def test_a_miss_is_explained_at_debug(caplog: pytest.LogCaptureFixture, tmp_path: Path) -> None:
@@ -98,6 +99,6 @@ def test_a_miss_is_explained_at_debug(caplog: pytest.LogCaptureFixture, tmp_path
 
 
 def test_the_first_call_has_nothing_to_compare_with() -> None:
-    why = torchcache()(Net()).cache_instance.explain(X)
+    why = cache_of(torchcache()(Net())).explain(X)
     assert why.since_last_call is None is why.since_directory
     assert "nothing to compare with" in str(why)

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from cache_harness import cache_of
 from hypothesis import given
 from hypothesis import strategies as st
 from keys_harness import CALL, DTYPES, as_pair, reference_keys, row_digest, strided
@@ -77,7 +78,7 @@ class Twice(nn.Module):
 
 
 def key(*args: object, **kwargs: object) -> list[int]:
-    return Twice().cache_instance.hash_tensor(*args, **kwargs).tolist()
+    return cache_of(Twice()).hash_tensor(*args, **kwargs).tolist()
 
 
 X = torch.arange(24, dtype=torch.float32).view(2, 12)
@@ -136,18 +137,18 @@ def test_keys_do_not_depend_on_how_the_arguments_of_a_call_or_of_earlier_calls_w
     calls: list[tuple[int, list[str], tuple[int, ...]]],
 ) -> None:
     tensors = [X, X + 1, X + 2]
-    cache = torchcache()(lambda a, b, c: a).cache_instance  # type: ignore[attr-defined, var-annotated, misc]
+    cache = cache_of(torchcache()(lambda a, b, c: a))
     for positional, names, values in calls:
         arguments = {name: tensors[v] for name, v in zip("abc", values)}
         passed = [arguments.pop(name) for name in "abc"[:positional]]
         keywords = {name: arguments[name] for name in names if name in arguments}
-        fresh = torchcache()(lambda a, b, c: a).cache_instance  # type: ignore[attr-defined, var-annotated, misc]
+        fresh = cache_of(torchcache()(lambda a, b, c: a))
         in_order = fresh.keys(*(tensors[v] for v in values))
         assert torch.equal(cache.keys(*passed, **keywords), in_order)
 
 
 def test_tensors_in_tuples_and_dicts_are_rows_too() -> None:
-    assert key((X, X + 1)) != key((X + 1, X))  # type: ignore[comparison-overlap]
+    assert key((X, X + 1)) != key((X + 1, X))
     assert key({"a": X, "b": X + 1}) != key({"b": X + 1, "a": X})  # and that of a dict
     assert key({"a": X, "b": X + 1}) != key(OrderedDict(a=X, b=X + 1))
     assert key({"a": X, "b": X + 1}) != key({"a": X + 1, "b": X})
@@ -175,7 +176,7 @@ def test_the_default_dtype_is_part_of_the_key() -> None:
     finally:
         torch.set_default_dtype(torch.float32)
     module(X)
-    assert module.cache_instance.info().misses == 2 * len(X.unique(dim=0))
+    assert cache_of(module).info().misses == 2 * len(X.unique(dim=0))
 
 
 def test_what_a_wrapper_does_without_an_argument_is_its_own_affair() -> None:
@@ -200,7 +201,8 @@ def test_long_texts_are_told_apart_and_not_remembered() -> None:
     texts = ["a" * 100_000 + str(i) for i in range(8)]
     keys = [tuple(module.cache_instance.keys(X, text)[0].tolist()) for text in [*texts, *texts]]
     assert keys[:8] == keys[8:] and len(set(keys)) == 8
-    assert not module.cache_instance._binder._forms and not module.cache_instance._keys._digests
+    decider = module.cache_instance._decider
+    assert not decider._binder._templates and not decider._keys._digests
 
 
 def test_autocast_is_part_of_the_key() -> None:
@@ -257,5 +259,5 @@ def test_subsampling_hashes_only_about_the_documented_number_of_elements() -> No
     a = torch.zeros(1, 1000)
     b = a.clone()
     b[0, 1] = 1  # between two of the sampled elements
-    assert sampled.cache_instance.hash_tensor(a).equal(sampled.cache_instance.hash_tensor(b))  # type: ignore[attr-defined]
-    assert not whole.cache_instance.hash_tensor(a).equal(whole.cache_instance.hash_tensor(b))  # type: ignore[attr-defined]
+    assert cache_of(sampled).hash_tensor(a).equal(cache_of(sampled).hash_tensor(b))
+    assert not cache_of(whole).hash_tensor(a).equal(cache_of(whole).hash_tensor(b))

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from cache_harness import cache_of
 from torch import Tensor, nn
 
 from torchcache import torchcache
@@ -53,7 +54,7 @@ def test_any_layout_and_dtype_of_input_is_cached(kind: str) -> None:
     for _ in range(2):
         got = cached(x)
         assert got.dtype == x.dtype and got.shape == x.shape and raw(got) == raw(x)
-    assert cached.cache_instance.info().memory_hits >= len(x)  # type: ignore[attr-defined]
+    assert cache_of(cached).info().memory_hits >= len(x)
 
 
 def test_rows_cached_under_inference_mode_can_be_trained_on() -> None:
@@ -66,7 +67,7 @@ def test_rows_cached_under_inference_mode_can_be_trained_on() -> None:
     assert weight.grad is not None and torch.allclose(weight.grad, (x * 2).sum(0))
     with torch.inference_mode():
         assert cached(x).is_inference()
-    assert cached.cache_instance.info().misses == 4  # type: ignore[attr-defined]
+    assert cache_of(cached).info().misses == 4
 
 
 def test_weights_made_under_inference_mode_are_watched() -> None:
@@ -102,7 +103,7 @@ def test_a_sequential_of_cached_and_trained_layers_trains() -> None:
         loss.backward()
         optimizer.step()
     assert first is not None and loss.item() < first / 2
-    assert frozen.cache_instance.info().misses == 32 and list(model.state_dict()) == names
+    assert cache_of(frozen).info().misses == 32 and list(model.state_dict()) == names
 
 
 @dataclasses.dataclass
@@ -157,7 +158,7 @@ def test_tensors_nested_in_arguments_are_rows_and_are_given_to_forward_as_they_c
     for rows in (slice(0, 2), slice(0, 4), slice(1, 3)):
         batch = OrderedDict(x=x[rows], note="n")
         assert torch.equal(module(batch, (y[rows], 3)), x[rows] * 3 + y[rows])
-    assert module.cache_instance.info().misses == 4
+    assert cache_of(module).info().misses == 4
 
 
 def test_an_init_argument_without_a_stable_encoding_is_one_warning_and_shares_no_rows(
@@ -174,7 +175,7 @@ def test_an_init_argument_without_a_stable_encoding_is_one_warning_and_shares_no
     with open(__file__) as file:
         one, two = Reading(file), Reading(i for i in range(3))
         again = Reading(file)
-    hashes = {m.cache_instance.module_hash for m in (one, two, again)}
+    hashes = {cache_of(m).module_hash for m in (one, two, again)}
     assert len(hashes) == 3
     said = [r.getMessage() for r in caplog.records if r.levelno == logging.WARNING]
     assert len(said) == 3 and all("not shared with other processes" in s for s in said)
@@ -184,8 +185,8 @@ def test_data_parallel_replicas_are_served() -> None:
     module = torchcache()(nn.Linear(3, 2).requires_grad_(False))
     x = torch.randn(4, 3)
     right = module(x)
-    replica = module._replicate_for_data_parallel()  # type: ignore[no-untyped-call]
-    assert torch.equal(replica(x), right) and module.cache_instance.info().memory_hits == 4
+    replica = module._replicate_for_data_parallel()
+    assert torch.equal(replica(x), right) and cache_of(module).info().memory_hits == 4
 
 
 def test_clones_and_copies_of_a_module_never_share_rows_after_they_part() -> None:

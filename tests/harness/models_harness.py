@@ -120,6 +120,11 @@ def close(batched: Tensor, others: Sequence[Tensor], what: str, scale: float = 1
     )
 
 
+def weighted(outputs: list[Tensor], weights: list[Tensor | None]) -> Tensor:
+    """A loss to which every output counts that can have a gradient."""
+    return sum(((t * w).sum() for t, w in zip(outputs, weights) if w is not None), torch.zeros(()))
+
+
 def run_alike(
     batch: BatchModule, models: Sequence[nn.Module], x: Tensor, call: Callable[..., Any] = lambda m, x: m(x)
 ) -> None:
@@ -135,22 +140,22 @@ def run_alike(
     for i, t in enumerate(tensors(output)):
         close(t, [e[i] for e in per_model], f"output {i}")
     batch.zero_grad()
-    loss = sum((t * w).sum() for t, w in zip(tensors(output), weights) if w is not None)
-    if not isinstance(loss, Tensor) or not loss.requires_grad:
+    loss = weighted(tensors(output), weights)
+    if not loss.requires_grad:
         return compare_buffers(batch, models)
     loss.backward()
     for m, (model, out) in enumerate(zip(models, per_model)):
         model.zero_grad()
-        sum((t * w[m]).sum() for t, w in zip(out, weights) if w is not None).backward()
+        weighted(out, [w if w is None else w[m] for w in weights]).backward()
     if own.grad is not None:
-        close(own.grad, [o.grad for o in others], "gradient of the input")
+        close(own.grad, [o.grad for o in others if o.grad is not None], "gradient of the input")
     for name, p in batch.named_parameters():
         grads = [model.get_parameter(name).grad for model in models]
         if grads[0] is None:
             assert p.grad is None or not p.grad.any(), name
         else:
             assert p.grad is not None, name
-            close(p.grad, grads, f"gradient of {name}")
+            close(p.grad, [grad for grad in grads if grad is not None], f"gradient of {name}")
     compare_buffers(batch, models)
 
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import torch
+from cache_harness import cache_of
 from torch import nn
 
 X = torch.arange(24.0).view(2, 12)
 
 
 def keys(module: nn.Module) -> list[int]:
-    return module.cache_instance.hash_tensor(X).tolist()  # type: ignore[no-any-return, union-attr]
+    return cache_of(module).hash_tensor(X).tolist()

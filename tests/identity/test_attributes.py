@@ -11,6 +11,7 @@ from typing import Any
 import numpy
 import pytest
 import torch
+from cache_harness import cache_of
 from torch import Tensor, nn
 
 from torchcache import torchcache
@@ -45,7 +46,7 @@ class Whole(nn.Module):
         self.part = Part()
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.part(x)  # type: ignore[no-any-return]
+        return self.part(x)
 
 
 VALUES: dict[str, tuple[str, Any, Any]] = {
@@ -71,7 +72,7 @@ VALUES: dict[str, tuple[str, Any, Any]] = {
 )
 def test_an_attribute_that_is_set_anew_counts_and_its_way_back_too(what: str, inside: bool) -> None:
     name, first, second = VALUES[what]
-    module = torchcache()(Whole() if inside else Part())
+    module: Any = torchcache()(Whole() if inside else Part())
     part = module.part if inside else module
     rows = []
     for value in (first, second, first):
@@ -81,7 +82,7 @@ def test_an_attribute_that_is_set_anew_counts_and_its_way_back_too(what: str, in
         assert torch.equal(rows[-1], module(X))
         module.torchcache_enabled = True
     assert not torch.equal(rows[0], rows[1])
-    assert module.cache_instance.info().misses == 12
+    assert cache_of(module).info().misses == 12
 
 
 def test_another_class_of_a_part_counts() -> None:
@@ -90,14 +91,14 @@ def test_another_class_of_a_part_counts() -> None:
     module.part.__class__ = Other
     assert torch.allclose(module(X), first + 9)
     module.part.__class__ = Part
-    assert torch.equal(module(X), first) and module.cache_instance.info().misses == 12
+    assert torch.equal(module(X), first) and cache_of(module).info().misses == 12
 
 
 def test_weights_that_are_loaded_into_a_quantised_module_count() -> None:
     def make(seed: int) -> nn.Module:
         torch.manual_seed(seed)
         net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3)).eval()
-        return torch.ao.quantization.quantize_dynamic(net, {nn.Linear}, dtype=torch.qint8)  # type: ignore[no-any-return, no-untyped-call]
+        return torch.ao.quantization.quantize_dynamic(net, {nn.Linear}, dtype=torch.qint8)
 
     module, other = torchcache()(make(0)), make(1)
     first = module(X)
@@ -132,19 +133,19 @@ def test_what_a_forward_sets_does_not_count(
             return super().forward(x)
 
     part = Leaving()
-    module = Whole() if inside else part
+    module: Any = Whole() if inside else part
     if inside:
-        module.part = part  # type: ignore[assignment]
+        module.part = part
     torchcache()(module)
     for step in range(4):
         module(X[step:])
         module(X + step)
-    assert module.cache_instance.info().misses == 6 * 4  # type: ignore[union-attr]
+    assert cache_of(module).info().misses == 6 * 4
     act, part.act = part.act, torch.sigmoid
     module(X)
     part.act = act
     module(X)
-    assert module.cache_instance.info().misses == 6 * 5  # type: ignore[union-attr]
+    assert cache_of(module).info().misses == 6 * 5
     assert caplog.records == []
 
 
@@ -168,6 +169,8 @@ def test_what_the_forward_of_a_replaced_part_set_says_nothing_of_its_successors(
 class Late(nn.Module):
     """Makes what it needs when it first sees an input."""
 
+    late: Any
+
     def __init__(self, kind: str) -> None:
         super().__init__()
         self.kind = kind
@@ -182,16 +185,16 @@ class Late(nn.Module):
                 self.late = nn.Parameter(torch.ones(size), requires_grad=False)
             else:
                 self.late = nn.LayerNorm(size).requires_grad_(False)
-        return self.late(x) if isinstance(self.late, nn.Module) else self.other(x) * self.late  # type: ignore[no-any-return]
+        return self.late(x) if isinstance(self.late, nn.Module) else self.other(x) * self.late
 
 
 @pytest.mark.parametrize("inside", [False, True])
 @pytest.mark.parametrize("kind", ["buffer", "parameter", "module"])
 def test_what_a_first_forward_makes_is_watched_from_then_on(kind: str, inside: bool) -> None:
-    module = torchcache()(nn.Sequential(Late(kind)) if inside else Late(kind))
+    module: Any = torchcache()(nn.Sequential(Late(kind)) if inside else Late(kind))
     for _ in range(4):
         module(X)
-    assert module.cache_instance.info().memory_hits == 12
+    assert cache_of(module).info().memory_hits == 12
     first = module(X)
     before = {name: tensor.clone() for name, tensor in module.state_dict().items()}
     for state in ({name: torch.randn_like(tensor) for name, tensor in before.items()}, before):
@@ -200,4 +203,4 @@ def test_what_a_first_forward_makes_is_watched_from_then_on(kind: str, inside: b
         module.torchcache_enabled = False
         assert torch.equal(now, module(X))
         module.torchcache_enabled = True
-    assert torch.equal(now, first) and module.cache_instance.info().misses == 12
+    assert torch.equal(now, first) and cache_of(module).info().misses == 12

@@ -282,7 +282,7 @@ def test_weights_of_a_module_that_is_given_to_init_do_not_name_the_cache() -> No
             self.inner = inner
 
         def forward(self, x: Tensor) -> Tensor:
-            return self.inner(x)  # type: ignore[no-any-return]
+            return self.inner(x)
 
     one, other = (Wrapped(nn.Linear(4, 4).requires_grad_(False)) for _ in range(2))
     assert keys(one)[0] == keys(other)[0]

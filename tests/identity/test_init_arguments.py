@@ -60,7 +60,7 @@ def test_a_module_given_to_init_counts_with_its_state() -> None:
 
 def test_what_has_no_stable_encoding_is_refused_with_its_place(tmp_path: pathlib.Path) -> None:
     with open(tmp_path / "file", "w") as file:
-        for bad in (file, (i for i in ())):
+        for bad in (file, (i for i in range(0))):
             with pytest.raises(Unencodable, match=r"^config\['a'\]\[0\] is of type"):
                 describe_value({"a": [bad]}, tensors=tensors, name="config")
             with pytest.raises(Unencodable, match=r"^Config\[2\]\['hook'\] is of type"):

@@ -15,6 +15,7 @@ from typing import Any
 import numpy
 import pytest
 import torch
+from cache_harness import cache_of
 from torch import Tensor, nn
 
 from torchcache import torchcache
@@ -23,7 +24,7 @@ X = torch.arange(6.0).view(3, 2)
 
 
 def rows(module: nn.Module) -> int:
-    return module.cache_instance.info().memory_rows  # type: ignore[no-any-return, union-attr]
+    return cache_of(module).info().memory_rows
 
 
 class Noisy(nn.Module):
@@ -101,7 +102,7 @@ class OwnGenerator(nn.Module):
             self.part = nn.Identity()
             self.part.generator = generator
         elif place == "container":
-            self.generators = [None, {"here": generator}]
+            self.generators: list[Any] = [None, {"here": generator}]
         elif place == "object":
             self.holder = Holder(generator)
         elif place == "closure":
@@ -199,7 +200,7 @@ def test_a_first_forward_that_imports_what_draws_costs_one_computation(
 
     module = torchcache()(Noisy(draw))
     outputs = [module(X) for _ in range(3)]
-    assert rows(module) == 3 and module.cache_instance.info().misses == 3
+    assert rows(module) == 3 and cache_of(module).info().misses == 3
     assert all(torch.equal(output, X + 15) for output in outputs) and warnings() == []
     monkeypatch.delitem(sys.modules, "drawn_at_import")
 

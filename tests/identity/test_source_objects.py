@@ -8,6 +8,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from cache_harness import cache_of
 from source_harness import of
 from torch import nn
 
@@ -161,7 +162,7 @@ class Scaled(nn.Module):
         lambda n: torch.jit.freeze(torch.jit.script(Scaled(1 + n * 1e-12)).eval()),
     ],
 )
-def test_scripted_and_traced_code_counts(make: Callable[[float], object]) -> None:
+def test_scripted_and_traced_code_counts(make: Callable[[float], nn.Module]) -> None:
     def held(n: float) -> bytes:
         holder = nn.Module()
         holder.part = make(n)
@@ -256,7 +257,7 @@ def test_operators_that_python_code_defines_count_by_name_and_by_namespace() -> 
             import torch as t
 
             space = t.ops.torchcache_tests
-            return space.scaled(x)  # type: ignore[no-any-return]
+            return space.scaled(x)
 
         ops = torch.ops
         return [
@@ -275,7 +276,7 @@ def test_operators_that_python_code_defines_count_by_name_and_by_namespace() -> 
 def test_attributes_of_functions_that_code_reads_count() -> None:
     def make(value: int) -> Callable[[int], int]:
         def helper(x: int) -> int:
-            return x * helper._factor  # type: ignore[attr-defined, no-any-return]
+            return x * helper._factor  # type: ignore[attr-defined]
 
         vars(helper)["_factor"] = value
         return lambda x: helper(x)
@@ -305,10 +306,10 @@ def test_an_attribute_of_a_decorated_function_that_it_reads_itself_counts() -> N
     def make(value: int) -> Callable[[torch.Tensor], torch.Tensor]:
         @torchcache()
         def scaled(x: torch.Tensor) -> torch.Tensor:
-            return x * scaled.factor  # type: ignore[attr-defined, no-any-return]
+            return x * scaled.factor  # type: ignore[attr-defined]
 
         scaled.factor = value  # type: ignore[attr-defined]
         return scaled
 
-    hashes = [make(value).cache_instance.module_hash for value in (2, 3, 2)]  # type: ignore[attr-defined]
+    hashes = [cache_of(make(value)).module_hash for value in (2, 3, 2)]
     assert hashes[0] == hashes[2] != hashes[1]

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from cache_harness import cache_of
 from state_harness import X, keys
 from torch import Tensor, nn
 
@@ -65,15 +66,18 @@ CHANGES: dict[str, tuple[Callable[[Net], Any], Callable[[Net], Any]]] = {
         lambda m: m.load_state_dict({k: v * 2 for k, v in m.state_dict().items()}),
         lambda m: m.load_state_dict({k: v // 2 if k.endswith("tracked") else v / 2 for k, v in m.state_dict().items()}),
     ),
-    "buffer": (lambda m: m.norm.running_mean.add_(4), lambda m: m.norm.running_mean.sub_(4)),
+    "buffer": (
+        lambda m: m.norm.get_buffer("running_mean").add_(4),
+        lambda m: m.norm.get_buffer("running_mean").sub_(4),
+    ),
     "plain tensor attribute": (lambda m: m.plain.mul_(2), lambda m: m.plain.div_(2)),
     "plain tensor replaced": (
         lambda m: setattr(m, "plain", m.plain * 2),
         lambda m: setattr(m, "plain", m.plain / 2),
     ),
     "all parameters replaced": (
-        lambda m: setattr(m.linear, "_parameters", {k: p * 2 for k, p in m.linear._parameters.items()}),
-        lambda m: setattr(m.linear, "_parameters", {k: p / 2 for k, p in m.linear._parameters.items()}),
+        lambda m: setattr(m.linear, "_parameters", {k: p * 2 for k, p in m.linear.named_parameters()}),
+        lambda m: setattr(m.linear, "_parameters", {k: p / 2 for k, p in m.linear.named_parameters()}),
     ),
     "own attribute": (lambda m: setattr(m, "scale", 2.0), lambda m: setattr(m, "scale", 1.0)),
     "own attribute of another type": (
@@ -137,20 +141,20 @@ class Sized:
 def test_instances_with_other_contents_of_lists_dicts_and_objects_share_no_rows(one: Any, other: Any) -> None:
     def with_attribute(value: Any) -> Net:
         module = Net()
-        module.extra = value  # type: ignore[assignment]
+        module.extra = value
         return torchcache()(module)
 
     assert keys(with_attribute(one)) == keys(with_attribute(one)) != keys(with_attribute(other))
 
 
 def test_tensors_and_modules_in_lists_are_watched() -> None:
-    module = Net()
-    module.extra = [torch.ones(2), {"layer": nn.Linear(2, 2).requires_grad_(False)}]  # type: ignore[assignment]
+    module: Any = Net()
+    module.extra = [torch.ones(2), {"layer": nn.Linear(2, 2).requires_grad_(False)}]
     torchcache()(module)
     before = keys(module)
-    module.extra[0].mul_(2)  # type: ignore[operator, index, union-attr]
+    module.extra[0].mul_(2)
     changed = keys(module)
-    module.extra[1]["layer"].weight.mul_(2)  # type: ignore[operator, index, union-attr, call-overload]
+    module.extra[1]["layer"].weight.mul_(2)
     assert len({tuple(before), tuple(changed), tuple(keys(module))}) == 3
 
 
@@ -203,7 +207,7 @@ def test_rehash_sees_edits_of_single_elements() -> None:
     module = torchcache()(Net())
     before = keys(module)
     module.linear.weight.numpy()[1, 5] += 1
-    module.cache_instance.rehash()
+    cache_of(module).rehash()
     assert keys(module) != before
 
 
@@ -235,11 +239,11 @@ def test_tensors_and_modules_that_a_function_reaches_belong_to_its_state() -> No
     assert torch.equal(cached(X), scaled(X))
     LAYER.linear.weight.mul_(2)
     assert torch.equal(cached(X), scaled(X))
-    assert cached.cache_instance.info().misses == 6  # type: ignore[attr-defined]
+    assert cache_of(cached).info().misses == 6
     LAYER.linear.weight.div_(2)
     SCALE.div_(3)
     cached(X)
-    assert cached.cache_instance.info().misses == 6  # type: ignore[attr-defined]
+    assert cache_of(cached).info().misses == 6
 
 
 def test_rows_of_a_state_are_found_again_by_a_new_process(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from cache_harness import cache_of
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -19,8 +20,7 @@ from torchcache.tiers.arenas import RowArena
 from torchcache.tiers.layout import Layout, Leaf
 from torchcache.tiers.memory import MemoryTier
 
-if not torch.cuda.is_available():
-    pytest.skip("there is no GPU here", allow_module_level=True)
+pytestmark = pytest.mark.gpu
 
 needs_native = pytest.mark.skipif(
     not ops.cuda_architectures(), reason="the installed library was built without CUDA; `make cuda` makes one with it"
@@ -28,7 +28,7 @@ needs_native = pytest.mark.skipif(
 needs_two = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="there is only one GPU here")
 
 GPU = torch.device("cuda", 0)
-LAST = torch.device("cuda", torch.cuda.device_count() - 1)
+LAST = torch.device("cuda", max(0, torch.cuda.device_count() - 1))
 MEMORIES = ["cpu", "cuda"]
 A_SECOND = 2_000_000_000  # cycles
 
@@ -47,8 +47,9 @@ class Double(nn.Module):
 
 
 def cached(directory: Path | None = None, cycles: int = 0, **options: Any) -> Double:
-    persistent = {} if directory is None else {"persistent": True, "persistent_cache_dir": str(directory)}
-    return torchcache(**persistent, **options)(Double(cycles))
+    if directory is not None:
+        options |= {"persistent": True, "persistent_cache_dir": str(directory)}
+    return torchcache(**options)(Double(cycles))
 
 
 def assert_right(output: Any, x: Tensor) -> None:
@@ -90,10 +91,10 @@ def test_rows_of_any_size_are_gathered_on_the_gpu_from_any_chunks(data: st.DataO
         patch.setattr(arenas, "_CHUNK_BYTES", data.draw(st.sampled_from([1, 5000, 64 << 20])))
         memory = MemoryTier("cuda", 1 << 30)
         for start in range(0, count, 7):
-            memory.put(keys[start : start + 7], layout, [rows[start : start + 7].to(GPU)])
+            memory.write(keys[start : start + 7], layout, [rows[start : start + 7].to(GPU)])
     where = torch.tensor(data.draw(st.lists(st.integers(0, count - 1), min_size=1, max_size=100)))
-    taken = memory.take_keys(keys[where])
-    assert taken is not None and taken[1][0].is_cuda and torch.equal(taken[1][0].cpu(), rows[where])
+    found = memory.read_whole(keys[where])
+    assert found is not None and found.leaves[0].is_cuda and torch.equal(found.leaves[0].cpu(), rows[where])
 
 
 @given(st.lists(st.integers(0, 49), min_size=1, max_size=100))
@@ -116,7 +117,7 @@ def test_an_arena_on_the_gpu_stays_within_the_limit() -> None:
         x = torch.randn(64, 256, device=GPU) + i
         assert_right(module(x), x)
     del x
-    assert module.cache_instance.is_memory_cache_full  # type: ignore[union-attr]
+    assert cache_of(module).is_memory_cache_full
     assert torch.cuda.memory_allocated() - before <= (1 << 20) + (64 << 10)
 
 
@@ -134,7 +135,7 @@ def test_a_gpu_without_memory_is_one_warning_and_training_goes_on(caplog: pytest
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0)
     assert_right(module(x), x)
-    assert module.cache_instance.is_memory_cache_full  # type: ignore[union-attr]
+    assert cache_of(module).is_memory_cache_full
     assert [r.levelno for r in caplog.records if "memory" in r.getMessage()].count(logging.WARNING) <= 2
 
 
@@ -158,7 +159,7 @@ def test_rows_that_are_still_read_may_be_cleared() -> None:
     with torch.cuda.stream(torch.cuda.Stream()):
         torch.cuda._sleep(A_SECOND // 10)
         found = module(x)["double"]
-    module.cache_instance.clear()  # type: ignore[operator, union-attr]
+    cache_of(module).clear()
     for _ in range(10):
         torch.full((64, 100), 7.0, device=GPU)
     torch.cuda.synchronize()
@@ -200,7 +201,7 @@ def test_rows_get_to_disk_and_back(memory: str, tmp_path: Path) -> None:
     x = torch.randn(50, 33, device=GPU)
     first = cached(tmp_path, memory_cache_device=memory)
     assert_right(first(x), x)
-    first.cache_instance.flush()  # type: ignore[operator, union-attr]
+    cache_of(first).flush()
     second = cached(tmp_path, memory_cache_device=memory)
     assert_right(second(x[10:]), x[10:])
     assert_right(second(torch.cat([x, x + 1])), torch.cat([x, x + 1]))
@@ -212,7 +213,7 @@ def test_a_miss_does_not_wait_for_the_forward(memory: str, tmp_path: Path) -> No
     module = cached(tmp_path, memory_cache_device=memory)
     x = torch.randn(50, 33, device=GPU)
     module(x)  # what is made once: libraries loaded, memory pinned, streams
-    module.cache_instance.flush()  # type: ignore[operator, union-attr]
+    cache_of(module).flush()
     module.cycles = A_SECOND
     done = torch.cuda.Event()
     found = module(x + 1)
@@ -229,7 +230,7 @@ def test_edits_of_an_output_never_reach_rows_on_their_way(memory: str, tmp_path:
     x = torch.randn(5000, 333, device=GPU)
     module(x)["double"].zero_()
     assert_right(module(x), x)
-    module.cache_instance.flush()  # type: ignore[operator, union-attr]
+    cache_of(module).flush()
     again = cached(tmp_path, memory_cache_device=memory)
     assert_right(again(x), x)
     assert again.rows == 0

@@ -16,6 +16,7 @@ from typing import NamedTuple
 
 import pytest
 import torch
+from cache_harness import cache_of
 from store_harness import forked, succeeded
 from torch import Tensor, nn
 
@@ -39,17 +40,23 @@ def cached(directory: Path | None, **options: object) -> Double:
     return torchcache(persistent=True, persistent_cache_dir=directory, **options)(Double())  # type: ignore[arg-type]
 
 
+def directory_of(module: Double) -> Path:
+    directory = cache_of(module).cache_dir
+    assert directory is not None
+    return directory
+
+
 def test_the_subdirectory_is_named_by_the_module_hash_and_made_by_the_first_call(
     tmp_path: Path,
 ) -> None:
     module = cached(tmp_path / "a" / "b")
-    cache = module.cache_instance
+    cache = cache_of(module)
     assert cache.cache_dir == tmp_path / "a" / "b" / cache.module_hash
     assert not (tmp_path / "a").exists()
     module(X)
-    meta = json.loads((cache.cache_dir / "meta.json").read_text())
+    meta = json.loads((directory_of(module) / "meta.json").read_text())
     assert meta["module_hash"] == cache.module_hash and meta["class"] == "Double"
-    assert len(list(cache.cache_dir.glob("*.seg"))) == 1
+    assert len(list(directory_of(module).glob("*.seg"))) == 1
 
 
 @pytest.mark.parametrize(
@@ -65,23 +72,23 @@ def test_rows_are_read_back_by_a_new_cache(tmp_path: Path, options: dict[str, ob
     cached(tmp_path, **options)(X)
     module = cached(tmp_path, **options)
     assert torch.equal(module(X), X * 2) and module.calls == 0
-    info = module.cache_instance.info()
+    info = cache_of(module).info()
     assert (info.disk_hits, info.misses) == (4, 0)
     assert torch.equal(module(X), X * 2)
-    assert module.cache_instance.info().memory_hits == 4
+    assert cache_of(module).info().memory_hits == 4
 
 
 def test_directory_sizes_and_devices_are_not_in_the_module_hash(tmp_path: Path) -> None:
     one = cached(tmp_path / "a", max_memory_cache_size=1, use_mmap_on_load=True, zstd_compression_threads=3)
     two = cached(tmp_path / "b", max_persistent_cache_size=7)
-    assert one.cache_instance.module_hash == two.cache_instance.module_hash
+    assert cache_of(one).module_hash == cache_of(two).module_hash
 
 
 @pytest.mark.parametrize("option", [{"cache_dtype": torch.half}, {"zstd_compression": True}, {"subsample_count": 5}])
 def test_options_that_change_what_is_stored_are_in_the_module_hash(
     option: dict[str, object],
 ) -> None:
-    assert cached(None).cache_instance.module_hash != cached(None, **option).cache_instance.module_hash
+    assert cache_of(cached(None)).module_hash != cache_of(cached(None, **option)).module_hash
 
 
 def test_a_given_module_hash_overrides_code_arguments_and_weights(tmp_path: Path) -> None:
@@ -94,7 +101,7 @@ def test_a_given_module_hash_overrides_code_arguments_and_weights(tmp_path: Path
     two = torchcache(**options)(Triple())  # type: ignore[arg-type]
     one(X)
     assert torch.equal(two(X), X * 2)
-    assert two.cache_instance.module_hash == "mine" and (tmp_path / "mine").is_dir()
+    assert cache_of(two).module_hash == "mine" and (tmp_path / "mine").is_dir()
 
 
 def test_the_persistent_limit_counts_bytes_of_files_and_keeps_the_oldest_rows(
@@ -105,14 +112,14 @@ def test_the_persistent_limit_counts_bytes_of_files_and_keeps_the_oldest_rows(
     x = torch.randn(1000, 100)
     for batch in x.split(50):
         module(batch)
-    cache = module.cache_instance
+    cache = cache_of(module)
     cache.flush()
     assert cache.is_persistent_cache_full
-    on_disk = sum(f.stat().st_size for f in cache.cache_dir.glob("*.seg"))
+    on_disk = sum(f.stat().st_size for f in directory_of(module).glob("*.seg"))
     assert 0.8 * limit < on_disk <= cache.persistent_cache_size <= limit
     again = cached(tmp_path)
     again(x)
-    rows = again.cache_instance.info().disk_hits
+    rows = cache_of(again).info().disk_hits
     assert 0 < rows < 1000
     first = cached(tmp_path)
     first(x[:rows])
@@ -122,8 +129,8 @@ def test_the_persistent_limit_counts_bytes_of_files_and_keeps_the_oldest_rows(
 def test_max_persistent_cache_size_zero_keeps_nothing_on_disk(tmp_path: Path) -> None:
     module = cached(tmp_path, max_persistent_cache_size=0)
     assert torch.equal(module(X), X * 2)
-    module.cache_instance.flush()
-    assert module.cache_instance.is_persistent_cache_full
+    cache_of(module).flush()
+    assert cache_of(module).is_persistent_cache_full
     assert not list(tmp_path.glob("*/*.seg"))
 
 
@@ -137,11 +144,11 @@ def test_caches_of_one_directory_find_each_others_rows_at_once(tmp_path: Path) -
 def test_clear_keeps_the_rows_on_disk_unless_told_otherwise(tmp_path: Path) -> None:
     module, other = cached(tmp_path), cached(tmp_path)
     module(X)
-    module.cache_instance.clear()
+    cache_of(module).clear()
     module(X)
-    assert module.calls == 1 and module.cache_instance.info().disk_hits == 4
-    module.cache_instance.clear(persistent=True)
-    assert not list(tmp_path.glob("*/*.seg")) and module.cache_instance.persistent_cache_size == 0
+    assert module.calls == 1 and cache_of(module).info().disk_hits == 4
+    cache_of(module).clear(persistent=True)
+    assert not list(tmp_path.glob("*/*.seg")) and cache_of(module).persistent_cache_size == 0
     module(X)
     assert module.calls == 2
     assert torch.equal(other(X), X * 2) and other.calls == 0
@@ -150,8 +157,8 @@ def test_clear_keeps_the_rows_on_disk_unless_told_otherwise(tmp_path: Path) -> N
 def test_info_counts_rows_that_are_damaged_dropped_and_waiting(tmp_path: Path) -> None:
     module = cached(tmp_path)
     module(X)
-    module.cache_instance.flush()
-    info = module.cache_instance.info()
+    cache_of(module).flush()
+    info = cache_of(module).info()
     assert (info.disk_rows, info.damaged_rows, info.dropped_rows, info.queued_rows) == (4, 0, 0, 0)
     assert info.disk_bytes >= sum(path.stat().st_size for path in tmp_path.glob("*/*.seg"))
     (segment,) = tmp_path.glob("*/*.seg")
@@ -159,17 +166,17 @@ def test_info_counts_rows_that_are_damaged_dropped_and_waiting(tmp_path: Path) -
     segment.write_bytes(segment.read_bytes().replace(row, bytes(len(row))))
     again = cached(tmp_path, max_memory_cache_size=0, max_persistent_cache_size=10**9)
     again(X)
-    assert again.calls == 1 and again.cache_instance.info().damaged_rows == 1
+    assert again.calls == 1 and cache_of(again).info().damaged_rows == 1
     nowhere = cached(tmp_path / "file")
     (tmp_path / "file").write_text("in the way")
     nowhere(X)
-    assert nowhere.cache_instance.info().dropped_rows == 4
+    assert cache_of(nowhere).info().dropped_rows == 4
 
     def on_a_full_disk() -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (1000, resource.RLIM_INFINITY))
         full = cached(tmp_path / "full")
         full(torch.randn(20, 100))
-        assert 18 <= full.cache_instance.info().queued_rows <= 20  # each takes 400 bytes
+        assert 18 <= cache_of(full).info().queued_rows <= 20  # each takes 400 bytes
 
     assert succeeded(forked(on_a_full_disk))
 
@@ -182,7 +189,7 @@ def test_a_directory_that_cannot_be_written_is_one_warning(tmp_path: Path, caplo
     (tmp_path / "later").write_text("a file in its place")
     for i in range(3):
         assert torch.equal(module(X + i), (X + i) * 2)
-    module.cache_instance.flush()
+    cache_of(module).flush()
     said = [r.getMessage() for r in caplog.records if r.levelno >= logging.WARNING]
     assert len(said) == 1 and str(tmp_path / "later") in said[0]
 
@@ -190,14 +197,14 @@ def test_a_directory_that_cannot_be_written_is_one_warning(tmp_path: Path, caplo
 def test_a_deleted_directory_is_made_again(tmp_path: Path) -> None:
     module = cached(tmp_path, max_memory_cache_size=0)
     module(X)
-    module.cache_instance.flush()
-    for file in module.cache_instance.cache_dir.iterdir():
+    cache_of(module).flush()
+    for file in directory_of(module).iterdir():
         file.unlink()
-    module.cache_instance.cache_dir.rmdir()
+    directory_of(module).rmdir()
     assert torch.equal(module(X), X * 2)
     assert torch.equal(module(X + 1), (X + 1) * 2)
-    module.cache_instance.flush()
-    assert list(module.cache_instance.cache_dir.glob("*.seg"))
+    cache_of(module).flush()
+    assert list(directory_of(module).glob("*.seg"))
 
 
 def test_rows_of_a_class_that_cannot_be_found_are_computed_again_with_one_warning(
@@ -217,7 +224,7 @@ def test_rows_of_a_class_that_cannot_be_found_are_computed_again_with_one_warnin
     for _ in range(2):
         got = second(X)
         assert type(got) is Pair and torch.equal(got.value, X * 2)
-    assert second.calls == 1 and second.cache_instance.info().disk_hits == 0
+    assert second.calls == 1 and cache_of(second).info().disk_hits == 0
     said = [r.getMessage() for r in caplog.records if r.levelno == logging.WARNING]
     assert len(said) == 1 and "cannot rebuild" in said[0]
 
@@ -378,6 +385,6 @@ def test_a_temporary_directory_left_by_a_kill_is_swept_by_the_next_run(tmp_path:
 def test_a_living_process_keeps_its_temporary_directory(tmp_path: Path) -> None:
     module = cached(None)
     module(X)
-    assert module.cache_instance.cache_dir.is_relative_to(tempfile.gettempdir())
+    assert directory_of(module).is_relative_to(tempfile.gettempdir())
     run(tmp_path, "m = cached(); m(X)")
-    assert module.cache_instance.cache_dir.is_dir()
+    assert directory_of(module).is_dir()

@@ -9,6 +9,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from cache_harness import cache_of
 from store_harness import forked, succeeded
 from torch import nn
 
@@ -22,12 +23,12 @@ os.register_at_fork(before=lambda: [act() for act in before_fork])  # later than
 
 
 @pytest.mark.parametrize(
-    "owner", [lambda cache: cache, lambda cache: cache._memory, lambda cache: cache._keys, lambda cache: disk]
+    "owner", [lambda cache: cache, lambda cache: cache.tiers().memory, lambda cache: cache._decider, lambda cache: disk]
 )
 def test_a_lock_that_another_thread_holds_is_free_in_a_forked_child(owner: Callable[[Cache], object]) -> None:
     module = torchcache(persistent=True)(nn.Linear(2, 2).requires_grad_(False))
     expected = module(X)
-    held = owner(module.cache_instance)
+    held = owner(cache_of(module))
     name = "_stores_lock" if held is disk else "_lock"
     lock = getattr(held, name)
     taken, forking = threading.Event(), threading.Event()
@@ -41,7 +42,7 @@ def test_a_lock_that_another_thread_holds_is_free_in_a_forked_child(owner: Calla
         signal.alarm(60)  # rather than wait for ever
         assert getattr(held, name).acquire(blocking=False)
         assert torch.equal(module(X), expected) and module(X + 1).shape == (3, 2)
-        module.cache_instance.flush()
+        cache_of(module).flush()
 
     thread = threading.Thread(target=hold)
     thread.start()
