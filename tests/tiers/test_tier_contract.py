@@ -214,7 +214,7 @@ def test_any_sequence_of_operations_is_that_of_a_dictionary(
         names = [name + 100 * number for name in names] if operation == "write" else names + [n + 100 for n in names]
         if operation == "write":
             write(tier, list(dict.fromkeys(names)), LAYOUTS[number])
-            right.update({name: number for name in names})
+            right.update(dict.fromkeys(names, number))
         elif operation == "lookup":
             assert tier.lookup(keys_of(names)).tolist() == [name in right for name in names]
         elif operation == "read":

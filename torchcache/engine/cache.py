@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from torchcache._utils.lazy import lazy
 from torchcache._utils.locks import lock
-from torchcache._utils.logs import Once, logger
+from torchcache._utils.logs import WarnOnce, logger
 from torchcache.engine.compute import Computed, MissComputer, Uncached
 from torchcache.engine.counts import CacheInfo, Counts
 from torchcache.engine.decision import Bypassed, Decider, Request
@@ -290,8 +290,8 @@ class Cache:
     # ---- what is made when it is first needed
 
     @lazy
-    def _warnings(self) -> Once:
-        return Once(self._decider.name)
+    def _warnings(self) -> WarnOnce:
+        return WarnOnce(self._decider.name)
 
     @lazy
     def _computer(self) -> MissComputer:

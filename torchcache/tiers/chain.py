@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from torchcache._native.ops import Digest
-from torchcache._utils.logs import Once
+from torchcache._utils.logs import WarnOnce
 from torchcache.errors import MissingRows
 from torchcache.options import Options
 from torchcache.tiers import staging
@@ -38,7 +38,7 @@ class Chain:
         self.directory = directory  # of the rows that outlive the process; None: there are none
 
     @classmethod
-    def open(cls, options: Options, directory: Path | None, warnings: Once | None = None) -> Chain:
+    def open(cls, options: Options, directory: Path | None, warnings: WarnOnce | None = None) -> Chain:
         """The tiers that the options name.
 
         Args:
