@@ -27,7 +27,7 @@ def _generates(kind: type) -> bool:
     return any(base.__module__.startswith("numpy.random") for base in kind.__mro__)
 
 
-class Noise:
+class GeneratorStates:
     """The states of all generators before a forward, to compare with those after it.
 
     Args:
@@ -44,11 +44,11 @@ class Noise:
         self._numpy = _numpy_state()
         self._imported = len(sys.modules)
 
-    def imported(self) -> bool:
+    def modules_were_imported(self) -> bool:
         """Whether modules were imported meanwhile, which may draw numbers; numpy.random may be one of them."""
         return len(sys.modules) != self._imported
 
-    def drawn(self) -> bool:
+    def numbers_were_drawn(self) -> bool:
         """Whether random numbers were drawn meanwhile."""
         now = _torch_states()
         return (
@@ -58,11 +58,11 @@ class Noise:
             or self._drawn_from_others()
         )
 
-    def made(self) -> bool:
+    def has_new_generators(self) -> bool:
         """Whether there are new generators, of which it is not known yet whether forwards draw from them."""
         return bool(self._generators_after().keys() - self._before.keys())
 
-    def rewind(self) -> None:
+    def restore(self) -> None:
         """Sets the generators back, so that a second forward draws what the first one drew."""
         torch.set_rng_state(self._torch[0])
         random.setstate(self._python)

@@ -51,11 +51,11 @@ def warnings(caplog: pytest.LogCaptureFixture) -> Iterator[Callable[[], list[str
         lambda x: x + numpy.random.rand(),
     ],
 )
-def test_noise_is_never_cached_and_warned_of_once(
+def test_randomness_is_never_cached_and_gives_one_warning(
     draw: Callable[[Tensor], Tensor], warnings: Callable[[], list[str]]
 ) -> None:
     module, plain = torchcache()(Noisy(draw)), Noisy(draw)
-    x = torch.ones(4, 1000)  # equal rows: noise must differ between them as without the cache
+    x = torch.ones(4, 1000)  # equal rows: random numbers must differ between them as without the cache
     for seed in range(3):
         torch.manual_seed(seed)
         random.seed(seed)
@@ -131,7 +131,7 @@ class OwnGenerator(nn.Module):
 
 @pytest.mark.parametrize("place", ["attribute", "submodule", "container", "object", "closure", "method", "first call"])
 @pytest.mark.parametrize("kind", range(len(own_generators())))
-def test_noise_of_a_generator_of_ones_own_is_never_cached(
+def test_randomness_of_a_generator_of_ones_own_is_never_cached(
     place: str, kind: int, warnings: Callable[[], list[str]]
 ) -> None:
     module = torchcache()(OwnGenerator(own_generators()[kind], place))
@@ -145,7 +145,7 @@ def test_noise_of_a_generator_of_ones_own_is_never_cached(
 GENERATOR = random.Random(3)
 
 
-def test_noise_of_a_global_generator_of_ones_own_is_never_cached(warnings: Callable[[], list[str]]) -> None:
+def test_randomness_of_a_global_generator_of_ones_own_is_never_cached(warnings: Callable[[], list[str]]) -> None:
     @torchcache()
     def noisy(x: Tensor) -> Tensor:
         return x + GENERATOR.random()
@@ -171,7 +171,7 @@ def test_a_second_forward_draws_what_the_first_one_drew() -> None:
     assert torch.equal(module(loud), plain(loud))
 
 
-def test_a_generator_that_every_forward_makes_anew_from_a_seed_is_no_noise() -> None:
+def test_a_generator_that_every_forward_creates_with_the_same_seed_is_not_random() -> None:
     class Seeded(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -208,18 +208,18 @@ def test_a_first_forward_that_imports_what_draws_costs_one_computation(
 def test_a_forward_that_imports_and_draws_is_never_cached(
     tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, warnings: Callable[[], list[str]]
 ) -> None:
-    (tmp_path / "imported_with_noise.py").touch()
+    (tmp_path / "imported_with_random_numbers.py").touch()
     monkeypatch.syspath_prepend(tmp_path)
 
     def draw(x: Tensor) -> Tensor:
-        import imported_with_noise  # type: ignore[import-not-found]  # noqa: F401
+        import imported_with_random_numbers  # type: ignore[import-not-found]  # noqa: F401
 
         return x + torch.rand(())
 
     module = torchcache()(Noisy(draw))
     assert len({float(module(X).sum()) for _ in range(4)}) == 4
     assert rows(module) == 0 and len(warnings()) == 1
-    monkeypatch.delitem(sys.modules, "imported_with_noise")
+    monkeypatch.delitem(sys.modules, "imported_with_random_numbers")
 
 
 def test_a_forward_that_begins_to_use_numpys_generator_in_a_new_process_is_cached_where_it_draws_nothing(
