@@ -158,8 +158,10 @@ def test_describe_may_come_before_any_row(tier: Tier) -> None:
 
 def test_stats_grow_with_the_rows(tier: Tier) -> None:
     write(tier, [1, 2, 3])
+    tier.flush()
     before = tier.stats()
     write(tier, [4])
+    tier.flush()
     assert tier.stats().rows > before.rows >= 3 and tier.stats().bytes > before.bytes > 0
 
 
