@@ -16,9 +16,12 @@ import numpy
 import pytest
 import torch
 from cache_harness import cache_of
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from torchcache import torchcache
+from torchcache.identity.mersenne import NumpyTwister, PythonTwister, comparable, python_twister
 
 X = torch.arange(6.0).view(3, 2)
 
@@ -243,3 +246,72 @@ print(module.cache_instance.info().memory_rows)
 """)
     result = subprocess.run([sys.executable, program], capture_output=True, text=True)
     assert (result.stdout, result.stderr) == ("1\n", "")
+
+
+# ---- the states of global generators, which are read from memory
+
+
+@given(st.lists(st.sampled_from(["random", "gauss", "choice", "seed", "restore"]), max_size=12))
+def test_a_snapshot_of_python_changes_with_every_number_and_brings_them_back(steps: list[str]) -> None:
+    twister = python_twister()
+    for step in steps:
+        snapshot, state = twister.snapshot(), random.getstate()
+        assert twister.snapshot() == snapshot
+        drawn = PYTHON_STEPS[step]()
+        assert (twister.snapshot() == snapshot) == (random.getstate() == state)
+        twister.restore(snapshot)
+        assert random.getstate() == state and PYTHON_STEPS[step]() == drawn
+
+
+PYTHON_STEPS: dict[str, Callable[[], object]] = {
+    "random": random.random,
+    "gauss": lambda: random.gauss(0, 1),
+    "choice": lambda: random.choice(range(1000)),
+    "seed": lambda: random.seed(3),
+    "restore": lambda: random.setstate(random.getstate()),
+}
+
+
+@given(st.lists(st.sampled_from(["rand", "randn", "one of a pair", "seed", "nothing", "restore"]), max_size=12))
+def test_a_snapshot_of_numpy_changes_with_every_number_and_brings_them_back(steps: list[str]) -> None:
+    twister = NumpyTwister(numpy.random)
+    for step in steps:
+        snapshot, state = twister.snapshot(), comparable(numpy.random.get_state(legacy=False))
+        assert not twister.has_drawn(snapshot)
+        drawn = NUMPY_STEPS[step]()
+        assert twister.has_drawn(snapshot) == (comparable(numpy.random.get_state(legacy=False)) != state)
+        twister.restore(snapshot)
+        assert comparable(numpy.random.get_state(legacy=False)) == state
+        assert numpy.array_equal(NUMPY_STEPS[step](), drawn)
+
+
+NUMPY_STEPS: dict[str, Callable[[], Any]] = {
+    "rand": lambda: numpy.random.rand(3),
+    "randn": lambda: numpy.random.randn(2),
+    "one of a pair": lambda: numpy.random.randn(),
+    "seed": lambda: numpy.random.seed(3) or 0,
+    "nothing": lambda: 0,
+    "restore": lambda: numpy.random.set_state(numpy.random.get_state()) or 0,
+}
+
+
+def test_both_twisters_are_read_from_memory_here() -> None:
+    assert len(python_twister().snapshot()) == 2
+    assert NumpyTwister(numpy.random)._words()
+
+
+def test_states_that_cannot_be_read_from_memory_are_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    twister = NumpyTwister(numpy.random)
+    monkeypatch.delattr(numpy.random, "get_bit_generator")
+    snapshot = twister.snapshot()
+    drawn = numpy.random.rand()
+    assert twister.has_drawn(snapshot)
+    twister.restore(snapshot)
+    assert numpy.random.rand() == drawn
+    python = PythonTwister()
+    python._is_readable = False
+    state = python.snapshot()
+    drawn = random.random()
+    assert python.snapshot() != state
+    python.restore(state)
+    assert random.random() == drawn
