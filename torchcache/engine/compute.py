@@ -65,6 +65,7 @@ class MissComputer:
         self._refused = refused
         self._leave_inputs: set[CallVariant] = set()  # whose forwards have been seen not to edit their inputs
         self._changed_once: set[CallVariant] = set()  # whose forwards have changed the state
+        self._last_layout: Layout | None = None
         self._running = 0  # forwards, in all threads
         self._started = 0
 
@@ -96,7 +97,7 @@ class MissComputer:
 
     def _some_arguments(self, request: Request, rows: Tensor) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         """The arguments with these rows alone; None: the whole batch is to be computed."""
-        if len(rows) == request.call.batch:
+        if rows.shape[0] == request.call.batch:
             return None
         try:
             return request.call.select(rows, copy=request.variant not in self._leave_inputs)
@@ -139,8 +140,12 @@ class MissComputer:
         return why
 
     def _split(self, output: Any, call: Call, rows: Tensor, whole: bool) -> Computed | Bypassed:
+        count = rows.shape[0]
         try:
-            layout, leaves = split(output, call.batch if whole else len(rows), call.tensors, self._cache_dtype)
+            layout, leaves = split(output, call.batch if whole else count, call.tensors, self._cache_dtype)
         except UnsupportedOutput as error:
             return Bypassed("the output cannot be kept", details=str(error))
-        return Computed(layout, leaves if len(rows) == len(leaves[0]) else [select(t, rows) for t in leaves])
+        if layout == self._last_layout:
+            layout = self._last_layout  # which knows its JSON already
+        self._last_layout = layout
+        return Computed(layout, leaves if count == leaves[0].shape[0] else [select(t, rows) for t in leaves])
