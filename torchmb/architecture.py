@@ -11,24 +11,24 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 from torch.nn.utils.parametrize import type_before_parametrizations
 
-from .pytree import same
+from .pytree import equal
 from .state import Absent, named_tensors, plain_attributes
 
 _ATOMS = (int, float, complex, str, bytes, type(None), torch.dtype, torch.device, Enum)
 
 
-def check_alike(modules: Sequence[nn.Module]) -> None:
+def check_same_architecture(modules: Sequence[nn.Module]) -> None:
     """ValueError that names the first difference.
 
     Compared are the types of all submodules, names, shapes, dtypes, devices, ties and requires_grad of tensors, and the
     numbers, strings, tuples and so on that submodules have as attributes; not other attributes, nor the mode.
     """
-    first = _described(modules[0])
+    first = _describe(modules[0])
     for i, module in enumerate(modules):
-        other = _described(module)
+        other = _describe(module)
         for what in first | other:
             a, b = first.get(what, Absent), other.get(what, Absent)
-            if not same(a, b) and (_is_compared(a) or _is_compared(b)):
+            if not equal(a, b) and (_is_compared(a) or _is_compared(b)):
                 raise ValueError(_difference(what, a, b, i))
 
 
@@ -39,12 +39,12 @@ class _Kind:
         self.type = type(value)
 
 
-def _described(root: nn.Module) -> dict[str, Any]:
+def _describe(root: nn.Module) -> dict[str, Any]:
     """What is to be the same → its value; the type of the root has the name ""."""
     modules = dict(root.named_modules(remove_duplicate=False))
     found: dict[str, Any] = {name: type_before_parametrizations(module) for name, module in modules.items()}
     names: dict[int, str] = {}
-    for name, tensor in named_tensors(root, lambda _: False).items():
+    for name, tensor in named_tensors(root).items():
         found[name] = "lazy" if is_lazy(tensor) else tuple(tensor.shape)
         found |= {f"{name}.{key}": getattr(tensor, key) for key in ("dtype", "device", "requires_grad")}
         found[f"what {name} is tied to"] = names.get(id(tensor))
@@ -64,7 +64,7 @@ def _is_compared(value: Any) -> bool:
 
 
 def _difference(what: str, first: Any, other: Any, i: int) -> str:
-    a, b = _named(first), _named(other)
+    a, b = _show(first), _show(other)
     if a == b and isinstance(first, type) and isinstance(other, type):
         a, b = (f"a {cls.__module__}.{cls.__qualname__}" for cls in (first, other))
         a = f"{a} of an earlier definition" if a == b else a
@@ -76,7 +76,7 @@ def _difference(what: str, first: Any, other: Any, i: int) -> str:
     return f"{what} is {a} in module 0, {b} in module {i}"
 
 
-def _named(value: Any) -> str:
+def _show(value: Any) -> str:
     if isinstance(value, _Kind):
         return f"a {value.type.__name__}"
     return f"a {value.__name__}" if isinstance(value, type) else repr(value)

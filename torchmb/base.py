@@ -15,14 +15,14 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from .pytree import same, take
+from .pytree import equal, extract_tensors
 from .torch_private import EXTRA_STATE, copy_metadata
 
 StateDict = Mapping[str, Any]
 BatchClass = TypeVar("BatchClass", bound=type[nn.Module])
 
 
-def integer(name: str, value: Any) -> int:
+def as_integer(name: str, value: Any) -> int:
     """`value`, or ValueError if it is no integer; True is none."""
     with suppress(TypeError):
         if not isinstance(value, bool):
@@ -30,9 +30,9 @@ def integer(name: str, value: Any) -> int:
     raise ValueError(f"{name} must be an integer, got {value!r}")
 
 
-def number_of_models(batch: Any) -> int:
+def check_number_of_models(batch: Any) -> int:
     """`batch`, or ValueError if it is no integer of at least 1."""
-    number = integer("batch, the number of models,", batch)
+    number = as_integer("batch, the number of models,", batch)
     if number < 1:
         raise ValueError(f"batch, the number of models, must be at least 1, got {number}")
     return number
@@ -40,7 +40,7 @@ def number_of_models(batch: Any) -> int:
 
 def inner_batch_size(x: Tensor, batch: int) -> int:
     """B of merged data (B · batch, …). ValueError if the first dimension is no multiple of `batch`."""
-    number_of_models(batch)
+    check_number_of_models(batch)
     if x.dim() < 1 or x.shape[0] % batch:
         raise ValueError(f"merged data of {batch} models needs a first dimension of B * {batch}, got {tuple(x.shape)}")
     return x.shape[0] // batch
@@ -110,9 +110,9 @@ def check_entries(shapes: Shapes, dicts: Sequence[StateDict], strict: bool) -> N
 
 
 def _equal(a: Any, b: Any) -> bool:
-    (tensors, rest), (others, other_rest) = take(a), take(b)
+    (tensors, rest), (others, other_rest) = extract_tensors(a), extract_tensors(b)
     return a is b or (
-        same(rest, other_rest)
+        equal(rest, other_rest)
         and len(tensors) == len(others)
         and all(t.shape == o.shape and bool((t == o).all()) for t, o in zip(tensors, others))
     )
@@ -130,7 +130,7 @@ def load_entries(module: nn.Module, own: StateDict, dicts: Sequence[StateDict]) 
             module.get_submodule(name.rpartition(".")[0]).set_extra_state(value)
 
 
-def unstacked(state: StateDict, index: int) -> OrderedDict[str, Any]:
+def model_state_dict(state: StateDict, index: int) -> OrderedDict[str, Any]:
     """The state dict of one model, copied: a view would be saved to a file with all models behind it."""
     one = OrderedDict(
         (k, v[index].clone() if isinstance(v, Tensor) and not is_extra_state(k) else v) for k, v in state.items()
@@ -156,7 +156,7 @@ class AbstractBatchModule(nn.Module):
 
     def __init__(self, batch: int) -> None:
         super().__init__()
-        self.batch = number_of_models(batch)
+        self.batch = check_number_of_models(batch)
 
     def load_state_dicts(self, state_dicts: StateDict | Sequence[StateDict], strict: bool = True) -> None:
         """Loads state dicts of `base_class`, one for each model or one for all.
@@ -171,7 +171,7 @@ class AbstractBatchModule(nn.Module):
     def state_dicts(self) -> list[OrderedDict[str, Any]]:
         """State dicts of the models, copies, each of which loads into `base_class`."""
         state = self.state_dict()
-        return [unstacked(state, i) for i in range(self.batch)]
+        return [model_state_dict(state, i) for i in range(self.batch)]
 
     def extra_repr(self) -> str:
         return f"batch={self.batch}"
@@ -204,6 +204,6 @@ def _subclasses(cls: type[AbstractBatchModule]) -> Iterator[type[AbstractBatchMo
         yield from _subclasses(sub)
 
 
-def registered(module: nn.Module) -> type[AbstractBatchModule] | None:
+def batch_class_of(module: nn.Module) -> type[AbstractBatchModule] | None:
     """The batch class that was registered for exactly this type of module."""
     return _REGISTERED.get(type(module))

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from .batch_module import BatchModule
-from .pytree import map_tensors, put, take
-from .state import copied
+from .pytree import extract_tensors, insert_tensors, map_tensors
+from .state import copy_module
 
 
 def check(
@@ -24,7 +24,7 @@ def check(
     No line: all are equal, no value being further away than atol + rtol times the largest. Random layers differ by
     their nature: set them to eval. `module` is left alone.
     """
-    models = [_moved_apart(module, seed) for seed in range(batch)]
+    models = [_perturbed_copy(module, seed) for seed in range(batch)]
     batched = BatchModule.from_modules(models)
     arguments = [map_tensors(lambda t, m=m: t.roll(m, 0) if t.dim() else t, (inputs, kwargs)) for m in range(batch)]  # type: ignore[misc]
     separate = [_run(m, *given) for m, given in zip(models, arguments, strict=True)]
@@ -41,8 +41,8 @@ def check(
     return lines
 
 
-def _moved_apart(module: nn.Module, seed: int) -> nn.Module:
-    one = copied(module)
+def _perturbed_copy(module: nn.Module, seed: int) -> nn.Module:
+    one = copy_module(module)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for p in one.parameters():
@@ -52,8 +52,8 @@ def _moved_apart(module: nn.Module, seed: int) -> nn.Module:
 
 
 def _stacked(arguments: Sequence[Any]) -> Any:
-    columns = zip(*(take(a)[0] for a in arguments))
-    return put(take(arguments[0])[1], [torch.stack(column) for column in columns])
+    columns = zip(*(extract_tensors(a)[0] for a in arguments))
+    return insert_tensors(extract_tensors(arguments[0])[1], [torch.stack(column) for column in columns])
 
 
 def _run(model: nn.Module, args: Any, kwargs: Any) -> dict[str, list[Tensor]]:
@@ -64,10 +64,10 @@ def _run(model: nn.Module, args: Any, kwargs: Any) -> dict[str, list[Tensor]]:
         if name:
 
             def hook(module: nn.Module, args: Any, output: Any, name: str = name) -> None:
-                found.setdefault(f"output of {name}", []).extend(t.detach().clone() for t in take(output)[0])
+                found.setdefault(f"output of {name}", []).extend(t.detach().clone() for t in extract_tensors(output)[0])
 
             handles.append(submodule.register_forward_hook(hook))
-    tensors = take(model(*args, **kwargs))[0]
+    tensors = extract_tensors(model(*args, **kwargs))[0]
     for handle in handles:
         handle.remove()
     found["output"] = [t.detach() for t in tensors]
@@ -85,12 +85,12 @@ def _difference(name: str, tensor: Tensor, others: Sequence[Tensor], rtol: float
     shapes = [tuple(o.shape) for o in others]
     if any(tuple(tensor.shape[1:]) != s for s in shapes):
         return [f"{name}: shape {tuple(tensor.shape)} instead of {len(others)} of {shapes[0]}"]
-    distances = [_distance(tensor[m], other) for m, other in enumerate(others)]
-    far = [m for m, other in enumerate(others) if not distances[m] <= atol + rtol * _distance(other, None)]
+    distances = [_largest_difference(tensor[m], other) for m, other in enumerate(others)]
+    far = [m for m, other in enumerate(others) if not distances[m] <= atol + rtol * _largest_difference(other, None)]
     return [f"{name}: differs by up to {max(distances[m] for m in far):.2g} in models {far}"] if far else []
 
 
-def _distance(a: Tensor, b: Tensor | None) -> float:
+def _largest_difference(a: Tensor, b: Tensor | None) -> float:
     """The largest difference (or, without `b`, the largest value), where NaN and infinity are equal to themselves."""
     b = torch.zeros_like(a) if b is None else b
     apart = torch.where((a == b) | (a.isnan() & b.isnan()), 0, (a.double() - b.double()).abs())

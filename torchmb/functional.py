@@ -10,9 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .base import inner_batch_size, integer, merge_batch, number_of_models, split_batch
+from .base import as_integer, check_number_of_models, inner_batch_size, merge_batch, split_batch
 from .functorch import quiet
-from .rules.autocast import autocasts
+from .rules.autocast import autocast_enabled
 from .shared import Shared
 
 Loss = Callable[..., Tensor]
@@ -56,7 +56,7 @@ def batch_loss(
 
     in_half = batch_inputs.dtype in _HALVES
     as_one = loss_func is F.cross_entropy and kwargs.keys() <= {"ignore_index"}
-    if as_one and _are_classes(batch_inputs, batch_targets) and (not in_half or autocasts(batch_inputs)):
+    if as_one and _are_classes(batch_inputs, batch_targets) and (not in_half or autocast_enabled(batch_inputs)):
         return _cross_entropy(batch_inputs, batch_targets, reduction, **kwargs)
 
     def one_model(inputs: Tensor, targets: Tensor) -> Tensor:
@@ -73,7 +73,7 @@ _HALVES = (torch.half, torch.bfloat16)
 
 
 def _check_batch(batch: int, **tensors: Tensor) -> None:
-    number_of_models(batch)
+    check_number_of_models(batch)
     for name, tensor in tensors.items():
         if tensor.dim() < 1 or len(tensor) != batch:
             raise ValueError(f"{name} of {batch} models must be ({batch}, ...), got {tuple(tensor.shape)}")
@@ -122,7 +122,7 @@ def batch_topk(
     if batch_inputs.dim() != 3 or batch_targets.shape != batch_inputs.shape[:2]:
         shapes = tuple(batch_inputs.shape), tuple(batch_targets.shape)
         raise ValueError(f"scores must be (M, B, C) and targets (M, B), got {shapes[0]} and {shapes[1]}")
-    ks = [integer("k", one) for one in ((k,) if isinstance(k, int) else k)]
+    ks = [as_integer("k", one) for one in ((k,) if isinstance(k, int) else k)]
     if not ks:
         raise ValueError(f"k must hold at least one number, such as (1,), got {k}")
     classes = batch_inputs.shape[2]

@@ -83,7 +83,7 @@ def wrap(x: Tensor, level: int) -> Tensor:
     return add_batch_dim(x, 0, level)
 
 
-def models_of(x: Tensor, level: int, batch: int) -> Tensor:
+def unwrap_output(x: Tensor, level: int, batch: int) -> Tensor:
     """What one model sees → (M, …)."""
     return remove_batch_dim(x, level, batch, 0)
 
@@ -128,7 +128,7 @@ def models_first(x: Tensor, dim: Dim, batch: int) -> Tensor:
     return x.movedim(dim, 0) if dim else x
 
 
-def in_order(x: Tensor) -> Tensor:
+def as_contiguous(x: Tensor) -> Tensor:
     """x in the order of its dimensions, as a model's output lies in memory; not where one row stands for many."""
     return x if 0 in x.stride() else x.contiguous()
 
@@ -143,12 +143,12 @@ def split_dim(x: Tensor, dim: int, batch: int) -> Tensor:
     return unsafe_view(x, (*x.shape[:dim], batch, x.shape[dim] // batch, *x.shape[dim + 1 :]))
 
 
-def folded(x: Tensor, dim: int) -> tuple[Tensor, int]:
+def fold_models(x: Tensor, dim: int) -> tuple[Tensor, int]:
     """Models and images in one first dimension, in the order in which they lie in memory → that, and the place of M."""
     place = 0 if x.stride(dim) >= x.stride(0 if dim else 1) else 1
     return x.movedim(dim, place).flatten(0, 1), place
 
 
-def unfolded(x: Tensor, place: int, batch: int) -> Batched:
+def unfold_models(x: Tensor, place: int, batch: int) -> Batched:
     """The inverse of `folded`: (M, B, …) or (B, M, …)."""
     return split_dim(x, 0, batch if place == 0 else x.shape[0] // batch), place

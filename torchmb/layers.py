@@ -51,7 +51,7 @@ class _BatchLayer(AbstractBatchModule):
     def _take(self, modules: Sequence[nn.Module]) -> None:
         first = modules[0]
         self.__dict__.update(plain_attributes(first))
-        stacked = stack_tensors(modules, lambda _: False)
+        stacked = stack_tensors(modules)
         for name, parameter in parameters_of(first).items():
             self.register_parameter(name, None if parameter is None else stacked[id(parameter)])  # type: ignore[arg-type]
         for name, buffer in buffers_of(first).items():

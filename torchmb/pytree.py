@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from .torch_private import map_children
 
 
-class Place(NamedTuple):
+class Placeholder(NamedTuple):
     """Where a tensor was."""
 
     number: int
@@ -36,7 +36,7 @@ def map_leaves(function: Callable[[Any], Any], value: Any) -> Any:
     return function(value) if mapped is NotImplemented else mapped
 
 
-_PLAIN = {Tensor, nn.Parameter, Place, int, float, bool, str, type(None)}
+_PLAIN = {Tensor, nn.Parameter, Placeholder, int, float, bool, str, type(None)}
 
 
 def _map_fields(function: Callable[[Any], Any], value: Any) -> Any:
@@ -51,20 +51,20 @@ def map_tensors(function: Callable[[Tensor], Any], value: Any) -> Any:
     return map_leaves(lambda x: function(x) if isinstance(x, Tensor) else x, value)
 
 
-def take(value: Any) -> tuple[list[Tensor], Any]:
+def extract_tensors(value: Any) -> tuple[list[Tensor], Any]:
     """The tensors of `value`, and what remains, for `put`."""
     tensors: list[Tensor] = []
 
-    def out(x: Tensor) -> Place:
+    def out(x: Tensor) -> Placeholder:
         tensors.append(x)
-        return Place(len(tensors) - 1)
+        return Placeholder(len(tensors) - 1)
 
     return tensors, map_tensors(out, value)
 
 
-def put(rest: Any, tensors: Sequence[Any]) -> Any:
+def insert_tensors(rest: Any, tensors: Sequence[Any]) -> Any:
     """The inverse of `take`, with other tensors."""
-    return map_leaves(lambda x: tensors[x.number] if isinstance(x, Place) else x, rest)
+    return map_leaves(lambda x: tensors[x.number] if isinstance(x, Placeholder) else x, rest)
 
 
 def stack(values: Sequence[Any]) -> tuple[Any, bool]:
@@ -72,23 +72,23 @@ def stack(values: Sequence[Any]) -> tuple[Any, bool]:
 
     If tensors of different shapes, or other leaves that differ, forbid that: the list of all values, and False.
     """
-    taken = [take(v) for v in values]
+    taken = [extract_tensors(v) for v in values]
     first, rest = taken[0]
     for tensors, other in taken[1:]:
         if (
             len(tensors) != len(first)
-            or not same(other, rest)
-            or any(_kind(a) != _kind(b) for a, b in zip(tensors, first))
+            or not equal(other, rest)
+            or any(_signature(a) != _signature(b) for a, b in zip(tensors, first))
         ):
             return list(values), False
-    return put(rest, [torch.stack(column) for column in zip(*(tensors for tensors, _ in taken))]), True
+    return insert_tensors(rest, [torch.stack(column) for column in zip(*(tensors for tensors, _ in taken))]), True
 
 
-def _kind(tensor: Tensor) -> tuple[Any, ...]:
+def _signature(tensor: Tensor) -> tuple[Any, ...]:
     return tensor.shape, tensor.dtype, tensor.device
 
 
-def same(a: Any, b: Any) -> bool:
+def equal(a: Any, b: Any) -> bool:
     """Whether two values without tensors are equal; not if they cannot say."""
     try:
         return a is b or bool(a == b)

@@ -8,11 +8,11 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
-from .state import copied
+from .state import copy_module
 from .torch_private import RESETS
 
 
-def initialised(module: nn.Module, seeds: Sequence[int]) -> list[nn.Module]:
+def initialised_copies(module: nn.Module, seeds: Sequence[int]) -> list[nn.Module]:
     """A copy of `module` for each seed, drawn anew; the generators are left as they were.
 
     Each submodule that has a reset_parameters draws its parameters, inner ones first: the order in which they were
@@ -22,7 +22,7 @@ def initialised(module: nn.Module, seeds: Sequence[int]) -> list[nn.Module]:
     copies = []
     with torch.random.fork_rng(range(torch.cuda.device_count())):
         for seed in seeds:
-            one = copied(module)
+            one = copy_module(module)
             torch.manual_seed(seed)
             one.apply(_reset)
             copies.append(one)

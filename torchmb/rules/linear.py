@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..functorch import Batched, Dim, batch_size, is_batched, lift, models_first, split_dim
 from ..torch_private import current_level, unsafe_view, weight_norm
-from .autocast import as_autocast
+from .autocast import cast_as_autocast
 
 
 def _product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -55,7 +55,7 @@ class _Linear(torch.autograd.Function):
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None, columns: bool = False) -> Tensor:
     """x (M, …, I), weight (M, O, I), bias (M, O) or None → (M, …, O), features before rows in memory if `columns`."""
-    x, weight, bias = as_autocast(x, weight, bias)
+    x, weight, bias = cast_as_autocast(x, weight, bias)
     rows = x.flatten(1, -2) if x.dim() > 2 else x.unsqueeze(1)
     # Within a transform of the caller's own, such as torch.func.grad, only torch's backward can be transformed; and it
     # knows what is to be conjugated.

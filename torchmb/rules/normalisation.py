@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..functorch import Batched, Dim, batch_size, is_batched, lift, models_first, split_dim
-from .autocast import autocasts
+from .autocast import autocast_enabled
 
 Norm = Callable[..., Tensor]  # F.batch_norm, or F.instance_norm, which takes the same
 
@@ -76,7 +76,7 @@ def _scaled(
     """normalise(x), scaled and shifted as by `_affine`. In half precision it is rounded once, as torch's kernels do."""
     if not _half(x):
         return _affine(normalise(x), weight, bias, place)
-    autocast_to_float = x.is_cuda and autocasts(x)
+    autocast_to_float = x.is_cuda and autocast_enabled(x)
     out = _affine(normalise(x.float()), weight, bias, place)
     return out if autocast_to_float else out.to(x.dtype)
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..functorch import Batched, Dim, folded, is_batched, lift, split_dim, unfolded
+from ..functorch import Batched, Dim, fold_models, is_batched, lift, split_dim, unfold_models
 
 POOLS: dict[Callable[..., Any], int] = {
     getattr(F, f"{kind}{n}d"): n
@@ -19,7 +19,7 @@ POOLS: dict[Callable[..., Any], int] = {
 }
 
 
-def each_image(function: Callable[[Tensor], Tensor], x: Tensor, dim: Dim) -> Batched:
+def map_images(function: Callable[[Tensor], Tensor], x: Tensor, dim: Dim) -> Batched:
     """`function`, which treats images and channels alike, of x with the models at `dim` → the same."""
     if dim is None:
         return function(x), None
@@ -27,14 +27,14 @@ def each_image(function: Callable[[Tensor], Tensor], x: Tensor, dim: Dim) -> Bat
     beside = x.movedim(dim, 1)
     if beside.stride(1) == beside.stride(2) * beside.shape[2]:
         return split_dim(function(beside.flatten(1, 2)), 1, batch), 1
-    rows, place = folded(x, dim)
-    return unfolded(function(rows), place, batch)
+    rows, place = fold_models(x, dim)
+    return unfold_models(function(rows), place, batch)
 
 
 def _rule(function: Callable[..., Any], input: Tensor, *args: Any, **kwargs: Any) -> Any:
     if not is_batched(input) or input.dim() != POOLS[function] + 2 or kwargs.get("return_indices"):
         return NotImplemented
-    return lift(lambda x: each_image(lambda images: function(images, *args, **kwargs), *x), input)
+    return lift(lambda x: map_images(lambda images: function(images, *args, **kwargs), *x), input)
 
 
 RULES = {function: partial(_rule, function) for function in POOLS}

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..functorch import Batched, Dim, batch_size, is_batched, lift_all, models_first
-from .autocast import as_autocast, autocasts
+from .autocast import autocast_enabled, cast_as_autocast
 from .linear import linear
 
 
@@ -77,7 +77,7 @@ def _layers(params: Sequence[Tensor], has_biases: bool, directions: int) -> list
     return found
 
 
-def recur(
+def run_recurrent(
     cell: Cell, x: Tensor, state: State, layers: list[Layer], bidirectional: bool, dropout: float
 ) -> tuple[Tensor, State]:
     """x (M, T, B, I); each of `state` (M, layers, B, H) → outputs (M, T, B, H), last states like `state`."""
@@ -126,17 +126,17 @@ def _rule(
         return NotImplemented
     count, directions = len(states), num_layers * (2 if bidirectional else 1)
     projects = len(params) // directions in (3, 5)
-    if cell is _lstm_cell and not projects and input.is_cpu and autocasts(input):
+    if cell is _lstm_cell and not projects and input.is_cpu and autocast_enabled(input):
         _check_onednn(torch.get_autocast_dtype("cpu"), train, torch.backends.mkldnn.enabled)
 
     def kernel(x: tuple[Tensor, Dim], *given: tuple[Tensor, Dim]) -> list[Batched]:
         batch = batch_size(x, *given)
         first = [models_first(t, dim, batch) for t, dim in (x, *given)]
         if input.is_cuda or (cell is _lstm_cell and not projects):  # one kernel of torch, which casts all of it
-            first = list(as_autocast(*first))
+            first = list(cast_as_autocast(*first))
         time_first = first[0].transpose(1, 2) if batch_first else first[0]
         layers = _layers(first[1 + count :], has_biases, directions)
-        out, last = recur(
+        out, last = run_recurrent(
             cell, time_first, tuple(first[1 : 1 + count]), layers, bidirectional, dropout if train else 0.0
         )
         return [(out.transpose(1, 2) if batch_first else out, 0), *((s, 0) for s in last)]
