@@ -1,4 +1,4 @@
-"""Whether modules are models of one architecture, which differ in the values of parameters and buffers only."""
+"""Whether modules have the same architecture, and so differ only in the values of parameters and buffers."""
 
 from __future__ import annotations
 
@@ -18,10 +18,12 @@ _ATOMS = (int, float, complex, str, bytes, type(None), torch.dtype, torch.device
 
 
 def check_same_architecture(modules: Sequence[nn.Module]) -> None:
-    """ValueError that names the first difference.
+    """Compares types of submodules, properties of tensors, and attributes that are numbers, strings or tuples of them.
 
-    Compared are the types of all submodules, names, shapes, dtypes, devices, ties and requires_grad of tensors, and the
-    numbers, strings, tuples and so on that submodules have as attributes; not other attributes, nor the mode.
+    Other attributes and the mode may differ.
+
+    Raises:
+        ValueError: Two modules differ. The message names the first difference.
     """
     first = _describe(modules[0])
     for i, module in enumerate(modules):
@@ -33,14 +35,14 @@ def check_same_architecture(modules: Sequence[nn.Module]) -> None:
 
 
 class _Kind:
-    """The value of an attribute of which only the type is known."""
+    """Stands for the value of an attribute that is not compared."""
 
     def __init__(self, value: Any) -> None:
         self.type = type(value)
 
 
 def _describe(root: nn.Module) -> dict[str, Any]:
-    """What is to be the same → its value; the type of the root has the name ""."""
+    """Name of each property to compare → its value; the type of the root has the name ""."""
     modules = dict(root.named_modules(remove_duplicate=False))
     found: dict[str, Any] = {name: type_before_parametrizations(module) for name, module in modules.items()}
     names: dict[int, str] = {}

@@ -28,6 +28,7 @@ from .base import (
 from .execution import PerModelOutputs, run_merged, run_one_by_one, run_under_vmap
 from .layerwise import run_layerwise
 from .pytree import extract_tensors, map_leaves, map_tensors
+from .registered import batch_of, copy_requires_grad, entries_below, join_names
 from .run_state import Inputs, Models, Rollback, RunLock, StoredAttributes
 from .seeds import initialised_copies
 from .shared import Shared
@@ -133,16 +134,8 @@ class BatchModule(AbstractBatchModule):
             if cls := batch_class_of(module):
                 self._plain[name] = copy_module(module)
                 if id(module) not in substitutes:
-                    substitutes[id(module)] = self._batched(cls, [m.get_submodule(name) for m in modules])
+                    substitutes[id(module)] = batch_of(cls, [m.get_submodule(name) for m in modules])
         self._adopt(copy_module(modules[0], substitutes))
-
-    def _batched(self, cls: type[AbstractBatchModule], modules: Sequence[nn.Module]) -> AbstractBatchModule:
-        batch_module = cls.from_module(modules[0], self.batch).train(modules[0].training)
-        _convert(batch_module, modules[0])
-        _copy_requires_grad(modules[0], batch_module)
-        if states := [m.state_dict() for m in modules if m.state_dict()]:
-            batch_module.load_state_dicts(states)
-        return batch_module
 
     def _adopt(self, root: nn.Module) -> None:
         """Makes the contents of `root` the contents of this module, under the same names."""
@@ -312,12 +305,12 @@ class BatchModule(AbstractBatchModule):
         shapes = entry_shapes(own, models=True)
         for name, plain in self._plain.items():
             below = entry_shapes(plain.state_dict(), models=False)
-            shapes |= {_join(name, key): shape for key, shape in below.items()}
+            shapes |= {join_names(name, key): shape for key, shape in below.items()}
         check_entries(shapes, dicts, strict)
         load_entries(self._template, own, dicts)
         for name, plain in self._plain.items():
             if plain.state_dict():
-                self._batch_module(name).load_state_dicts([_below(state, name) for state in dicts], strict)
+                self._batch_module(name).load_state_dicts([entries_below(state, name) for state in dicts], strict)
 
     def state_dicts(self) -> list[OrderedDict[str, Any]]:
         """Returns a state dict for each model, copied, that loads into the original class.
@@ -332,13 +325,13 @@ class BatchModule(AbstractBatchModule):
         for name, plain in self._plain.items():
             if plain.state_dict():
                 for state, below in zip(dicts, self._batch_module(name).state_dicts(), strict=True):
-                    state.update({_join(name, key): value for key, value in below.items()})
+                    state.update({join_names(name, key): value for key, value in below.items()})
         return dicts
 
     def _own_state(self) -> StateDict:
         """The state dict without the entries of registered batch modules."""
         state = self.state_dict()
-        for name in [n for n in state if any(n.startswith(_join(outer, "")) for outer in self._plain)]:
+        for name in [n for n in state if any(n.startswith(join_names(outer, "")) for outer in self._plain)]:
             del state[name]
         return state
 
@@ -364,7 +357,7 @@ class BatchModule(AbstractBatchModule):
         return model
 
     def _parts_of_model(self, index: int) -> dict[int, Any]:
-        """id of each tensor, batch module and stored attribute of the template → that of one model."""
+        """Maps the id of each tensor, batch module and stored attribute of the template to that of one model."""
         parts: dict[int, Any] = {}
         for tensor in named_tensors(self._template, is_batch_module).values():
             one = tensor[index].detach().clone()
@@ -374,7 +367,7 @@ class BatchModule(AbstractBatchModule):
             parts[id(batch_module)] = module = copy_module(plain)
             if plain.state_dict():
                 module.load_state_dict(batch_module.state_dicts()[index], assign=True)
-            _copy_requires_grad(batch_module, module)
+            copy_requires_grad(batch_module, module)
         modules = plain_modules(self._template)
         shares = self._stored.of_model(modules, index)
         for name_in_module, value in self._stored.current(modules).items():
@@ -396,40 +389,6 @@ def _check_seeds(seeds: Any) -> list[int]:
     if not isinstance(seeds, Iterable):
         raise TypeError(f"seeds must be integers, one for each model, got {seeds!r}")
     return [as_integer("a seed", seed) for seed in seeds]
-
-
-def _convert(batch_module: nn.Module, module: nn.Module) -> None:
-    """Gives a batch module the devices and dtypes of `module`: by names, and those of its first tensor to the rest."""
-    given = named_tensors(module)
-    if not given:
-        return
-    first = next((t for t in given.values() if t.is_floating_point()), next(iter(given.values())))
-    like = {id(tensor): given.get(name, first) for name, tensor in named_tensors(batch_module).items()}
-
-    def converted(tensor: Tensor) -> Tensor:
-        other = like.get(id(tensor), first)
-        dtype = other.dtype if other.is_floating_point() == tensor.is_floating_point() else tensor.dtype
-        return tensor.to(other.device, dtype)
-
-    apply_to_tensors(batch_module, converted)
-
-
-def _copy_requires_grad(source: nn.Module, target: nn.Module) -> None:
-    """By names; parameters of other names are frozen if all of the source are."""
-    flags = {name: p.requires_grad for name, p in source.named_parameters()}
-    trained = any(flags.values()) or not flags
-    for name, p in target.named_parameters():
-        p.requires_grad_(flags.get(name, p.requires_grad and trained))
-
-
-def _join(outer: str, inner: str) -> str:
-    return f"{outer}.{inner}" if outer else inner
-
-
-def _below(state: StateDict, name: str) -> dict[str, Any]:
-    """The entries of a submodule, under the names that they have in it."""
-    prefix = _join(name, "")
-    return {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
 
 
 def _reason(error: Exception, template: nn.Module) -> str:

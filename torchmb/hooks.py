@@ -1,4 +1,4 @@
-"""Hooks and registered batch modules during a run under vmap: both work outside it, on all models at once."""
+"""Hooks and registered batch modules in a run under vmap: both run outside vmap, on all models at once."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from .torch_private import HOOKS, hooks_of
 
 
 def call_outside_vmap(function: Callable[..., Any], batch: int, *values: Any) -> Any:
-    """function(*values) outside vmap, where tensors are (M, B, …), also those that all models share."""
+    """Calls function(*values) outside vmap. All tensors are (M, B, …) there, also those that all models share."""
     tensors, rest = extract_tensors(values)
     result: list[Any] = []
 
@@ -32,7 +32,7 @@ def call_outside_vmap(function: Callable[..., Any], batch: int, *values: Any) ->
 
 
 def run_registered(module: AbstractBatchModule, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """A registered module's forward, called from within vmap on one model's tensors."""
+    """Calls the forward of a registered module, on merged data, from within vmap."""
 
     def merged(args: Any, kwargs: Any) -> Any:
         given, named = map_tensors(merge_batch, (args, kwargs))
@@ -42,16 +42,17 @@ def run_registered(module: AbstractBatchModule, forward: Callable[..., Any], *ar
 
 
 def has_hooks(module: nn.Module) -> bool:
+    """Whether the module has hooks of the forward or the backward."""
     return any(hooks_of(module))
 
 
 def _computes_weights(hook: Any) -> bool:
-    """torch's own weight_norm, spectral_norm and pruning: part of one model's forward."""
+    """Whether it is a hook of weight_norm, spectral_norm or pruning, which is a part of one model's forward."""
     return type(hook).__module__.startswith("torch.nn.utils.")
 
 
 class _Hooked:
-    """The hooks of one module as one pre-hook and one hook that leave vmap."""
+    """Runs the hooks of one module outside vmap, by one pre-hook and one hook in their place."""
 
     def __init__(self, module: nn.Module, batch: int) -> None:
         self._batch = batch
@@ -64,7 +65,7 @@ class _Hooked:
         return call_outside_vmap(function, self._batch, *values)
 
     def pre(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
-        """Runs the pre-hooks, and prepares for hooks of the backward."""
+        """Runs the pre-hooks, and sets up those of the backward."""
         for number, hook in list(self._pre.items()):
             if _computes_weights(hook):
                 hook(module, args)
@@ -81,6 +82,7 @@ class _Hooked:
         return args, kwargs
 
     def post(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
+        """Runs the forward hooks."""
         for number, hook in list(self._post.items()):
             if number in self._post_with_kwargs:
                 changed = call_outside_vmap(
@@ -98,7 +100,7 @@ class _Hooked:
         module.register_forward_pre_hook(self.pre, with_kwargs=True)
         module.register_forward_hook(self.post, with_kwargs=True)
 
-    def put_back(self, module: nn.Module) -> None:
+    def restore(self, module: nn.Module) -> None:
         vars(module).update(self._own)
 
 
@@ -106,7 +108,7 @@ class _Hooked:
 def outside_vmap(
     modules: Sequence[nn.Module], batch_modules: Sequence[AbstractBatchModule], batch: int
 ) -> Iterator[None]:
-    """For a run under vmap: hooks see (M, B, …), registered modules get merged data."""
+    """Lets hooks get tensors (M, B, …), and registered modules merged data, in a run under vmap."""
     hooked = [(_Hooked(m, batch), m) for m in (*modules, *batch_modules) if has_hooks(m)]
     for hooks, module in hooked:
         hooks.replace(module)
@@ -121,6 +123,6 @@ def outside_vmap(
         yield
     finally:
         for hooks, module in hooked:
-            hooks.put_back(module)
+            hooks.restore(module)
         for batch_module in batch_modules:
             del batch_module.__dict__["forward"]

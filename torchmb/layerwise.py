@@ -1,7 +1,7 @@
-"""Trees of torch's own layers on (M, B, …) without vmap: what small models spend their time on is calls.
+"""Trees of torch's own layers on (M, B, …) without vmap, since small models spend most of their time on calls.
 
-Only exact types are known here, each with one meaning; a subclass, a hook or an own forward anywhere sends the whole
-tree to vmap. Whether the tree fits is decided before anything runs, so that nothing has to be undone.
+Every layer must be of an exact type. A subclass, a hook or a custom forward sends the whole tree to vmap. This is
+decided before anything runs, so nothing has to be undone.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from .torch_private import has_any_global_hook, parameters_of
 
 
 def run_layerwise(template: nn.Module, inputs: Inputs, batch: int) -> Tensor | None:
-    """The output (M, B, …) if the template is such a tree and has one tensor as its argument, else None."""
+    """The output (M, B, …) if the template is such a tree and its only argument a tensor, else None."""
     args, kwargs = inputs.rest
     if len(args) != 1 or kwargs or has_any_global_hook():
         return None
@@ -34,7 +34,7 @@ def run_layerwise(template: nn.Module, inputs: Inputs, batch: int) -> Tensor | N
 
 
 def _plan(module: nn.Module, dims: int | None, layers: list[nn.Module]) -> int | None:
-    """Appends what is to run for an input of so many dimensions → those of its output, None if it does not fit."""
+    """Appends the layers of `module` → dimensions of its output for an input with `dims`; None if it does not fit."""
     if dims is None or has_hooks(module) or "forward" in vars(module):
         return None
     if type(module) is nn.Sequential:
@@ -63,6 +63,6 @@ def _run(layers: list[nn.Module], x: Tensor, dim: Dim, batch: int) -> Tensor:
 
 
 def _feeds_linear(layers: list[nn.Module], index: int) -> bool:
-    """Whether only elementwise layers stand between this layer and a linear one: nobody sees the order in memory."""
+    """Whether only elementwise layers stand between this layer and a linear one, so that the memory order is free."""
     after = (type(layer) for layer in layers[index + 1 :] if type(layer) not in ELEMENTWISE)
     return next(after, None) is nn.Linear

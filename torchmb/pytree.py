@@ -1,4 +1,4 @@
-"""Tensors in tuples, lists, dicts, dataclasses and whatever else is a pytree: take them out, put others in."""
+"""Extracts and replaces the tensors in tuples, lists, dicts, dataclasses and other pytrees."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from .torch_private import map_children
 
 
 class Placeholder(NamedTuple):
-    """Where a tensor was."""
+    """Stands for a tensor that was extracted."""
 
     number: int
 
 
 def map_leaves(function: Callable[[Any], Any], value: Any) -> Any:
-    """`value` with each leaf replaced. Leaves are what pytrees and dataclasses are made of in the end."""
+    """`value` with function(leaf) for each leaf: whatever is not a pytree or dataclass."""
     kind = type(value)
-    if kind in _PLAIN:  # by far the most frequent, and ten times faster than as a pytree
+    if kind in _PLAIN:  # most frequent, and ten times faster than by torch's pytrees
         return function(value)
     if kind is tuple:
         return tuple([map_leaves(function, x) for x in value])
@@ -48,11 +48,12 @@ def _map_fields(function: Callable[[Any], Any], value: Any) -> Any:
 
 
 def map_tensors(function: Callable[[Tensor], Any], value: Any) -> Any:
+    """`value` with function(tensor) for each tensor."""
     return map_leaves(lambda x: function(x) if isinstance(x, Tensor) else x, value)
 
 
 def extract_tensors(value: Any) -> tuple[list[Tensor], Any]:
-    """The tensors of `value`, and what remains, for `put`."""
+    """The tensors of `value`, and `value` with placeholders for them."""
     tensors: list[Tensor] = []
 
     def out(x: Tensor) -> Placeholder:
@@ -63,25 +64,25 @@ def extract_tensors(value: Any) -> tuple[list[Tensor], Any]:
 
 
 def insert_tensors(rest: Any, tensors: Sequence[Any]) -> Any:
-    """The inverse of `take`, with other tensors."""
+    """Reverses `extract_tensors`, with other tensors."""
     return map_leaves(lambda x: tensors[x.number] if isinstance(x, Placeholder) else x, rest)
 
 
 def stack(values: Sequence[Any]) -> tuple[Any, bool]:
-    """One value for each model → one whose tensors have a leading dimension of models, and True.
+    """One value for each model → one value with tensors (M, …), and True.
 
-    If tensors of different shapes, or other leaves that differ, forbid that: the list of all values, and False.
+    If shapes of tensors or other leaves differ, the list of all values, and False.
     """
-    taken = [extract_tensors(v) for v in values]
-    first, rest = taken[0]
-    for tensors, other in taken[1:]:
+    extracted = [extract_tensors(v) for v in values]
+    first, rest = extracted[0]
+    for tensors, other in extracted[1:]:
         if (
             len(tensors) != len(first)
             or not equal(other, rest)
             or any(_signature(a) != _signature(b) for a, b in zip(tensors, first))
         ):
             return list(values), False
-    return insert_tensors(rest, [torch.stack(column) for column in zip(*(tensors for tensors, _ in taken))]), True
+    return insert_tensors(rest, [torch.stack(column) for column in zip(*(tensors for tensors, _ in extracted))]), True
 
 
 def _signature(tensor: Tensor) -> tuple[Any, ...]:
@@ -89,8 +90,8 @@ def _signature(tensor: Tensor) -> tuple[Any, ...]:
 
 
 def equal(a: Any, b: Any) -> bool:
-    """Whether two values without tensors are equal; not if they cannot say."""
+    """Whether two values without tensors are equal; False if their comparison fails."""
     try:
         return a is b or bool(a == b)
-    except Exception:  # whatever a foreign __eq__ raises
+    except Exception:  # any error of a user's __eq__
         return False

@@ -118,6 +118,7 @@ class Models:
 
     @property
     def slots(self) -> list[Slot]:
+        """Places of parameters, then of buffers."""
         return self.parameters + self.buffers
 
     def unshared_tensors(self, snapshot: AttributeSnapshot) -> dict[AttributeName, Tensor]:
@@ -150,6 +151,7 @@ class Models:
         return found
 
     def register_buffers(self, buffers: dict[AttributeName, Tensor | None]) -> None:
+        """Registers buffers that the forwards have registered, with the tensors of all models."""
         for (i, name), tensor in buffers.items():
             buffers_of(self.modules[i])[name] = None if tensor is None else tensor.contiguous()
 
@@ -217,6 +219,7 @@ class RunTensors:
 
     @property
     def tensors(self) -> list[Tensor]:
+        """Parameters, then clones of buffers, without repetitions: (M, …) each."""
         return [*self._own_parameters.tensors, *self._clones]
 
     def spread(self, tensors: Sequence[Tensor]) -> tuple[list[Tensor | None], list[Tensor | None]]:

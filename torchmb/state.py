@@ -29,9 +29,11 @@ class Slot(NamedTuple):
 
     @property
     def tensor(self) -> Tensor | None:
+        """The tensor that is there now."""
         return self.tensors[self.name]
 
     def put(self, tensor: Tensor | None) -> None:
+        """Replaces the tensor."""
         self.tensors[self.name] = tensor
 
 
@@ -50,6 +52,7 @@ def unique_modules(root: nn.Module, stop: Stop) -> list[nn.Module]:
 
 
 def is_batch_module(module: nn.Module) -> bool:
+    """Whether the module runs on merged data."""
     return isinstance(module, AbstractBatchModule)
 
 
@@ -76,7 +79,7 @@ def named_tensors(root: nn.Module, stop: Stop = lambda _: False) -> dict[str, Te
 
 
 def stack_tensors(modules: Sequence[nn.Module], stop: Stop = lambda _: False) -> dict[int, Tensor]:
-    """id of each tensor of the first module → those of all modules of one architecture, stacked: (M, …).
+    """Maps the id of each tensor of the first module to those of all modules of one architecture, stacked: (M, …).
 
     Raises:
         ValueError: A parameter is lazy and has no shape yet.
@@ -183,6 +186,7 @@ class Absent:
 
 
 def set_attributes(modules: Sequence[nn.Module], values: Mapping[AttributeName, Any]) -> None:
+    """Sets attributes, and removes those whose value is `Absent`."""
     for (i, name), value in values.items():
         if value is Absent:
             vars(modules[i]).pop(name, None)

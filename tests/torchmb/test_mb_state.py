@@ -108,7 +108,7 @@ def test_what_is_no_tensor_is_not_loaded_but_named(value: Any) -> None:
     batch, state = BatchModule(make(), 3), separate(make, 1)[0].state_dict()
     before = {k: v.clone() for k, v in batch.state_dict().items()}
     for strict in (True, False):
-        with pytest.raises(TypeError, match=rf"2\.0\.weight of state dict 1 is a {type(value).__name__}, no tensor"):
+        with pytest.raises(TypeError, match=rf"2\.0\.weight of state dict 1 is a {type(value).__name__}, not a tensor"):
             batch.load_state_dicts([state, state | {"2.0.weight": value}, state], strict=strict)
     assert all(torch.equal(v, before[k]) for k, v in batch.state_dict().items())
 

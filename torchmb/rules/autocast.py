@@ -1,4 +1,4 @@
-"""Autocast: the dtypes that one model would compute in, where vmap or a kernel of ours would choose others."""
+"""Autocast: the dtypes in which one model computes, where vmap or a kernel of torchmb would choose others."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from torch import Tensor
 
 
 def autocast_enabled(x: Tensor) -> bool:
-    """Whether autocast is on where x lies. Of meta tensors torch cannot be asked."""
+    """Whether autocast is on for the device of x; never for meta tensors, about which torch cannot be asked."""
     return not x.is_meta and torch.is_autocast_enabled(x.device.type)
 
 
 def cast_as_autocast(x: Tensor, *others: Any) -> tuple[Any, ...]:
-    """Casts tensors as torch does before a matrix product, here so that the backward sees the dtypes of the forward."""
+    """Casts tensors as torch does before a matrix product, so that the backward uses the dtypes of the forward."""
     if not autocast_enabled(x):
         return x, *others
     dtype = torch.get_autocast_dtype(x.device.type)
@@ -30,7 +30,7 @@ def _prelu(input: Tensor, weight: Tensor) -> Tensor:
 
 
 def _uncast(function: Callable[..., Any], x: Tensor, *args: Any, **kwargs: Any) -> Any:
-    """Of vectors torch casts no product on the CPU, but vmap makes it one of matrices, which it casts."""
+    """Turns autocast off: on the CPU it does not cast products of vectors, but vmap's products of matrices."""
     if not x.is_cpu or not autocast_enabled(x):
         return NotImplemented
     with torch.autocast("cpu", enabled=False):

@@ -1,4 +1,4 @@
-"""Pooling: models beside the channels or the images, wherever they lie in memory, so that nothing is copied."""
+"""Pooling: models join the channels or the rows, whichever they are next to in memory, so that nothing is copied."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ POOLS: dict[Callable[..., Any], int] = {
 
 
 def map_images(function: Callable[[Tensor], Tensor], x: Tensor, dim: Dim) -> Batched:
-    """`function`, which treats images and channels alike, of x with the models at `dim` → the same."""
+    """Applies `function`, which treats images and channels alike, to x with the models at `dim`."""
     if dim is None:
         return function(x), None
     batch = x.shape[dim]
-    beside = x.movedim(dim, 1)
-    if beside.stride(1) == beside.stride(2) * beside.shape[2]:
-        return split_dim(function(beside.flatten(1, 2)), 1, batch), 1
+    adjacent = x.movedim(dim, 1)
+    if adjacent.stride(1) == adjacent.stride(2) * adjacent.shape[2]:
+        return split_dim(function(adjacent.flatten(1, 2)), 1, batch), 1
     rows, place = fold_models(x, dim)
     return unfold_models(function(rows), place, batch)
 
