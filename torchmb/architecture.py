@@ -28,10 +28,10 @@ def check_same_architecture(modules: Sequence[nn.Module]) -> None:
     first = _describe(modules[0])
     for i, module in enumerate(modules):
         other = _describe(module)
-        for what in first | other:
-            a, b = first.get(what, Absent), other.get(what, Absent)
+        for name in first | other:
+            a, b = first.get(name, Absent), other.get(name, Absent)
             if not equal(a, b) and (_is_compared(a) or _is_compared(b)):
-                raise ValueError(_difference(what, a, b, i))
+                raise ValueError(_difference(name, a, b, i))
 
 
 class _Kind:
@@ -49,7 +49,7 @@ def _describe(root: nn.Module) -> dict[str, Any]:
     for name, tensor in named_tensors(root).items():
         found[name] = "lazy" if is_lazy(tensor) else tuple(tensor.shape)
         found |= {f"{name}.{key}": getattr(tensor, key) for key in ("dtype", "device", "requires_grad")}
-        found[f"what {name} is tied to"] = names.get(id(tensor))
+        found[f"the tensor that {name} is tied to"] = names.get(id(tensor))
         names.setdefault(id(tensor), name)
     for path, module in modules.items():
         for name, value in plain_attributes(module).items():
@@ -65,17 +65,17 @@ def _is_compared(value: Any) -> bool:
     return value is not Absent and not isinstance(value, _Kind)
 
 
-def _difference(what: str, first: Any, other: Any, i: int) -> str:
+def _difference(name: str, first: Any, other: Any, i: int) -> str:
     a, b = _show(first), _show(other)
     if a == b and isinstance(first, type) and isinstance(other, type):
         a, b = (f"a {cls.__module__}.{cls.__qualname__}" for cls in (first, other))
         a = f"{a} of an earlier definition" if a == b else a
-    if not what:
+    if not name:
         return f"module {i} is {b}, module 0 {a}"
     if first is Absent or other is Absent:
         without, present, value = (0, i, b) if first is Absent else (i, 0, a)
-        return f"module {without} has no {what}, which is {value} in module {present}"
-    return f"{what} is {a} in module 0, {b} in module {i}"
+        return f"module {without} has no {name}, which is {value} in module {present}"
+    return f"{name} is {a} in module 0, {b} in module {i}"
 
 
 def _show(value: Any) -> str:

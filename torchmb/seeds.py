@@ -48,7 +48,7 @@ def _warn_of_equals(copies: Sequence[nn.Module]) -> None:
     ]
     if equal:
         warnings.warn(
-            f"no reset_parameters() draws {', '.join(equal)}: equal in all models; build the models one by one and pass "
-            "them to BatchModule.from_modules",
+            f"no reset_parameters() draws {', '.join(equal)}: equal in all models; build the models one by one and "
+            "pass them to BatchModule.from_modules",
             stacklevel=4,
         )

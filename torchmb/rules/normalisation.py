@@ -14,7 +14,7 @@ from torch import Tensor
 from ..functorch import Batched, Dim, batch_size, is_batched, lift, models_first, split_dim
 from .autocast import autocast_enabled
 
-Norm = Callable[..., Tensor]  # F.batch_norm, or F.instance_norm, which takes the same
+Norm = Callable[..., Tensor]  # F.batch_norm or F.instance_norm, which have the same arguments
 
 
 def _check_batch_size(size: Sequence[int]) -> None:

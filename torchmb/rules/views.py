@@ -33,7 +33,7 @@ def edits(function: Callable[..., Any], kwargs: Mapping[str, Any]) -> bool:
 class _Copy:
     """Two tensors that would share memory for one model."""
 
-    seen: tuple[ref[Tensor], ref[Tensor]]  # wrapped, as the forward holds them
+    wrapped: tuple[ref[Tensor], ref[Tensor]]  # as the forward holds them
     tensors: tuple[Tensor, Tensor]
     versions: tuple[int, int]
 
@@ -78,7 +78,7 @@ class Views:
     def after_edit(self) -> None:
         """Checks the copies after an edit in place. RuntimeError if the forward could notice a difference."""
         edited = [c for c in self._copies if c.edited()]
-        if any(all(seen() is not None for seen in c.seen) for c in edited):
+        if any(all(wrapper() is not None for wrapper in c.wrapped) for c in edited):
             raise RuntimeError("a view is edited in place")
         self._copies = [c for c in self._copies if not c.edited()]
 
