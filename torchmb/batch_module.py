@@ -25,7 +25,7 @@ from .base import (
     model_state_dict,
     split_batch,
 )
-from .execution import PerModelOutputs, run_merged, run_one_by_one, run_under_vmap
+from .execution import PerModelOutputs, refusal, run_merged, run_one_by_one, run_under_vmap
 from .layerwise import run_layerwise
 from .pytree import extract_tensors, map_leaves, map_tensors
 from .registered import batch_of, copy_requires_grad, entries_below, join_names
@@ -226,8 +226,8 @@ class BatchModule(AbstractBatchModule):
         if isinstance(output, PerModelOutputs):
             if not split:
                 raise ValueError(
-                    f"the outputs of the {self.batch} models cannot be merged, since they cannot be stacked; "
-                    "with split=True they are a list"
+                    f"outputs of the {self.batch} models cannot be merged, since they cannot be stacked; "
+                    "split=True returns a list"
                 )
             return list(output)
         return output if split else map_tensors(merge_batch, output)
@@ -277,7 +277,7 @@ class BatchModule(AbstractBatchModule):
         except Exception as error:
             if not roll_back():
                 raise
-            reason = _reason(error, self._template)
+            reason = refusal(error, self._template)
         output = run_one_by_one(models, inputs)  # outside `except`, so that the model's own error has no context
         self._refused = reason
         warnings.warn(
@@ -389,14 +389,3 @@ def _check_seeds(seeds: Any) -> list[int]:
     if not isinstance(seeds, Iterable):
         raise TypeError(f"seeds must be integers, one for each model, got {seeds!r}")
     return [as_integer("a seed", seed) for seed in seeds]
-
-
-def _reason(error: Exception, template: nn.Module) -> str:
-    """The module whose code was running, and the first line of the error."""
-    names = {id(module): name for name, module in template.named_modules()}
-    where, frame = "", error.__traceback__
-    while frame is not None:
-        where = names.get(id(frame.tb_frame.f_locals.get("self")), where)
-        frame = frame.tb_next
-    message = (str(error).strip().splitlines() or [""])[0]
-    return f"{where or 'its forward'}: {type(error).__name__}: {message}"

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .base import AbstractBatchModule, merge_batch, split_batch
 from .functorch import as_contiguous, is_batched, under_vmap, unwrap_output, wrap
@@ -80,6 +80,17 @@ def _split(tensors: list[Tensor], counts: Sequence[int]) -> list[list[Tensor]]:
         parts.append(tensors[start : start + count])
         start += count
     return parts
+
+
+def refusal(error: Exception, template: nn.Module) -> str:
+    """The module whose code was running, and the first line of the error."""
+    names = {id(module): name for name, module in template.named_modules()}
+    where, frame = "", error.__traceback__
+    while frame is not None:
+        where = names.get(id(frame.tb_frame.f_locals.get("self")), where)
+        frame = frame.tb_next
+    message = (str(error).strip().splitlines() or [""])[0]
+    return f"{where or 'its forward'}: {type(error).__name__}: {message}"
 
 
 class PerModelOutputs(list[Any]):

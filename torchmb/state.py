@@ -143,7 +143,7 @@ def _references(
         (module, name, value, map_tensors(lambda t: substitutes.get(id(t), t), value))
         for module in modules
         for name, value in vars(module).items()
-        if name not in _REGISTRIES and any(id(t) in substitutes for t in tensors_in(value))
+        if name not in _REGISTRIES and not substitutes.keys().isdisjoint(map(id, tensors_in(value)))
     ]
 
 
