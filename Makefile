@@ -33,8 +33,8 @@ SOURCES := $(shell find csrc torchcache torchmb -type f -not -name '*.pyc' -not 
   setup.py pyproject.toml MANIFEST.in $(wildcard README.md)
 CPP = $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 # The store and what it needs: no torch.
-STORE := $(wildcard csrc/store/*.cpp) csrc/hash/digest.cpp csrc/fork.cpp
-STORE_HEADERS := $(wildcard csrc/*.h csrc/store/*.h csrc/hash/*.h tests/native/*.h)
+STORE := $(shell find csrc/store -name '*.cpp') csrc/hash/digest.cpp csrc/core/fork.cpp
+STORE_HEADERS := $(shell find csrc/core csrc/hash csrc/store tests/native -name '*.h')
 NATIVE_FLAGS = -std=c++17 -g -O1 -fno-omit-frame-pointer -fno-sanitize-recover=all -Icsrc -pthread
 
 # What runs must be what was installed: never the checkout's own torchcache/.

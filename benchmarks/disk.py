@@ -36,7 +36,7 @@ def open_store(folder: Path, mmap: bool = False, zstd: bool = False) -> int:
 def filled(folder: Path, keys: Tensor, data: Tensor, zstd: bool = False) -> int:
     store = open_store(folder, zstd=zstd)
     for k, d in batches(keys, data):
-        ops.store_put(store, k, LAYOUT, [d])
+        ops.store_write(store, k, LAYOUT, [d])
     ops.store_flush(store)
     return store
 
@@ -101,7 +101,7 @@ def reading(root: Path, keys: Tensor, data: Tensor, rounds: int) -> None:
 
     def read(store: int) -> None:
         for (k,) in batches(shuffled):
-            ops.store_find(store, k)
+            ops.store_lookup(store, k)
             assert ops.store_read(store, k, LAYOUT, [torch.empty(len(k), width)]).all()
 
     rivals: list[Rival] = [
@@ -176,7 +176,7 @@ def sizes(root: Path) -> None:
 def opening(root: Path) -> None:
     store = open_store(root)
     for _ in range(OPENED_ROWS // 1000):
-        ops.store_put(store, torch.randint(-(2**63), 2**63 - 1, (1000, 2)), LAYOUT, [torch.zeros(1000, 4)])
+        ops.store_write(store, torch.randint(-(2**63), 2**63 - 1, (1000, 2)), LAYOUT, [torch.zeros(1000, 4)])
     ops.store_close(store)
     indexes = list(root.glob("*.idx"))
     buffer = bytearray(1 << 18)

@@ -117,8 +117,8 @@ def unchanged_state() -> None:
         [
             ("limit: one kernel and one wait", lambda: one.add_(1).item()),
             ("a probe of its own", watch.probe),
-            ("keys", lambda: ops.table_take(empty, [x], call, 0)),
-            ("keys and a probe that rides along", lambda: ops.table_take(empty, [x], call, watch.id)),
+            ("keys", lambda: ops.table_hash_and_read(empty, [x], call, 0)),
+            ("keys and a probe that rides along", lambda: ops.table_hash_and_read(empty, [x], call, watch.id)),
         ],
         1000,
         1e-6,

@@ -40,7 +40,7 @@ def fill(memory: MemoryTier, layout: Layout, rows: int) -> None:
     """Keeps rows under random keys, as inputs of other batches would have them."""
     if rows:
         keys = torch.randint(-(2**63), 2**63 - 1, (rows, 2))
-        memory.put(keys, layout, [torch.zeros(rows, *leaf.shape) for leaf in layout.leaves])
+        memory.write(keys, layout, [torch.zeros(rows, *leaf.shape) for leaf in layout.leaves])
 
 
 def hits(rows: int, width: int) -> Callable[[], Tensor]:
@@ -48,7 +48,7 @@ def hits(rows: int, width: int) -> Callable[[], Tensor]:
     module: Any = torchcache(max_memory_cache_size=2 * 10**9)(Backbone(width))
     count = min(INPUTS, rows // BATCH)
     inputs = torch.randn(count * BATCH, 512)
-    memory = module.cache_instance._memory
+    memory = module.cache_instance.tiers().memory
     others = rows - len(inputs)
     like = Layout("*", (Leaf(torch.float32, torch.float32, (width if rows <= WIDE else 4,), None),))
     for chunk in inputs.split(BATCH):

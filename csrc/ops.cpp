@@ -11,31 +11,33 @@
 #include <tuple>
 #include <vector>
 
-#include "handles.h"
+#include "core/handles.h"
+#include "core/tensors.h"
 #include "hash/device.h"
 #include "hash/keys.h"
-#include "hash/new_tensor.h"
-#include "hash/tensors.h"
 #include "hash/watch.h"
 #include "memory/arenas.h"
 #include "memory/table.h"
-#include "store/compaction.h"
+#include "store/maintenance/compaction.h"
 #include "store/store.h"
 
 namespace torchcache {
 namespace {
 
+using core::Handles;
+using core::new_int64;
+using hash::Digest;
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
 // Deliberately never destroyed: operations may still run in other threads while the process exits.
-Handles<Watch>& watches() {
-  static auto* instance = new Handles<Watch>("watch");
+Handles<hash::Watch>& watches() {
+  static auto* instance = new Handles<hash::Watch>("watch");
   return *instance;
 }
 struct MemoryTable {
-  KeyTable keys;
-  Arenas arenas;
+  memory::KeyTable keys;
+  memory::Arenas arenas;
 };
 Handles<MemoryTable>& tables() {
   static auto* instance = new Handles<MemoryTable>("memory table");
@@ -79,18 +81,20 @@ Tensor keys_tensor(const std::vector<Digest>& keys) {
 Digest digest_of(int64_t low, int64_t high) { return {static_cast<uint64_t>(low), static_cast<uint64_t>(high)}; }
 
 Tensor keys(std::vector<Tensor> rows, int64_t low, int64_t high) {
-  return keys_tensor(see(rows, digest_of(low, high), nullptr).keys);
+  return keys_tensor(hash::hash_batch(rows, digest_of(low, high), nullptr).keys);
 }
-Tensor digests_op(std::vector<Tensor> tensors) { return keys_tensor(digests(tensors)); }
+Tensor digests_op(std::vector<Tensor> tensors) { return keys_tensor(hash::digests(tensors)); }
 
 std::vector<int64_t> cuda_architectures() {
-  return cuda() == nullptr ? std::vector<int64_t>{} : cuda()->architectures();
+  return hash::device_hasher() == nullptr ? std::vector<int64_t>{} : hash::device_hasher()->architectures();
 }
 
 // ---- state
 
-int64_t watch_open(std::vector<Tensor> tensors) { return watches().add(std::make_shared<Watch>(std::move(tensors))); }
-int64_t watch_probe(int64_t watch) { return probe(*watches().get(watch)); }
+int64_t watch_open(std::vector<Tensor> tensors) {
+  return watches().add(std::make_shared<hash::Watch>(std::move(tensors)));
+}
+int64_t watch_probe(int64_t watch) { return hash::probe(*watches().get(watch)); }
 void watch_close(int64_t watch) { watches().remove(watch); }
 
 // ---- memory tier
@@ -101,12 +105,13 @@ void table_close(int64_t table) { tables().remove(table); }
 std::tuple<Tensor, Tensor, int64_t> table_lookup(int64_t table, Tensor keys) {
   const auto [data, count] = as_keys(keys);
   Tensor slots = new_int64(count);
-  const Lookup found = tables().get(table)->keys.lookup(data, count, static_cast<int64_t*>(slots.mutable_data_ptr()));
+  const memory::Lookup found =
+      tables().get(table)->keys.lookup(data, count, static_cast<int64_t*>(slots.mutable_data_ptr()));
   return {slots, int64_tensor(found.missing), found.layout};
 }
 
 // The leaves of the rows with these keys if every one is in an arena that can be read here, else none.
-std::vector<Tensor> leaves_of(const MemoryTable& memory, const Lookup& found, const std::vector<int64_t>& slots,
+std::vector<Tensor> leaves_of(const MemoryTable& memory, const memory::Lookup& found, const std::vector<int64_t>& slots,
                               bool pinned) {
   if (!found.missing.empty() || found.layout < 0) return {};
   return memory.arenas.gather(found.layout, slots.data(), slots.size(), pinned);
@@ -114,23 +119,23 @@ std::vector<Tensor> leaves_of(const MemoryTable& memory, const Lookup& found, co
 
 // What a hit is made of, in one operation: each more would cost a few microseconds, and a wait where rows are on a GPU.
 // What goes on to one is gathered in pinned memory.
-std::tuple<bool, std::vector<Tensor>, int64_t, int64_t> table_take(int64_t table, std::vector<Tensor> rows, int64_t low,
-                                                                   int64_t high, int64_t watch) {
+std::tuple<bool, std::vector<Tensor>, int64_t, int64_t> table_hash_and_read(int64_t table, std::vector<Tensor> rows,
+                                                                            int64_t low, int64_t high, int64_t watch) {
   const std::shared_ptr<MemoryTable> memory = tables().get(table);
-  const std::shared_ptr<Watch> watched = watch == 0 ? nullptr : watches().get(watch);
-  const auto [keys, probe] = see(rows, digest_of(low, high), watched.get());
+  const std::shared_ptr<hash::Watch> watched = watch == 0 ? nullptr : watches().get(watch);
+  const auto [keys, probe] = hash::hash_batch(rows, digest_of(low, high), watched.get());
   std::vector<int64_t> slots(keys.size());
-  const Lookup found = memory->keys.lookup(keys.data(), keys.size(), slots.data());
+  const memory::Lookup found = memory->keys.lookup(keys.data(), keys.size(), slots.data());
   std::vector<Tensor> leaves = leaves_of(*memory, found, slots, /*pinned=*/rows[0].is_cuda());
   if (!leaves.empty()) return {true, std::move(leaves), found.layout, probe};
   return {false, {keys_tensor(keys), int64_tensor(slots), int64_tensor(found.missing)}, found.layout, probe};
 }
 
-std::tuple<std::vector<Tensor>, int64_t> table_take_keys(int64_t table, Tensor keys) {
+std::tuple<std::vector<Tensor>, int64_t> table_read(int64_t table, Tensor keys) {
   const std::shared_ptr<MemoryTable> memory = tables().get(table);
   const auto [data, count] = as_keys(keys);
   std::vector<int64_t> slots(count);
-  const Lookup found = memory->keys.lookup(data, count, slots.data());
+  const memory::Lookup found = memory->keys.lookup(data, count, slots.data());
   return {leaves_of(*memory, found, slots, /*pinned=*/false), found.layout};
 }
 
@@ -139,16 +144,16 @@ void table_insert(int64_t table, Tensor keys, int64_t layout, int64_t first) {
   tables().get(table)->keys.insert(data, count, layout, first);
 }
 
-void table_chunk(int64_t table, int64_t layout, int64_t first, std::vector<Tensor> leaves) {
+void table_add_chunk(int64_t table, int64_t layout, int64_t first, std::vector<Tensor> leaves) {
   tables().get(table)->arenas.add(layout, first, leaves);
 }
 
 std::tuple<int64_t, int64_t> table_find(int64_t table, int64_t low) {
-  const Place place = tables().get(table)->keys.find(static_cast<uint64_t>(low));
-  return {place.layout, place.slot};
+  const memory::RowLocation found = tables().get(table)->keys.find(static_cast<uint64_t>(low));
+  return {found.layout, found.slot};
 }
 
-Tensor table_lows(int64_t table) { return int64_tensor(tables().get(table)->keys.lows()); }
+Tensor table_low_keys(int64_t table) { return int64_tensor(tables().get(table)->keys.low_keys()); }
 
 // ---- disk tier
 
@@ -165,10 +170,10 @@ int64_t store_open(std::string directory, int64_t max_bytes, bool zstd, int64_t 
   return stores().add(store::Store::open(options));
 }
 
-std::tuple<Tensor, std::string> store_find(int64_t store, Tensor keys) {
+std::tuple<Tensor, std::string> store_lookup(int64_t store, Tensor keys) {
   const auto [data, count] = as_keys(keys);
   Tensor present = bool_tensor(count);
-  std::string layout = stores().get(store)->find(data, count, static_cast<uint8_t*>(present.mutable_data_ptr()));
+  std::string layout = stores().get(store)->lookup(data, count, static_cast<uint8_t*>(present.mutable_data_ptr()));
   return {present, layout};
 }
 
@@ -179,7 +184,7 @@ std::vector<Leaf> as_leaves(const std::vector<Tensor>& tensors, size_t rows) {
   for (const Tensor& t : tensors) {
     if (t.dim() == 0 || t.size(0) != static_cast<int64_t>(rows) || !t.is_contiguous() || !t.is_cpu())
       throw std::invalid_argument("leaves must be contiguous CPU tensors with one row for each key");
-    const uint64_t bytes = static_cast<uint64_t>(t.numel() * item_size(t));
+    const uint64_t bytes = static_cast<uint64_t>(t.numel() * core::item_size(t));
     leaves.push_back({static_cast<uint8_t*>(t.data_ptr()), rows == 0 ? 0 : bytes / rows});
   }
   return leaves;
@@ -193,10 +198,10 @@ Tensor store_read(int64_t store, Tensor keys, std::string layout, std::vector<Te
   return verified;
 }
 
-int64_t store_put(int64_t store, Tensor keys, std::string layout, std::vector<Tensor> leaves) {
+int64_t store_write(int64_t store, Tensor keys, std::string layout, std::vector<Tensor> leaves) {
   const auto [data, count] = as_keys(keys);
   return static_cast<int64_t>(
-      stores().get(store)->put(data, count, layout, as_leaves<store::ConstLeaf>(leaves, count)));
+      stores().get(store)->write(data, count, layout, as_leaves<store::ConstLeaf>(leaves, count)));
 }
 
 void store_flush(int64_t store) { stores().get(store)->flush(); }
@@ -214,7 +219,7 @@ std::vector<int64_t> store_stats(int64_t store) {
           static_cast<int64_t>(s.full)};
 }
 
-std::vector<std::string> store_warnings(int64_t store) { return stores().get(store)->take_warnings(); }
+std::vector<std::string> store_warnings(int64_t store) { return stores().get(store)->drain_warnings(); }
 
 // ---- maintenance
 
@@ -273,7 +278,7 @@ int64_t compact_open(std::string directory, std::vector<std::string> kept) {
   return compactions().add(std::move(compaction));
 }
 
-bool compact_take(int64_t compaction, std::string name) { return compactions().get(compaction)->take(as_id(name)); }
+bool compact_add(int64_t compaction, std::string name) { return compactions().get(compaction)->take(as_id(name)); }
 
 // In the order of store::Compaction::Counts.
 std::vector<int64_t> compact_finish(int64_t compaction) {
@@ -306,20 +311,20 @@ STABLE_TORCH_LIBRARY(torchcache, m) {
   // the layout and the watch's probe.
   m.def("table_open() -> int");
   m.def("table_lookup(int table, Tensor keys) -> (Tensor, Tensor, int)");
-  m.def("table_take(int table, Tensor[] rows, int low, int high, int watch) -> (bool, Tensor[], int, int)");
-  m.def("table_take_keys(int table, Tensor keys) -> (Tensor[], int)");
-  m.def("table_chunk(int table, int layout, int first, Tensor[] leaves) -> ()");
+  m.def("table_hash_and_read(int table, Tensor[] rows, int low, int high, int watch) -> (bool, Tensor[], int, int)");
+  m.def("table_read(int table, Tensor keys) -> (Tensor[], int)");
+  m.def("table_add_chunk(int table, int layout, int first, Tensor[] leaves) -> ()");
   m.def("table_insert(int table, Tensor keys, int layout, int first) -> ()");
   m.def("table_find(int table, int low) -> (int, int)");
-  m.def("table_lows(int table) -> Tensor");
+  m.def("table_low_keys(int table) -> Tensor");
   m.def("table_close(int table) -> ()");
 
   // Disk tier. find gives present [B] and the layout; read gives verified [B]; put gives the number of rows admitted.
   m.def(
       "store_open(str directory, int max_bytes, bool zstd, int level, int threads, bool mmap, int queue_bytes) -> int");
-  m.def("store_find(int store, Tensor keys) -> (Tensor, str)");
+  m.def("store_lookup(int store, Tensor keys) -> (Tensor, str)");
   m.def("store_read(int store, Tensor keys, str layout, Tensor(a!)[] leaves) -> Tensor");
-  m.def("store_put(int store, Tensor keys, str layout, Tensor[] leaves) -> int");
+  m.def("store_write(int store, Tensor keys, str layout, Tensor[] leaves) -> int");
   m.def("store_flush(int store) -> ()");
   m.def("store_stats(int store) -> int[]");
   m.def("store_warnings(int store) -> str[]");
@@ -327,7 +332,7 @@ STABLE_TORCH_LIBRARY(torchcache, m) {
 
   // Maintenance of a directory: maintain.h, compaction.h. summary gives idle, bytes, index bytes, blocks and then
   // codec, rows, bytes, stored bytes for each layout; verify gives position, done, rows and then kind, offset, bytes,
-  // rows for each damage; waste gives duplicates and holes for each segment; compact_take gives false for a segment in
+  // rows for each damage; waste gives duplicates and holes for each segment; compact_add gives false for a segment in
   // use.
   m.def("segment_summary(str directory, str name) -> (int[], str[])");
   m.def("segment_verify(str directory, str name, int position, int bytes) -> int[]");
@@ -335,7 +340,7 @@ STABLE_TORCH_LIBRARY(torchcache, m) {
   m.def("segment_keys(str directory, str name, str layout) -> Tensor");
   m.def("segment_remove(str path) -> bool");
   m.def("compact_open(str directory, str[] kept) -> int");
-  m.def("compact_take(int compaction, str name) -> bool");
+  m.def("compact_add(int compaction, str name) -> bool");
   m.def("compact_finish(int compaction) -> int[]");
   m.def("compact_close(int compaction) -> ()");
 }
@@ -350,17 +355,17 @@ STABLE_TORCH_LIBRARY_IMPL(torchcache, CompositeImplicitAutograd, m) {
   m.impl("watch_close", TORCH_BOX(&torchcache::watch_close));
   m.impl("table_open", TORCH_BOX(&torchcache::table_open));
   m.impl("table_lookup", TORCH_BOX(&torchcache::table_lookup));
-  m.impl("table_take", TORCH_BOX(&torchcache::table_take));
-  m.impl("table_take_keys", TORCH_BOX(&torchcache::table_take_keys));
-  m.impl("table_chunk", TORCH_BOX(&torchcache::table_chunk));
+  m.impl("table_hash_and_read", TORCH_BOX(&torchcache::table_hash_and_read));
+  m.impl("table_read", TORCH_BOX(&torchcache::table_read));
+  m.impl("table_add_chunk", TORCH_BOX(&torchcache::table_add_chunk));
   m.impl("table_insert", TORCH_BOX(&torchcache::table_insert));
   m.impl("table_find", TORCH_BOX(&torchcache::table_find));
-  m.impl("table_lows", TORCH_BOX(&torchcache::table_lows));
+  m.impl("table_low_keys", TORCH_BOX(&torchcache::table_low_keys));
   m.impl("table_close", TORCH_BOX(&torchcache::table_close));
   m.impl("store_open", TORCH_BOX(&torchcache::store_open));
-  m.impl("store_find", TORCH_BOX(&torchcache::store_find));
+  m.impl("store_lookup", TORCH_BOX(&torchcache::store_lookup));
   m.impl("store_read", TORCH_BOX(&torchcache::store_read));
-  m.impl("store_put", TORCH_BOX(&torchcache::store_put));
+  m.impl("store_write", TORCH_BOX(&torchcache::store_write));
   m.impl("store_flush", TORCH_BOX(&torchcache::store_flush));
   m.impl("store_stats", TORCH_BOX(&torchcache::store_stats));
   m.impl("store_warnings", TORCH_BOX(&torchcache::store_warnings));
@@ -371,7 +376,7 @@ STABLE_TORCH_LIBRARY_IMPL(torchcache, CompositeImplicitAutograd, m) {
   m.impl("segment_keys", TORCH_BOX(&torchcache::segment_keys));
   m.impl("segment_remove", TORCH_BOX(&torchcache::segment_remove));
   m.impl("compact_open", TORCH_BOX(&torchcache::compact_open));
-  m.impl("compact_take", TORCH_BOX(&torchcache::compact_take));
+  m.impl("compact_add", TORCH_BOX(&torchcache::compact_add));
   m.impl("compact_finish", TORCH_BOX(&torchcache::compact_finish));
   m.impl("compact_close", TORCH_BOX(&torchcache::compact_close));
 }

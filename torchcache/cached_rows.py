@@ -13,11 +13,10 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset, default_collate
 
+from torchcache.errors import MissingRows
 from torchcache.options import Options
-from torchcache.tiers.chain import MissingRows, Tiers
-from torchcache.tiers.disk import DiskTier
+from torchcache.tiers.chain import Chain
 from torchcache.tiers.layout import Layout, select
-from torchcache.tiers.memory import MemoryTier
 
 _FORMAT = "torchcache.CachedRows 1"
 _CHECK_ROWS = 256  # read at a time
@@ -47,7 +46,7 @@ class CachedRows(Dataset[Any]):
         rest: what rode along: a tuple or dict of tensors ``[N, …]`` and lists of N.
     """
 
-    def __init__(self, tiers: Tiers, keys: Tensor, rest: tuple[Any, ...] | dict[str, Any] = ()) -> None:
+    def __init__(self, tiers: Chain, keys: Tensor, rest: tuple[Any, ...] | dict[str, Any] = ()) -> None:
         self._tiers = tiers
         self.keys = keys
         self.rest = rest
@@ -87,7 +86,7 @@ class CachedRows(Dataset[Any]):
     def _lost(self, rows: list[int]) -> MissingRows:
         names = ", ".join(f"{i} (key {_hex(self.keys[i])})" for i in rows[:3])
         more = f" and {len(rows) - 3} others" if len(rows) > 3 else ""
-        where = "memory" if self._tiers.disk is None else f"memory and {self._tiers.disk.directory}"
+        where = "memory" if self._tiers.directory is None else f"memory and {self._tiers.directory}"
         return MissingRows(
             f"rows {names}{more} are not in {where}: they were cleared, removed or damaged, or are of a class that "
             "this process has not imported; torchcache.precompute with the same batches computes what is missing",
@@ -101,20 +100,20 @@ class CachedRows(Dataset[Any]):
 
         The rows themselves stay in their directory. Lists must hold what JSON can hold.
         """
-        disk = self._tiers.disk
-        if disk is None or self._tiers.options.persistent_cache_dir is None:
-            lasting = "in the memory of this process only" if disk is None else "in a temporary directory"
+        directory = self._tiers.directory
+        if directory is None or self._tiers.options.persistent_cache_dir is None:
+            lasting = "in the memory of this process only" if directory is None else "in a temporary directory"
             raise ValueError(
                 f"these rows are {lasting}, so no file can refer to them: "
                 "cache with persistent=True and persistent_cache_dir=..., then precompute again"
             )
-        disk.flush()
-        self._require_on_disk(disk)
+        self._tiers.flush()
+        self._require_on_disk()
         tensors = {"keys": self.keys}
         options = {name: getattr(self._tiers.options, name) for name in _STORE_OPTIONS}
         metadata = {
             "format": _FORMAT,
-            "directory": str(disk.directory),
+            "directory": str(directory),
             "options": json.dumps(options),
             "rest": json.dumps(_pack(self.rest, "rest", tensors)),
         }
@@ -125,12 +124,12 @@ class CachedRows(Dataset[Any]):
         finally:
             Path(temporary).unlink(missing_ok=True)
 
-    def _require_on_disk(self, disk: DiskTier) -> None:
+    def _require_on_disk(self) -> None:
+        disk = self._tiers.without_memory()
         stats = disk.stats()
         if not stats.full and not stats.dropped_rows:
             return
-        alone = Tiers(MemoryTier("cpu", 0), disk, self._tiers.options)
-        lost = sum(len(alone.missing(self.keys[i : i + _CHECK_ROWS])) for i in range(0, len(self), _CHECK_ROWS))
+        lost = sum(len(disk.missing(self.keys[i : i + _CHECK_ROWS])) for i in range(0, len(self), _CHECK_ROWS))
         if lost:
             raise ValueError(
                 f"{lost} of {len(self)} rows are not in {disk.directory}, which is full: "
@@ -164,7 +163,7 @@ class CachedRows(Dataset[Any]):
             memory_cache_device=memory_cache_device,
             **json.loads(metadata["options"]),
         )
-        return cls(Tiers.open(str(found), options), tensors["keys"], _unpack(json.loads(metadata["rest"]), tensors))
+        return cls(Chain.open(options, found), tensors["keys"], _unpack(json.loads(metadata["rest"]), tensors))
 
 
 class _Batch(list[Any]):

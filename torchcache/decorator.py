@@ -6,7 +6,6 @@ The state of an instance is one handle in its ``__dict__``.
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import inspect
 import os
@@ -17,9 +16,9 @@ from typing import Any, TypeVar
 
 import torch
 from torch import nn
-from torch._C._dynamo import eval_frame
 
 from torchcache._utils.locks import module_lock
+from torchcache._utils.torch_private import untraced
 from torchcache.engine.cache import Cache
 from torchcache.identity.fingerprint import init_arguments
 from torchcache.options import ATTRIBUTE_PREFIX, Options
@@ -141,24 +140,6 @@ def _restore(owner: type[nn.Module], options: Options | None, init: bytes) -> _H
     return _Handle(owner, options, init)
 
 
-# ---- torch.compile
-#
-# A cached call is one graph break. Importing torch._dynamo costs seconds: nothing here does before somebody else has.
-
-
-def _untraced(function: T) -> T:
-    """Marks a function that torch.compile leaves alone, with all that it calls.
-
-    torch.compiler.disable would do, but for its import, and for the microseconds of its wrapper. Where torch has these
-    names no longer, compiling goes on into the cache and breaks the graph more often.
-    """
-    with contextlib.suppress(AttributeError):
-        skip = eval_frame._FrameExecStrategy(eval_frame._FrameAction.SKIP, eval_frame._FrameAction.SKIP)
-        eval_frame.set_code_exec_strategy(function.__code__, skip)  # type: ignore[attr-defined]
-    function._torchdynamo_disable = True  # type: ignore[attr-defined]
-    return function
-
-
 # ---- classes and instances
 
 
@@ -240,7 +221,7 @@ def _dispatching(original: Forward) -> Any:
     return forward
 
 
-@_untraced
+@untraced
 def _call(module: nn.Module, forward: Forward, original: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """One call of a patched class's forward."""
     cache = _cache_of(module, forward)
@@ -261,7 +242,7 @@ class _InstanceForward:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self._call(args, kwargs)
 
-    @_untraced
+    @untraced
     def _call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         cache = _cache_of(self.module, self)
         return self.original(*args, **kwargs) if cache is None else cache.run(self.original, args, kwargs)
@@ -329,4 +310,4 @@ def _wrap_function(function: types.FunctionType, options: Options) -> Forward:
     setattr(cached, _ORIGINAL, function)
     if options.enabled:
         cached.cache_instance = cache  # type: ignore[attr-defined]
-    return _untraced(cached)
+    return untraced(cached)

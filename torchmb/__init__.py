@@ -1,7 +1,7 @@
 """Many small models of one architecture, trained as one batched model."""
 
 from .base import AbstractBatchModule, inner_batch_size, merge_batch, register_batch_module, split_batch
-from .batch import BatchModule
+from .batch_module import BatchModule
 from .check import check
 from .functional import batch_accuracy, batch_loss, batch_topk, clip_grad_norm_, per_model_lr
 from .layers import (

@@ -44,7 +44,7 @@ def _described(root: nn.Module) -> dict[str, Any]:
     modules = dict(root.named_modules(remove_duplicate=False))
     found: dict[str, Any] = {name: type_before_parametrizations(module) for name, module in modules.items()}
     names: dict[int, str] = {}
-    for name, (tensor, _) in named_tensors(root, lambda _: False).items():
+    for name, tensor in named_tensors(root, lambda _: False).items():
         found[name] = "lazy" if is_lazy(tensor) else tuple(tensor.shape)
         found |= {f"{name}.{key}": getattr(tensor, key) for key in ("dtype", "device", "requires_grad")}
         found[f"what {name} is tied to"] = names.get(id(tensor))

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from .pytree import same, take
+from .torch_private import EXTRA_STATE, copy_metadata
 
 StateDict = Mapping[str, Any]
 BatchClass = TypeVar("BatchClass", bound=type[nn.Module])
@@ -76,7 +77,7 @@ Shapes = Mapping[str, tuple[int, ...] | None]  # of one model's entries; None fo
 
 def is_extra_state(name: str) -> bool:
     """Whether an entry of a state dict is what a module's get_extra_state gives."""
-    return name.rpartition(".")[2] == "_extra_state"
+    return name.rpartition(".")[2] == EXTRA_STATE
 
 
 def entry_shapes(state: StateDict, models: bool) -> dict[str, tuple[int, ...] | None]:
@@ -134,8 +135,7 @@ def unstacked(state: StateDict, index: int) -> OrderedDict[str, Any]:
     one = OrderedDict(
         (k, v[index].clone() if isinstance(v, Tensor) and not is_extra_state(k) else v) for k, v in state.items()
     )
-    if hasattr(state, "_metadata"):
-        one._metadata = state._metadata  # type: ignore[attr-defined]
+    copy_metadata(state, one)
     return one
 
 

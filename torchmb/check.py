@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .batch import BatchModule
+from .batch_module import BatchModule
 from .pytree import map_tensors, put, take
 from .state import copied
 

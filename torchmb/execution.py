@@ -33,6 +33,7 @@ from .state import (
     swapped,
     walk,
 )
+from .torch_private import buffers_of, parameters_of, version_of
 
 Name = tuple[int, str]  # of an attribute: the number of its module, and its own
 
@@ -88,9 +89,9 @@ class Models:
         found = list({id(m): m for _, m in walk(root, is_batch_module)}.values())
         self.batch_modules = [m for m in found if isinstance(m, AbstractBatchModule)]
         self.modules = [m for m in found if not isinstance(m, AbstractBatchModule)]
-        self.parameters = slots(self.modules, "_parameters")
-        self.buffers = slots(self.modules, "_buffers")
-        self._names = [frozenset([*m._parameters, *m._buffers]) for m in self.modules]
+        self.parameters = slots(self.modules, parameters_of)
+        self.buffers = slots(self.modules, buffers_of)
+        self._names = [frozenset([*parameters_of(m), *buffers_of(m)]) for m in self.modules]
 
     @property
     def places(self) -> list[Slot]:
@@ -110,11 +111,12 @@ class Models:
         """Buffers that a forward has registered. RuntimeError for a parameter, whose gradient would be lost."""
         found: dict[Name, Tensor | None] = {}
         for i, (module, known) in enumerate(zip(self.modules, self._names, strict=True)):
-            for name in [*(module._parameters.keys() - known), *(module._buffers.keys() - known)]:
-                tensor = module._buffers.get(name, module._parameters.get(name))
+            parameters, buffers = parameters_of(module), buffers_of(module)
+            for name in [*(parameters.keys() - known), *(buffers.keys() - known)]:
+                tensor = buffers.get(name, parameters.get(name))
                 if any(tensor is slot.tensor for slot in self.places):
                     continue  # another name for it
-                if name in module._parameters:
+                if name in parameters:
                     raise RuntimeError(
                         f"{name} is made by the first forward: let the module run once before it is batched"
                     )
@@ -123,12 +125,12 @@ class Models:
 
     def register(self, buffers: dict[Name, Tensor | None]) -> None:
         for (i, name), tensor in buffers.items():
-            self.modules[i]._buffers[name] = None if tensor is None else tensor.contiguous()
+            buffers_of(self.modules[i])[name] = None if tensor is None else tensor.contiguous()
 
     def versions(self, inputs: Inputs) -> list[int]:
         """Of what a run must not have edited if it is to be repeated."""
         tensors = [*inputs.tensors, *(s.tensor for s in self.parameters)]
-        return [t._version for t in tensors if t is not None and not t.is_inference()]
+        return [version_of(t) for t in tensors if t is not None and not t.is_inference()]
 
 
 class RunLock:
@@ -303,7 +305,7 @@ def one_by_one(models: Models, inputs: Inputs) -> Any:
 
 
 def _edited(clone: Tensor, tensor: Tensor) -> bool:
-    return not clone.equal(tensor) if clone.is_inference() else clone._version > 0
+    return not clone.equal(tensor) if clone.is_inference() else version_of(clone) > 0
 
 
 def _shares(tensor: Tensor) -> Sequence[Tensor]:

@@ -7,25 +7,28 @@ torch does the same for an autograd.Function with a `vmap` method, at six times 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cache
 from threading import Lock
 from typing import Any
 
 import torch
-import torch._C._functorch as _functorch
 from torch import Tensor
-from torch._C._functorch import (
-    _add_batch_dim,
-    _remove_batch_dim,
+
+from .torch_private import (
+    add_batch_dim,
+    current_level,
     get_unwrapped,
-    maybe_current_level,
     maybe_get_bdim,
     maybe_get_level,
     pop_dynamic_layer_stack,
     push_dynamic_layer_stack,
+    remove_batch_dim,
+    set_vmap_fallback_warning,
+    unsafe_view,
+    vmap_level,
 )
-from torch._functorch.vmap import lazy_load_decompositions, vmap_increment_nesting  # type: ignore[attr-defined]
 
 Dim = int | None  # where the models are; None: the same tensor for all of them
 Batched = tuple[Tensor, Dim]
@@ -55,7 +58,7 @@ class _Quiet:
 
     def _turn(self, fused: bool, remarks: bool) -> None:
         torch.backends.mha.set_fastpath_enabled(fused)
-        _functorch._set_vmap_fallback_warning_enabled(remarks)  # type: ignore[attr-defined]
+        set_vmap_fallback_warning(remarks)
 
 
 quiet = _Quiet()
@@ -64,24 +67,25 @@ quiet = _Quiet()
 @contextmanager
 def under_vmap(batch: int) -> Iterator[int]:
     """torch.func.vmap by its parts, for tensors that `wrap` has wrapped, without 100 µs of flattening → its level."""
-    lazy_load_decompositions()
-    with quiet, vmap_increment_nesting(batch, "different") as level:
+    _load_decompositions()
+    with quiet, vmap_level(batch) as level:
         yield level
+
+
+@cache
+def _load_decompositions() -> None:
+    """torch.func.vmap itself registers decompositions of losses, when it first runs."""
+    torch.func.vmap(lambda x: x)(torch.zeros(1))
 
 
 def wrap(x: Tensor, level: int) -> Tensor:
     """(M, …) → what one model sees of it."""
-    return _add_batch_dim(x, 0, level)
+    return add_batch_dim(x, 0, level)
 
 
 def models_of(x: Tensor, level: int, batch: int) -> Tensor:
     """What one model sees → (M, …)."""
-    return _remove_batch_dim(x, level, batch, 0)
-
-
-def current_level() -> int:
-    """The number of the innermost transform; 0 if there is none."""
-    return maybe_current_level() or 0
+    return remove_batch_dim(x, level, batch, 0)
 
 
 def is_batched(x: Any, level: int | None = None) -> bool:
@@ -93,6 +97,11 @@ def unwrap(x: Any, level: int) -> tuple[Any, Dim]:
     if isinstance(x, Tensor) and maybe_get_level(x) == level:
         return get_unwrapped(x), maybe_get_bdim(x)
     return x, None
+
+
+def is_transformed(x: Tensor) -> bool:
+    """Whether `x` belongs to a transform of torch.func that still runs."""
+    return maybe_get_level(x) != -1
 
 
 def lift(kernel: Callable[..., Batched], *operands: Any) -> Tensor:
@@ -109,7 +118,7 @@ def lift_all(kernel: Callable[..., list[Batched]], *operands: Any) -> list[Tenso
         outputs = kernel(*unwrapped)
     finally:
         push_dynamic_layer_stack(transform)
-    return [x if dim is None else _add_batch_dim(x, dim, level) for x, dim in outputs]
+    return [x if dim is None else add_batch_dim(x, dim, level) for x, dim in outputs]
 
 
 def models_first(x: Tensor, dim: Dim, batch: int) -> Tensor:
@@ -129,15 +138,9 @@ def batch_size(*given: tuple[Any, Dim]) -> int:
     return next(int(x.shape[dim]) for x, dim in given if dim is not None)
 
 
-def reshaped(x: Tensor, sizes: Sequence[int]) -> Tensor:
-    """x.view(sizes), which for autograd is no view: nobody else holds x, and editing a view costs two copies more."""
-    view: Tensor = torch.ops.aten._unsafe_view.default(x, sizes)
-    return view
-
-
 def split_dim(x: Tensor, dim: int, batch: int) -> Tensor:
     """x, that nobody else holds, with `dim` split into (batch, rest)."""
-    return reshaped(x, (*x.shape[:dim], batch, x.shape[dim] // batch, *x.shape[dim + 1 :]))
+    return unsafe_view(x, (*x.shape[:dim], batch, x.shape[dim] // batch, *x.shape[dim + 1 :]))
 
 
 def folded(x: Tensor, dim: int) -> tuple[Tensor, int]:

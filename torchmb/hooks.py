@@ -13,15 +13,7 @@ from torch.utils.hooks import BackwardHook
 from .base import AbstractBatchModule, merge_batch, split_batch
 from .functorch import Batched, lift_all, models_first
 from .pytree import map_tensors, put, take
-
-HOOKS = (
-    "_forward_pre_hooks",
-    "_forward_pre_hooks_with_kwargs",
-    "_forward_hooks",
-    "_forward_hooks_with_kwargs",
-    "_backward_pre_hooks",
-    "_backward_hooks",
-)
+from .torch_private import HOOKS, hooks_of
 
 
 def outside(function: Callable[..., Any], batch: int, *values: Any) -> Any:
@@ -50,9 +42,7 @@ def run_merged(module: AbstractBatchModule, forward: Callable[..., Any], *args: 
 
 
 def has_hooks(module: nn.Module) -> bool:
-    return bool(
-        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
-    )
+    return any(hooks_of(module))
 
 
 def _computes_weights(hook: Any) -> bool:
@@ -65,48 +55,46 @@ class _Hooked:
 
     def __init__(self, module: nn.Module, batch: int) -> None:
         self._batch = batch
-        self._own = {name: module.__dict__[name] for name in HOOKS}
-        self._backward = bool(module._backward_hooks or module._backward_pre_hooks)
+        self._own = {name: vars(module)[name] for name in HOOKS}
+        self._pre, self._pre_with_kwargs, self._post, self._post_with_kwargs, *backward = hooks_of(module)
+        self._backward_pre, self._backward = backward
+        self._has_backward = any(backward)
 
     def pre(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
         """Runs the pre-hooks, and prepares for hooks of the backward."""
-        with_kwargs = self._own["_forward_pre_hooks_with_kwargs"]
-        for number, hook in list(self._own["_forward_pre_hooks"].items()):
+        for number, hook in list(self._pre.items()):
             if _computes_weights(hook):
                 hook(module, args)
-            elif number in with_kwargs:
+            elif number in self._pre_with_kwargs:
                 changed = outside(lambda a, k, h=hook: h(module, a, k), self._batch, args, kwargs)
                 args, kwargs = (args, kwargs) if changed is None else changed
             else:
                 changed = outside(lambda a, h=hook: h(module, a), self._batch, args)
                 if changed is not None:
                     args = changed if isinstance(changed, tuple) else (changed,)
-        if self._backward:
-            full = list(self._own["_backward_hooks"].values())
-            self._hook = BackwardHook(module, full, list(self._own["_backward_pre_hooks"].values()))
+        if self._has_backward:
+            self._hook = BackwardHook(module, list(self._backward.values()), list(self._backward_pre.values()))
             args = outside(lambda a: self._hook.setup_input_hook(a), self._batch, args)  # type: ignore[no-untyped-call]
         return args, kwargs
 
     def post(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
-        with_kwargs = self._own["_forward_hooks_with_kwargs"]
-        for number, hook in list(self._own["_forward_hooks"].items()):
-            if number in with_kwargs:
+        for number, hook in list(self._post.items()):
+            if number in self._post_with_kwargs:
                 changed = outside(lambda a, k, o, h=hook: h(module, a, k, o), self._batch, args, kwargs, output)
             else:
                 changed = outside(lambda a, o, h=hook: h(module, a, o), self._batch, args, output)
             output = output if changed is None else changed
-        if self._backward:
+        if self._has_backward:
             output = outside(lambda o: self._hook.setup_output_hook(o), self._batch, output)  # type: ignore[no-untyped-call]
         return output
 
     def replace(self, module: nn.Module) -> None:
-        for name in HOOKS:
-            module.__dict__[name] = OrderedDict()
+        vars(module).update({name: OrderedDict() for name in HOOKS})
         module.register_forward_pre_hook(self.pre, with_kwargs=True)
         module.register_forward_hook(self.post, with_kwargs=True)
 
     def put_back(self, module: nn.Module) -> None:
-        module.__dict__.update(self._own)
+        vars(module).update(self._own)
 
 
 @contextmanager

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from .functorch import Batched, Dim, models_first
 from .rules import convolution, linear, lookup, normalisation, pooling
+from .torch_private import reversed_padding
 
 Layer = Any  # a module with the attributes of the layer in question, and with weights (M, …)
 Run = Callable[[Layer, Tensor, Dim, int], Batched]
@@ -60,7 +61,7 @@ def _convolution(layer: Layer, x: Tensor, dim: Dim, batch: int) -> Batched:
     function = convolution.CONVOLUTIONS[len(layer.kernel_size)]
     if layer.padding_mode == "zeros":
         return _convolve(function, layer, x, dim)
-    pads, mode = layer._reversed_padding_repeated_twice, layer.padding_mode
+    pads, mode = reversed_padding(layer), layer.padding_mode
     x, dim = pooling.each_image(lambda images: F.pad(images, pads, mode=mode), x, dim)
     return _convolve(function, layer, x, dim, padding=0)
 

@@ -13,11 +13,11 @@ from inspect import Parameter, Signature, signature
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
-from torch.nn.modules.conv import _ConvTransposeNd
 
 from .base import AbstractBatchModule, split_batch
 from .layer_kernels import run_layer
 from .state import plain_attributes, stack_tensors
+from .torch_private import buffers_of, parameters_of
 
 
 def _with_batch(layer: type[nn.Module]) -> Signature:
@@ -52,9 +52,9 @@ class _BatchLayer(AbstractBatchModule):
         first = modules[0]
         self.__dict__.update(plain_attributes(first))
         stacked = stack_tensors(modules, lambda _: False)
-        for name, parameter in first._parameters.items():
+        for name, parameter in parameters_of(first).items():
             self.register_parameter(name, None if parameter is None else stacked[id(parameter)])  # type: ignore[arg-type]
-        for name, buffer in first._buffers.items():
+        for name, buffer in buffers_of(first).items():
             self.register_buffer(name, None if buffer is None else stacked[id(buffer)])
         self.training = first.training
 
@@ -84,27 +84,43 @@ class BatchConv3d(_BatchLayer):
     base_class = nn.Conv3d
 
 
-class _BatchConvTranspose(_BatchLayer):
-    base_class: type[nn.Module] = _ConvTransposeNd
+class _WithOutputSize:
+    """The additional argument of transposed convolutions."""
 
-    def forward(self, input: Tensor, output_size: list[int] | None = None) -> Tensor:
+    def forward(self, input: Tensor, output_size: Sequence[int] | None = None) -> Tensor:
         """(B · M, …), index b * M + m → the same order. `output_size`: as the counterpart takes it."""
         layer: Any = copy(self)
         if output_size is not None:
-            options = layer.stride, layer.padding, layer.kernel_size, len(layer.kernel_size), layer.dilation
-            layer.output_padding = tuple(_ConvTransposeNd._output_padding(layer, input, output_size, *options))
+            layer.output_padding = _output_padding(layer, input.shape, list(output_size))
         return _BatchLayer.forward(layer, input)
 
 
-class BatchConvTranspose1d(_BatchConvTranspose):
+def _output_padding(layer: Any, shape: Sequence[int], output_size: list[int]) -> tuple[int, ...]:
+    """What to add at one side of each spatial dimension. ValueError, as torch's, if the size is out of reach."""
+    spatial = len(layer.kernel_size)
+    sizes = output_size[2:] if len(output_size) == spatial + 2 else output_size
+    if len(sizes) != spatial:
+        raise ValueError(f"output_size must have {spatial} or {spatial + 2} elements, got {len(output_size)}")
+    options = zip(shape[2:], layer.stride, layer.padding, layer.dilation, layer.kernel_size)
+    smallest = [(size - 1) * s - 2 * p + d * (k - 1) + 1 for size, s, p, d, k in options]
+    largest = [size + s - 1 for size, s in zip(smallest, layer.stride)]
+    if any(not a <= size <= b for a, size, b in zip(smallest, sizes, largest)):
+        raise ValueError(
+            f"requested an output size of {sizes}, but valid sizes range from {smallest} to {largest} "
+            f"(for an input of {tuple(shape[2:])})"
+        )
+    return tuple(size - a for size, a in zip(sizes, smallest))
+
+
+class BatchConvTranspose1d(_WithOutputSize, _BatchLayer):
     base_class = nn.ConvTranspose1d
 
 
-class BatchConvTranspose2d(_BatchConvTranspose):
+class BatchConvTranspose2d(_WithOutputSize, _BatchLayer):
     base_class = nn.ConvTranspose2d
 
 
-class BatchConvTranspose3d(_BatchConvTranspose):
+class BatchConvTranspose3d(_WithOutputSize, _BatchLayer):
     base_class = nn.ConvTranspose3d
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.module import _has_any_global_hook
 
 from .execution import Inputs
 from .functorch import Dim, in_order, models_first
@@ -16,12 +15,13 @@ from .hooks import has_hooks
 from .layer_kernels import ELEMENTWISE, FRESH, LAYERS, linear_layer
 from .pytree import Place
 from .rules.convolution import channels_last
+from .torch_private import has_any_global_hook, parameters_of
 
 
 def native(template: nn.Module, inputs: Inputs, batch: int) -> Tensor | None:
     """The output (M, B, …) if the template is such a tree and has one tensor as its argument, else None."""
     args, kwargs = inputs.rest
-    if len(args) != 1 or kwargs or _has_any_global_hook():  # type: ignore[no-untyped-call]
+    if len(args) != 1 or kwargs or has_any_global_hook():
         return None
     x, dim = (inputs.tensors[0], 0) if isinstance(args[0], Place) else (args[0], None)
     if type(x) is not Tensor:
@@ -42,7 +42,7 @@ def _plan(module: nn.Module, dims: int | None, layers: list[nn.Module]) -> int |
             dims = _plan(child, dims, layers)
         return dims
     layer = LAYERS.get(type(module))
-    if layer is None or any(type(p) is not nn.Parameter for p in module._parameters.values() if p is not None):
+    if layer is None or any(type(p) is not nn.Parameter for p in parameters_of(module).values() if p is not None):
         return None
     layers.append(module)
     return layer.fits(module, dims)

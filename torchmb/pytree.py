@@ -9,7 +9,8 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import SUPPORTED_NODES, is_namedtuple_instance, tree_flatten, tree_unflatten
+
+from .torch_private import map_children
 
 
 class Place(NamedTuple):
@@ -31,10 +32,8 @@ def map_leaves(function: Callable[[Any], Any], value: Any) -> Any:
         return {key: map_leaves(function, x) for key, x in value.items()}
     if is_dataclass(value) and not isinstance(value, type):
         return _map_fields(function, value)
-    if kind in SUPPORTED_NODES or is_namedtuple_instance(value):
-        children, spec = tree_flatten(value, is_leaf=lambda x: x is not value)
-        return tree_unflatten([map_leaves(function, x) for x in children], spec)
-    return function(value)
+    mapped = map_children(lambda child: map_leaves(function, child), value)
+    return function(value) if mapped is NotImplemented else mapped
 
 
 _PLAIN = {Tensor, nn.Parameter, Place, int, float, bool, str, type(None)}

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from .state import copied
+from .torch_private import RESETS
 
 
 def initialised(module: nn.Module, seeds: Sequence[int]) -> list[nn.Module]:
@@ -32,7 +33,7 @@ def initialised(module: nn.Module, seeds: Sequence[int]) -> list[nn.Module]:
 
 @torch.no_grad()
 def _reset(module: nn.Module) -> None:
-    for name in ("reset_parameters", "_reset_parameters"):
+    for name in RESETS:
         if callable(reset := getattr(module, name, None)):
             reset()
             return

@@ -13,10 +13,11 @@ from torch.nn.parameter import is_lazy
 
 from .base import AbstractBatchModule
 from .pytree import map_tensors, take
+from .torch_private import FLAT_WEIGHTS, buffers_of, children_of, mark_as_parameter, parameters_of
 
 
 class Slot(NamedTuple):
-    """Where a module keeps a tensor: its `_parameters` or `_buffers`, and the name there."""
+    """A place of a tensor in a module: the dict of its parameters or buffers, and the name there."""
 
     tensors: dict[str, Tensor | None]
     name: str
@@ -30,13 +31,14 @@ class Slot(NamedTuple):
 
 
 Stop = Callable[[nn.Module], Any]
+TensorsOf = Callable[[nn.Module], dict[str, Any]]  # parameters_of or buffers_of
 
 
 def walk(root: nn.Module, stop: Stop, name: str = "") -> Iterator[tuple[str, nn.Module]]:
     """(name, module) of each place in the tree, without what lies below modules for which `stop` is true."""
     yield name, root
     if not stop(root):
-        for child, module in root._modules.items():
+        for child, module in children_of(root).items():
             if module is not None:
                 yield from walk(module, stop, f"{name}.{child}" if name else child)
 
@@ -50,19 +52,19 @@ def plain_modules(root: nn.Module, stop: Stop = is_batch_module) -> list[nn.Modu
     return [m for m in {id(m): m for _, m in walk(root, stop)}.values() if not stop(m)]
 
 
-def slots(modules: Iterable[nn.Module], kind: str) -> list[Slot]:
+def slots(modules: Iterable[nn.Module], tensors_of: TensorsOf) -> list[Slot]:
     """Each place of a tensor or None; a tied parameter has several."""
-    return [Slot(getattr(m, kind), name) for m in modules for name in getattr(m, kind)]
+    return [Slot(tensors_of(m), name) for m in modules for name in tensors_of(m)]
 
 
-def named_tensors(root: nn.Module, stop: Stop) -> dict[str, tuple[Tensor, str]]:
-    """Name → tensor, and where modules keep it ("_parameters" or "_buffers"); what is tied has several names."""
+def named_tensors(root: nn.Module, stop: Stop) -> dict[str, Tensor]:
+    """Name → parameter or buffer; a tied tensor has several names."""
     return {
-        f"{name}.{own}" if name else own: (tensor, kind)
+        f"{name}.{own}" if name else own: tensor
         for name, module in walk(root, stop)
         if not stop(module)
-        for kind in ("_parameters", "_buffers")
-        for own, tensor in getattr(module, kind).items()
+        for tensors_of in (parameters_of, buffers_of)
+        for own, tensor in tensors_of(module).items()
         if tensor is not None
     }
 
@@ -71,17 +73,17 @@ def stack_tensors(modules: Sequence[nn.Module], stop: Stop) -> dict[int, Tensor]
     """id of each tensor of the first module → that of all modules, (M, …); they are alike. ValueError if it is lazy."""
     all_tensors = [named_tensors(m, stop) for m in modules]
     found: dict[int, Tensor] = {}
-    for name, (tensor, kind) in all_tensors[0].items():
+    for name, tensor in all_tensors[0].items():
         if is_lazy(tensor):
             raise ValueError(f"{name} has no shape yet: run the lazy module once before it is batched")
         if id(tensor) not in found:
-            found[id(tensor)] = _stacked(kind, [tensors[name][0] for tensors in all_tensors])
+            found[id(tensor)] = _stacked([tensors[name] for tensors in all_tensors])
     return found
 
 
-def _stacked(kind: str, tensors: Sequence[Tensor]) -> Tensor:
+def _stacked(tensors: Sequence[Tensor]) -> Tensor:
     values = torch.stack([t.detach() for t in tensors])
-    return nn.Parameter(values, tensors[0].requires_grad) if kind == "_parameters" else values
+    return nn.Parameter(values, tensors[0].requires_grad) if isinstance(tensors[0], nn.Parameter) else values
 
 
 def copied(root: nn.Module, instead: dict[int, Any] | None = None) -> nn.Module:
@@ -102,12 +104,12 @@ def swapped(modules: Sequence[nn.Module], places: Sequence[Slot], tensors: Seque
     forward has put there. What it has registered is gone, but for another name of what was there before.
     """
     registered: list[tuple[dict[str, Any], frozenset[str]]] = [
-        (own, frozenset(own)) for m in modules for own in (m._parameters, m._buffers)
+        (own, frozenset(own)) for m in modules for own in (parameters_of(m), buffers_of(m))
     ]
     before = [slot.tensor for slot in places]
     for old, new in zip(before, tensors, strict=True):
         if new is not None and isinstance(old, nn.Parameter):
-            new._is_param = True  # for which isinstance(…, nn.Parameter) asks
+            mark_as_parameter(new)
     now = {id(old): new for old, new in zip(before, tensors, strict=True) if old is not None}
     aliases = [
         (m, name, value)
@@ -142,7 +144,7 @@ def _mentions(value: Any, tensors: dict[int, Any]) -> bool:
 
 
 _REGISTRIES = frozenset(vars(nn.Module()))
-_TORCHS_OWN = _REGISTRIES | {"_flat_weights", "_flat_weight_refs"}
+_TORCHS_OWN = _REGISTRIES | FLAT_WEIGHTS
 
 
 def plain_attributes(module: nn.Module) -> dict[str, Any]:
@@ -158,7 +160,7 @@ class Attributes:
     """What modules hold besides parameters, buffers and modules, as it was: to see and undo what a forward does."""
 
     def __init__(self, modules: Sequence[nn.Module]) -> None:
-        self._modules = modules
+        self._owners = modules
         self._before = [dict(m.__dict__) for m in modules]
         self.plain = {(i, n): value for i, m in enumerate(modules) for n, value in plain_attributes(m).items()}
         self._contents = {
@@ -169,7 +171,7 @@ class Attributes:
         }
 
     def restore(self) -> None:
-        for module, before in zip(self._modules, self._before, strict=True):
+        for module, before in zip(self._owners, self._before, strict=True):
             for name in module.__dict__.keys() - before.keys():
                 del module.__dict__[name]
             module.__dict__.update(before)
@@ -183,7 +185,7 @@ class Attributes:
         """
         copies: dict[int, Any] = {}
         found = {}
-        for i, (module, before) in enumerate(zip(self._modules, self._before, strict=True)):
+        for i, (module, before) in enumerate(zip(self._owners, self._before, strict=True)):
             now = plain_attributes(module)
             for name, value in now.items():
                 if name not in before or before[name] is not value or any(map(self._differs, _containers(value))):

@@ -9,7 +9,7 @@
 #include "hash/sources.h"
 #include "hash/team.h"
 
-namespace torchcache {
+namespace torchcache::hash {
 
 constexpr int64_t kLeaf = kLeafBytes;
 
@@ -59,12 +59,12 @@ TORCHCACHE_HD Message message_at(const Batch& batch, int64_t number) {
 }
 
 // Who a thread of a launch is: one lane of team `first`, which takes every `step`-th message from there on.
-struct Place {
+struct TeamPosition {
   int64_t first, step;
   int lane;
 };
 
-TORCHCACHE_HD Place place_of(int64_t block, int thread, int64_t blocks, int threads) {
+TORCHCACHE_HD TeamPosition team_position(int64_t block, int thread, int64_t blocks, int threads) {
   const int64_t teams = threads / kLanes;
   return {block * teams + thread / kLanes, blocks * teams, thread % kLanes};
 }
@@ -122,4 +122,4 @@ TORCHCACHE_DEVICE void digest_batch(Team& team, const Batch& batch, int64_t firs
   }
 }
 
-}  // namespace torchcache
+}  // namespace torchcache::hash

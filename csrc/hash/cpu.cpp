@@ -4,9 +4,9 @@
 #include <algorithm>
 #include <cstring>
 
-#include "parallel.h"
+#include "core/parallel.h"
 
-namespace torchcache {
+namespace torchcache::hash {
 namespace {
 
 // Measured: below about 1 MB of input a second thread costs more than it brings.
@@ -64,7 +64,7 @@ std::vector<Digest> row_digests(const Rows& rows) {
   const int64_t leaves = std::max<int64_t>(1, (rows.bytes + kLeaf - 1) / kLeaf), total = rows.count * leaves;
   std::vector<Digest> result(total);
   const int64_t leaf_bytes = std::clamp<int64_t>(rows.bytes, 1, kLeaf);
-  parallel(total, kLeavesPerThread * kLeaf / leaf_bytes, [&](int64_t begin, int64_t end) {
+  core::parallel(total, kLeavesPerThread * kLeaf / leaf_bytes, [&](int64_t begin, int64_t end) {
     int64_t row = begin / leaves, index = begin % leaves;
     for (int64_t i = begin; i < end; ++i) {
       result[i] = leaf(rows, row, index);
@@ -83,7 +83,7 @@ std::vector<Digest> row_digests(const Rows& rows) {
 
 std::vector<Digest> keys_of_digests(Digest call, const std::vector<std::vector<Digest>>& arguments, int64_t batch) {
   std::vector<Digest> keys(batch);
-  parallel(batch, kKeysPerThread, [&](int64_t begin, int64_t end) {
+  core::parallel(batch, kKeysPerThread, [&](int64_t begin, int64_t end) {
     std::vector<uint8_t> bytes(16 * (1 + arguments.size()));
     to_canonical(call, bytes.data());
     for (int64_t i = begin; i < end; ++i) {
@@ -94,4 +94,4 @@ std::vector<Digest> keys_of_digests(Digest call, const std::vector<std::vector<D
   return keys;
 }
 
-}  // namespace torchcache
+}  // namespace torchcache::hash

@@ -1,4 +1,4 @@
-// The hash on CUDA devices: kernels that hash messages by teams of eight threads, and what is around them: the caller's
+// The hash on CUDA devices: kernels that hash messages by teams of eight threads, and what they need: the caller's
 // stream, memory on the device by torch's allocator, pinned memory for the one transfer. Which thread reads what is
 // said in team.h, batch.h and plan.h, which tests run without a device.
 #include <algorithm>
@@ -10,16 +10,21 @@
 #include <utility>
 #include <vector>
 
-#include "cuda.cuh"
+#include "core/cuda.cuh"
 #include "hash/batch.h"
 #include "hash/device.h"
 #include "hash/plan.h"
 #include "hash/sources.h"
 #include "hash/team.h"
 
-namespace torchcache {
+namespace torchcache::hash {
 namespace {
 
+using core::check;
+using core::Current;
+using core::current_stream;
+using core::device_memory;
+using core::refuse_capture;
 using torch::stable::Tensor;
 
 constexpr int kThreads = 128;     // of a block: 16 teams
@@ -68,7 +73,7 @@ class ThreadTeam {
 
 template <class Source>
 __global__ void __launch_bounds__(kThreads, kBlocksAtOnce) digest_kernel(const __grid_constant__ Batch batch) {
-  const Place place = place_of(blockIdx.x, threadIdx.x, gridDim.x, kThreads);
+  const TeamPosition place = team_position(blockIdx.x, threadIdx.x, gridDim.x, kThreads);
   ThreadTeam team(place.lane);
   digest_batch<Source>(team, batch, place.first, place.step);
 }
@@ -80,11 +85,11 @@ __global__ void sample_kernel(const Sample* samples, int64_t count, uint64_t* ou
 
 // ---- pinned memory
 
-// Pinned memory for answers. What is given back is kept for the next one, for ever: operations may still run in other
-// threads while the process exits.
+// Pinned memory for results. A released buffer is reused and never freed: operations may still run in other threads
+// while the process exits.
 class Pinned {
  public:
-  explicit Pinned(size_t bytes) : buffer_(take(bytes)) {}
+  explicit Pinned(size_t bytes) : buffer_(acquire(bytes)) {}
   ~Pinned() {
     std::lock_guard lock(mutex());
     spare().push_back(buffer_);
@@ -109,7 +114,7 @@ class Pinned {
     return *instance;
   }
 
-  static Buffer take(size_t bytes) {
+  static Buffer acquire(size_t bytes) {
     constexpr size_t kSmallest = 64 << 10;
     {
       std::lock_guard lock(mutex());
@@ -131,10 +136,10 @@ class Pinned {
   Buffer buffer_;
 };
 
-// ---- questions and answers
+// ---- requests
 
-struct ListOnDevice : SampleList {
-  ListOnDevice(int32_t where, const std::vector<Sample>& samples)
+struct DeviceSampleList : SampleList {
+  DeviceSampleList(int32_t where, const std::vector<Sample>& samples)
       : SampleList(where, samples.size()), memory(device_memory(where, static_cast<int64_t>(2 * samples.size()))) {
     if (samples.empty()) return;
     const cudaStream_t stream = current_stream(where);
@@ -158,13 +163,13 @@ void launch(const Batch& batch, cudaStream_t stream) {
   check(cudaGetLastError(), "starting a hash kernel");
 }
 
-class QueuedAnswer : public Answer {
+class QueuedHash : public PendingHash {
  public:
-  QueuedAnswer(int32_t device, Question question) : device_(device), question_(std::move(question)) {
-    if (question_.keyed) {
-      count_ = question_.rows[0].count;
+  QueuedHash(int32_t device, HashRequest request) : device_(device), request_(std::move(request)) {
+    if (request_.keyed) {
+      count_ = request_.rows[0].count;
     } else {
-      for (const Rows& rows : question_.rows) count_ += rows.count;
+      for (const Rows& rows : request_.rows) count_ += rows.count;
     }
     const int64_t words = 2 * count_ + list_size();
     if (words == 0) return;
@@ -174,21 +179,21 @@ class QueuedAnswer : public Answer {
     pinned_ = std::make_unique<Pinned>(8 * words);
     const Tensor result = device_memory(device, words), space = device_memory(device, 2 * space_needed());
     queue(static_cast<Canonical*>(result.mutable_data_ptr()), static_cast<Canonical*>(space.mutable_data_ptr()));
-    waiting_ = true;
+    pending_ = true;
     check(cudaMemcpyAsync(pinned_->words(), result.const_data_ptr(), 8 * words, cudaMemcpyDeviceToHost, stream_),
           "copying keys to the host");
   }
 
-  ~QueuedAnswer() override {
+  ~QueuedHash() override {
     try {
       wait();        // the transfer must not write into memory of somebody else
-    } catch (...) {  // the device is lost; whoever asks next will be told
+    } catch (...) {  // the device is lost; the next call on it will say so
     }
   }
 
   void wait() override {
-    if (!waiting_) return;
-    waiting_ = false;
+    if (!pending_) return;
+    pending_ = false;
     const Current current(device_);
     check(cudaStreamSynchronize(stream_), "waiting for keys");
   }
@@ -196,67 +201,65 @@ class QueuedAnswer : public Answer {
   std::vector<Digest> digests() const override {
     std::vector<Digest> result(count_);
     if (count_ == 0) return result;
-    const auto* answer = reinterpret_cast<const Canonical*>(pinned_->words());
-    std::transform(answer, answer + count_, result.begin(), number);
+    const auto* digests = reinterpret_cast<const Canonical*>(pinned_->words());
+    std::transform(digests, digests + count_, result.begin(), number);
     return result;
   }
 
   const uint64_t* values() const override { return list_size() == 0 ? nullptr : pinned_->words() + 2 * count_; }
 
  private:
-  int64_t list_size() const {
-    return question_.samples == nullptr ? 0 : static_cast<int64_t>(question_.samples->count);
-  }
+  int64_t list_size() const { return request_.samples == nullptr ? 0 : static_cast<int64_t>(request_.samples->count); }
 
-  int64_t space_needed() const { return question_.keyed ? space_for_keys(question_.rows) : space_for(question_.rows); }
+  int64_t space_needed() const { return request_.keyed ? space_for_keys(request_.rows) : space_for(request_.rows); }
 
   void queue(Canonical* result, Canonical* space) const {
     const auto start = [this](const Batch& batch) { launch(batch, stream_); };
     Canonical* next = result;
-    if (question_.keyed) {
-      launch_keys(question_.rows, question_.call, space, result, start);
+    if (request_.keyed) {
+      launch_keys(request_.rows, request_.call, space, result, start);
       next += count_;
     } else {
-      for (const Rows& rows : question_.rows) {
+      for (const Rows& rows : request_.rows) {
         start(batch_of(rows, space, next));
         next += rows.count;
       }
     }
-    if (list_size() > 0) look(reinterpret_cast<uint64_t*>(next));
+    if (list_size() > 0) read_samples(reinterpret_cast<uint64_t*>(next));
   }
 
-  void look(uint64_t* out) const {
-    const auto& list = static_cast<const ListOnDevice&>(*question_.samples);
+  void read_samples(uint64_t* out) const {
+    const auto& list = static_cast<const DeviceSampleList&>(*request_.samples);
     const auto blocks = static_cast<unsigned>((list_size() + kThreads - 1) / kThreads);
     sample_kernel<<<blocks, kThreads, 0, stream_>>>(static_cast<const Sample*>(list.memory.const_data_ptr()),
                                                     list_size(), out);
-    check(cudaGetLastError(), "starting the kernel that looks at samples");
+    check(cudaGetLastError(), "starting the kernel that reads samples");
   }
 
   int32_t device_;
-  Question question_;
+  HashRequest request_;
   int64_t count_ = 0;  // digests
   cudaStream_t stream_ = nullptr;
   std::unique_ptr<Pinned> pinned_;
-  bool waiting_ = false;
+  bool pending_ = false;
 };
 
-class Cuda : public Device {
+class CudaHasher : public DeviceHasher {
  public:
-  std::unique_ptr<Answer> ask(int32_t device, Question question) const override {
-    return std::make_unique<QueuedAnswer>(device, std::move(question));
+  std::unique_ptr<PendingHash> enqueue(int32_t device, HashRequest request) const override {
+    return std::make_unique<QueuedHash>(device, std::move(request));
   }
 
-  std::shared_ptr<const SampleList> keep(int32_t device, const std::vector<Sample>& samples) const override {
+  std::shared_ptr<const SampleList> upload_samples(int32_t device, const std::vector<Sample>& samples) const override {
     const Current current(device);
     refuse_capture(current_stream(device));
-    return std::make_shared<ListOnDevice>(device, samples);
+    return std::make_shared<DeviceSampleList>(device, samples);
   }
 
   std::vector<int64_t> architectures() const override { return {__CUDA_ARCH_LIST__}; }
 };
 
-const bool registered = (register_cuda(new Cuda), true);
+const bool registered = (register_device_hasher(new CudaHasher), true);
 
 }  // namespace
-}  // namespace torchcache
+}  // namespace torchcache::hash

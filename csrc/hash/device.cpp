@@ -1,17 +1,17 @@
 #include "hash/device.h"
 
-namespace torchcache {
+namespace torchcache::hash {
 namespace {
 
-const Device*& registered() {
-  static const Device* device = nullptr;
-  return device;
+const DeviceHasher*& registered() {
+  static const DeviceHasher* hasher = nullptr;
+  return hasher;
 }
 
 }  // namespace
 
-const Device* cuda() { return registered(); }
+const DeviceHasher* device_hasher() { return registered(); }
 
-void register_cuda(const Device* device) { registered() = device; }
+void register_device_hasher(const DeviceHasher* hasher) { registered() = hasher; }
 
-}  // namespace torchcache
+}  // namespace torchcache::hash

@@ -1,5 +1,5 @@
-// What is asked of a CUDA device, and who answers. No torch and no CUDA here: a library without CUDA has everything but
-// the answers (cuda.cu).
+// Hash requests to a CUDA device. No torch and no CUDA here: a library without CUDA lacks only the implementation
+// (cuda.cu).
 #pragma once
 
 #include <cstdint>
@@ -11,9 +11,9 @@
 #include "hash/layout.h"
 #include "hash/xxh3.h"
 
-namespace torchcache {
+namespace torchcache::hash {
 
-// Up to 64 bytes somewhere on a device, which are looked at as one number.
+// Up to 64 bytes somewhere on a device, which a probe reads as one number.
 struct Sample {
   static constexpr uint64_t kMost = xxh3::kStripe;
   const uint8_t* at;
@@ -31,7 +31,7 @@ struct Sample {
   }
 };
 
-// Samples to look at again and again; the list of them lies on their device.
+// Samples that are read again and again. The list of them lies on their device.
 struct SampleList {
   int32_t device;
   size_t count;
@@ -41,18 +41,18 @@ struct SampleList {
   SampleList(int32_t where, size_t n) : device(where), count(n) {}
 };
 
-// All that a call wants of one device: one answer, one transfer, one wait.
-struct Question {
+// All that a call needs of one device, with one transfer and one wait.
+struct HashRequest {
   std::vector<Rows> rows;
-  bool keyed = false;  // the rows are the arguments of one batch, of which the keys are wanted, not the row digests
+  bool keyed = false;  // the rows are the arguments of one batch, whose keys are wanted instead of the row digests
   Digest call{};
   std::shared_ptr<const SampleList> samples;  // or none
 };
 
-// Work that was queued on the caller's stream. Waits for it when it is destroyed.
-class Answer {
+// A request that was enqueued on the caller's stream. The destructor waits for it.
+class PendingHash {
  public:
-  virtual ~Answer() = default;
+  virtual ~PendingHash() = default;
   virtual void wait() = 0;
 
   // After wait(): the keys, or the digests of all rows in order; and the values of the samples.
@@ -61,21 +61,22 @@ class Answer {
 };
 
 // Thread-safe. Everything is queued on the stream that is current for the calling thread, on the device that is named,
-// whichever is current. std::runtime_error while that stream captures a graph: the answer would be that of the capture,
-// for ever.
-class Device {
+// whichever is current. std::runtime_error while that stream captures a graph: replays would return the keys of the
+// capture for any input.
+class DeviceHasher {
  public:
-  virtual ~Device() = default;
-  virtual std::unique_ptr<Answer> ask(int32_t device, Question question) const = 0;
-  virtual std::shared_ptr<const SampleList> keep(int32_t device, const std::vector<Sample>& samples) const = 0;
+  virtual ~DeviceHasher() = default;
+  virtual std::unique_ptr<PendingHash> enqueue(int32_t device, HashRequest request) const = 0;
+  virtual std::shared_ptr<const SampleList> upload_samples(int32_t device,
+                                                           const std::vector<Sample>& samples) const = 0;
   // 100 × the compute capabilities that there is code for, such as 900.
   virtual std::vector<int64_t> architectures() const = 0;
 };
 
 // Null in a library without CUDA.
-const Device* cuda();
+const DeviceHasher* device_hasher();
 
 // Called while the library is loaded.
-void register_cuda(const Device* device);
+void register_device_hasher(const DeviceHasher* hasher);
 
-}  // namespace torchcache
+}  // namespace torchcache::hash

@@ -14,7 +14,7 @@
 #error "torchcache needs a little-endian machine: keys and files are defined in little-endian order"
 #endif
 
-namespace torchcache {
+namespace torchcache::hash {
 namespace {
 
 using namespace xxh3;
@@ -147,4 +147,4 @@ Digest from_canonical(const uint8_t in[16]) noexcept {
   return {__builtin_bswap64(xxh3::read64(in + 8)), __builtin_bswap64(xxh3::read64(in))};
 }
 
-}  // namespace torchcache
+}  // namespace torchcache::hash

@@ -4,7 +4,7 @@
 #include <cstddef>
 #include <cstdint>
 
-namespace torchcache {
+namespace torchcache::hash {
 
 // A digest as two numbers in registers. Its stored form is the canonical one: 16 bytes, big-endian, high half first.
 struct Digest {
@@ -27,4 +27,4 @@ Digest digest_portable(const void* data, size_t size) noexcept;
 void to_canonical(Digest d, uint8_t out[16]) noexcept;
 Digest from_canonical(const uint8_t in[16]) noexcept;
 
-}  // namespace torchcache
+}  // namespace torchcache::hash

@@ -6,7 +6,7 @@
 
 #include "hash/xxh3.h"
 
-namespace torchcache {
+namespace torchcache::hash {
 
 // A dimension of a row outside of the bytes that lie together.
 struct Dim {
@@ -100,4 +100,4 @@ inline Rows adjacent_rows(const void* data, int64_t count, int64_t bytes) {
   return rows;
 }
 
-}  // namespace torchcache
+}  // namespace torchcache::hash

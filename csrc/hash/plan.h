@@ -10,7 +10,7 @@
 #include "hash/digest.h"
 #include "hash/layout.h"
 
-namespace torchcache {
+namespace torchcache::hash {
 
 // Digests of space that a launch needs for the leaves and counters of such rows: none if every row is one leaf.
 inline int64_t space_for(const Rows& rows) {
@@ -56,4 +56,4 @@ void launch_keys(const std::vector<Rows>& arguments, Digest call, Canonical* spa
   }
 }
 
-}  // namespace torchcache
+}  // namespace torchcache::hash

@@ -8,7 +8,7 @@
 #include "hash/layout.h"
 #include "hash/xxh3.h"
 
-namespace torchcache {
+namespace torchcache::hash {
 
 // The number in `bytes` bytes at an address that can be divided by that.
 template <int bytes>
@@ -120,4 +120,4 @@ void with_source(const Rows& rows, const F& f) {
   }
 }
 
-}  // namespace torchcache
+}  // namespace torchcache::hash

@@ -11,7 +11,7 @@
 #include "hash/layout.h"
 #include "hash/xxh3.h"
 
-namespace torchcache {
+namespace torchcache::hash {
 
 constexpr int kLanes = 8;
 
@@ -44,7 +44,7 @@ struct Lane {
 
   TORCHCACHE_DEVICE void start() { value = kStart[index], sum = 0; }
 
-  TORCHCACHE_DEVICE void take(uint64_t data, uint64_t key) {
+  TORCHCACHE_DEVICE void accumulate(uint64_t data, uint64_t key) {
     value += xxh3::product(data, key);
     sum += data;
   }
@@ -61,7 +61,7 @@ struct Lane {
       data[j] = j < stripes ? words(at + j * static_cast<int64_t>(xxh3::kStripe) + 8 * index) : 0;
     TORCHCACHE_UNROLL
     for (int j = 0; j < static_cast<int>(xxh3::kStripesPerBlock); ++j)
-      if (j < stripes) take(data[j], secret[j]);
+      if (j < stripes) accumulate(data[j], secret[j]);
   }
 };
 
@@ -83,7 +83,7 @@ TORCHCACHE_DEVICE Digest digest_by_team(Team& team, const Words& words, int64_t 
   team.each([&](Lane& lane) {
     const uint64_t last = words(size - kStripe + 8 * lane.index);
     lane.block(words, tail, stripes);
-    lane.take(last, kLastWords[lane.index]);
+    lane.accumulate(last, kLastWords[lane.index]);
   });
   team.exchange();
   uint64_t values[kLanes];
@@ -92,4 +92,4 @@ TORCHCACHE_DEVICE Digest digest_by_team(Team& team, const Words& words, int64_t 
   return {xxh3::finish_low(values, length), xxh3::finish_high(values, length)};
 }
 
-}  // namespace torchcache
+}  // namespace torchcache::hash

@@ -6,9 +6,9 @@
 #include <map>
 #include <utility>
 
-#include "hash/tensors.h"
+#include "core/tensors.h"
 
-namespace torchcache {
+namespace torchcache::hash {
 namespace {
 
 using torch::stable::Tensor;
@@ -21,18 +21,18 @@ int64_t offset_of(int64_t position, const Tensor& t) {
   return offset;
 }
 
-// What is looked at of a tensor: mixes in where it lies and its shape, and gives the samples, none if it has no bytes.
-struct Sight {
+// The samples that a probe reads of a tensor, none if it has no bytes. Mixes in the tensor's address and shape.
+struct TensorSamples {
   static constexpr int64_t kLine = Sample::kMost;  // what the processor fetches at once costs as much as a part of it
   static constexpr int64_t kWhole = 4 * kLine;     // bytes of a tensor that is read in full
   static constexpr int64_t kApart = 16;            // elements of one that does not lie together
 
-  std::array<Sample, kApart> samples;
+  std::array<Sample, kApart> list;
   size_t count = 0;
 
-  Sight(const Tensor& t, Mix& mix) {
+  TensorSamples(const Tensor& t, Mix& mix) {
     const auto* data = static_cast<const uint8_t*>(t.const_data_ptr());
-    const int64_t item = item_size(t);
+    const int64_t item = core::item_size(t);
     mix(reinterpret_cast<uintptr_t>(data));
     mix(static_cast<uint64_t>(t.scalar_type()));
     const auto sizes = t.sizes(), strides = t.strides();
@@ -42,7 +42,7 @@ struct Sight {
       mix(static_cast<uint64_t>(strides[d]));
       n *= sizes[d], last += (sizes[d] - 1) * strides[d];
     }
-    if (n == 0 || data == nullptr || !has_bytes(t, last, item)) return;
+    if (n == 0 || data == nullptr || !core::has_bytes(t, last, item)) return;
     const int64_t bytes = n * item;
     if (last != n - 1) {
       for (int64_t i = 0; i < kApart; ++i) add(data + offset_of((n - 1) * i / (kApart - 1), t) * item, item);
@@ -60,12 +60,12 @@ struct Sight {
     return data + std::max<int64_t>(0, at - before);
   }
 
-  void add(const uint8_t* at, int64_t bytes) { samples[count++] = {at, static_cast<uint64_t>(bytes)}; }
+  void add(const uint8_t* at, int64_t bytes) { list[count++] = {at, static_cast<uint64_t>(bytes)}; }
 };
 
-std::vector<std::shared_ptr<const SampleList>> kept(const std::map<int32_t, std::vector<Sample>>& samples) {
+std::vector<std::shared_ptr<const SampleList>> upload(const std::map<int32_t, std::vector<Sample>>& samples) {
   std::vector<std::shared_ptr<const SampleList>> lists;
-  for (const auto& [device, list] : samples) lists.push_back(cuda()->keep(device, list));
+  for (const auto& [device, list] : samples) lists.push_back(device_hasher()->upload_samples(device, list));
   return lists;
 }
 
@@ -73,23 +73,23 @@ std::vector<std::shared_ptr<const SampleList>> kept(const std::map<int32_t, std:
 
 Watch::Watch(std::vector<Tensor> tensors) : tensors_(std::move(tensors)) {}
 
-Look Watch::look() const {
+HostProbe Watch::probe_host() const {
   Mix mix;
-  std::map<int32_t, std::vector<Sample>> elsewhere;
+  std::map<int32_t, std::vector<Sample>> on_devices;
   for (const Tensor& t : tensors_) {
-    const Sight sight(t, mix);
+    const TensorSamples samples(t, mix);
     if (t.is_cpu()) {
-      for (size_t i = 0; i < sight.count; ++i) mix(sight.samples[i].value());
-    } else if (cuda() != nullptr && t.is_cuda()) {
-      mix(sight.count);  // a list must not outlive the bytes
-      auto& samples = elsewhere[t.get_device_index()];
-      samples.insert(samples.end(), sight.samples.begin(), sight.samples.begin() + sight.count);
+      for (size_t i = 0; i < samples.count; ++i) mix(samples.list[i].value());
+    } else if (device_hasher() != nullptr && t.is_cuda()) {
+      mix(samples.count);  // a list must not outlive the bytes
+      auto& of_device = on_devices[t.get_device_index()];
+      of_device.insert(of_device.end(), samples.list.begin(), samples.list.begin() + samples.count);
     }
   }
-  if (elsewhere.empty()) return {mix.value, {}};
+  if (on_devices.empty()) return {mix.value, {}};
   std::lock_guard lock(mutex_);
-  if (lists_.empty() || listed_ != mix.value) lists_ = kept(elsewhere), listed_ = mix.value;
+  if (lists_.empty() || listed_ != mix.value) lists_ = upload(on_devices), listed_ = mix.value;
   return {mix.value, lists_};
 }
 
-}  // namespace torchcache
+}  // namespace torchcache::hash

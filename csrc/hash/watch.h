@@ -1,4 +1,4 @@
-// A cheap look at tensors that are not expected to change: where they lie, their shape, and some of their bytes.
+// A cheap check of tensors that are not expected to change: where they lie, their shape, and some of their bytes.
 #pragma once
 
 #include <torch/csrc/stable/tensor.h>
@@ -8,11 +8,11 @@
 #include <mutex>
 #include <vector>
 
-#include "fork.h"
+#include "core/fork.h"
 #include "hash/device.h"
 #include "hash/xxh3.h"
 
-namespace torchcache {
+namespace torchcache::hash {
 
 // The running value of a probe; order matters.
 struct Mix {
@@ -20,28 +20,28 @@ struct Mix {
   void operator()(uint64_t word) { value = xxh3::fold(value ^ word, xxh3::kPrime64_3) + xxh3::kPrime64_2; }
 };
 
-// What can be seen without asking a device, and what is left to ask: samples whose values are to be mixed in.
-struct Look {
+// The part of a probe that the host computes, and the samples whose values the devices add to it.
+struct HostProbe {
   uint64_t value = 0;
   std::vector<std::shared_ptr<const SampleList>> lists;  // one for each device
 };
 
-// Keeps the tensors alive. A probe is the same number as long as nothing it looks at changed.
+// Keeps the tensors alive. A probe is the same number as long as nothing that it reads changed.
 // It sees replaced storage, changed shapes and updates of whole tensors that no version counter records
 // (`p.data.mul_(0.99)`); an edit of single elements of a large tensor it may miss. Thread-safe.
 class Watch {
  public:
   explicit Watch(std::vector<torch::stable::Tensor> tensors);
-  Look look() const;
+  HostProbe probe_host() const;
 
  private:
   using Lists = std::vector<std::shared_ptr<const SampleList>>;
 
   std::vector<torch::stable::Tensor> tensors_;  // what they are may change: `p.data = …`, `module.half()`
   mutable std::mutex mutex_;
-  mutable uint64_t listed_ = 0;  // the look's value that the lists belong to: addresses and shapes are part of it
+  mutable uint64_t listed_ = 0;  // the host's value that the lists belong to: addresses and shapes are part of it
   mutable Lists lists_;
-  AtFork at_fork_{[this] { mutex_.lock(); }, [this](bool) { mutex_.unlock(); }};
+  core::AtFork at_fork_{[this] { mutex_.lock(); }, [this](bool) { mutex_.unlock(); }};
 };
 
-}  // namespace torchcache
+}  // namespace torchcache::hash

@@ -7,21 +7,9 @@
 #include <cstdint>
 #include <cstring>
 
-#if defined(__CUDACC__)
-#define TORCHCACHE_HD __host__ __device__ __forceinline__
-#define TORCHCACHE_DEVICE __device__ __forceinline__  // what only runs on a device, or in a test of that
-#define TORCHCACHE_APART __device__ __noinline__      // the same, with more code than is good to have many times
-#define TORCHCACHE_UNROLL _Pragma("unroll")
-#define TORCHCACHE_ROLLED _Pragma("unroll 1")
-#else
-#define TORCHCACHE_HD inline
-#define TORCHCACHE_DEVICE inline
-#define TORCHCACHE_APART inline
-#define TORCHCACHE_UNROLL _Pragma("GCC unroll 16")
-#define TORCHCACHE_ROLLED
-#endif
+#include "core/device_code.h"
 
-namespace torchcache::xxh3 {
+namespace torchcache::hash::xxh3 {
 
 constexpr size_t kStripe = 64;           // bytes that the eight lanes take at once
 constexpr size_t kSecretSize = 192;      // bytes
@@ -114,4 +102,4 @@ TORCHCACHE_HD uint64_t finish_high(const uint64_t lanes[8], uint64_t size) {
   return merge(lanes, secret, ~(size * kPrime64_2));
 }
 
-}  // namespace torchcache::xxh3
+}  // namespace torchcache::hash::xxh3

@@ -4,12 +4,14 @@
 #include <cstring>
 #include <stdexcept>
 
-#include "hash/tensors.h"
+#include "core/parallel.h"
+#include "core/tensors.h"
 #include "memory/gather.h"
-#include "parallel.h"
 
-namespace torchcache {
+namespace torchcache::memory {
 namespace {
+
+using core::kCpu;
 
 constexpr int64_t kBytesPerThread = 512 << 10;  // measured: below, a second thread costs more than it brings
 constexpr int64_t kAhead = 4, kFetched = 512;   // rows, and bytes of each: the processor finds the rest by itself
@@ -22,8 +24,8 @@ void fetch(const uint8_t* from, int64_t bytes) {
 }  // namespace
 
 Arena::Arena(const Tensor& chunk)
-    : place_(device_of(chunk)),
-      row_bytes_(item_size(chunk)),
+    : device_(core::device_of(chunk)),
+      row_bytes_(core::item_size(chunk)),
       sizes_(chunk.sizes().begin(), chunk.sizes().end()),
       strides_(sizes_.size(), 1) {
   if (sizes_.empty()) throw std::invalid_argument("chunks must be tensors [rows, ...]");
@@ -33,7 +35,7 @@ Arena::Arena(const Tensor& chunk)
 }
 
 void Arena::add(int64_t first, const Tensor& chunk) {
-  if (!chunk.is_contiguous() || device_of(chunk) != place_)
+  if (!chunk.is_contiguous() || core::device_of(chunk) != device_)
     throw std::invalid_argument("chunks must be contiguous, and on one device");
   chunks_.push_back({first, static_cast<const uint8_t*>(chunk.const_data_ptr()), chunk});
 }
@@ -46,18 +48,18 @@ const uint8_t* Arena::row(int64_t slot) const {
   return chunk->rows + (slot - chunk->first) * row_bytes_;
 }
 
-bool Arena::is_readable() const { return place_ == kCpu || device_gather() != nullptr; }
+bool Arena::is_readable() const { return device_ == kCpu || device_gather() != nullptr; }
 
 torch::stable::Tensor Arena::gather(const int64_t* slots, int64_t n, bool pinned) const {
-  Tensor result = place_ == kCpu && pinned ? new_pinned(n) : new_rows(n);
+  Tensor result = device_ == kCpu && pinned ? new_pinned(n) : new_rows(n);
   auto* out = static_cast<uint8_t*>(result.mutable_data_ptr());
-  if (place_ != kCpu) {
+  if (device_ != kCpu) {
     std::vector<const uint8_t*> rows(n);
     for (int64_t i = 0; i < n; ++i) rows[i] = row(slots[i]);
-    device_gather()(place_, rows, row_bytes_, out);
+    device_gather()(device_, rows, row_bytes_, out);
     return result;
   }
-  parallel(n, kBytesPerThread / std::max<int64_t>(1, row_bytes_), [&](int64_t begin, int64_t end) {
+  core::parallel(n, kBytesPerThread / std::max<int64_t>(1, row_bytes_), [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
       if (i + kAhead < end) fetch(row(slots[i + kAhead]), std::min(row_bytes_, kFetched));
       memcpy(out + i * row_bytes_, row(slots[i]), row_bytes_);
@@ -69,10 +71,10 @@ torch::stable::Tensor Arena::gather(const int64_t* slots, int64_t n, bool pinned
 torch::stable::Tensor Arena::new_rows(int64_t n) const {
   std::vector<int64_t> shape = sizes_;
   shape[0] = n;
-  const int32_t type = place_ == kCpu ? aoti_torch_device_type_cpu() : aoti_torch_device_type_cuda();
+  const int32_t type = device_ == kCpu ? aoti_torch_device_type_cpu() : aoti_torch_device_type_cuda();
   AtenTensorHandle handle;  // not through the dispatcher, which would cost a microsecond
   TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(shape.size()), shape.data(), strides_.data(),
-                                                  dtype_, type, place_ == kCpu ? 0 : place_, &handle));
+                                                  dtype_, type, device_ == kCpu ? 0 : device_, &handle));
   return Tensor(handle);
 }
 
@@ -110,4 +112,4 @@ std::vector<torch::stable::Tensor> Arenas::gather(int64_t layout, const int64_t*
   return result;
 }
 
-}  // namespace torchcache
+}  // namespace torchcache::memory

@@ -9,9 +9,9 @@
 #include <mutex>
 #include <vector>
 
-#include "fork.h"
+#include "core/fork.h"
 
-namespace torchcache {
+namespace torchcache::memory {
 
 // The rows of one leaf: chunks [rows, …], the first one from slot 0 on.
 class Arena {
@@ -43,7 +43,7 @@ class Arena {
   Tensor new_pinned(int64_t n) const;
 
   std::vector<Chunk> chunks_;
-  int32_t place_;  // see place_of
+  int32_t device_;  // see device_of
   int64_t row_bytes_;
   int32_t dtype_;
   std::vector<int64_t> sizes_, strides_;
@@ -67,7 +67,7 @@ class Arenas {
 
   mutable std::mutex mutex_;
   std::vector<std::shared_ptr<const Leaves>> layouts_;
-  AtFork at_fork_{[this] { mutex_.lock(); }, [this](bool) { mutex_.unlock(); }};
+  core::AtFork at_fork_{[this] { mutex_.lock(); }, [this](bool) { mutex_.unlock(); }};
 };
 
-}  // namespace torchcache
+}  // namespace torchcache::memory

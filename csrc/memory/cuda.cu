@@ -1,9 +1,15 @@
 // The gather of rows on CUDA devices. Which thread moves what is said in gather.h, which a test runs without a device.
-#include "cuda.cuh"
+#include "core/cuda.cuh"
 #include "memory/gather.h"
 
-namespace torchcache {
+namespace torchcache::memory {
 namespace {
+
+using core::check;
+using core::Current;
+using core::current_stream;
+using core::device_memory;
+using core::refuse_capture;
 
 constexpr int kThreads = 128;  // of a block
 constexpr int64_t kMostBlocks = 1 << 20;
@@ -37,4 +43,4 @@ void gather(int32_t device, const std::vector<const uint8_t*>& rows, int64_t byt
 const bool registered = (register_device_gather(gather), true);
 
 }  // namespace
-}  // namespace torchcache
+}  // namespace torchcache::memory

@@ -1,6 +1,6 @@
 #include "memory/gather.h"
 
-namespace torchcache {
+namespace torchcache::memory {
 namespace {
 
 DeviceGather& registered() {
@@ -14,4 +14,4 @@ DeviceGather device_gather() { return registered(); }
 
 void register_device_gather(DeviceGather gather) { registered() = gather; }
 
-}  // namespace torchcache
+}  // namespace torchcache::memory

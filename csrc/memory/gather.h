@@ -5,9 +5,9 @@
 #include <cstdint>
 #include <vector>
 
-#include "hash/xxh3.h"
+#include "core/device_code.h"
 
-namespace torchcache {
+namespace torchcache::memory {
 
 constexpr int kCopiers = 32;          // threads that share a part: a warp
 constexpr int64_t kPartBytes = 4096;  // so that a few large rows occupy a device as well as many small ones do
@@ -68,4 +68,4 @@ DeviceGather device_gather();
 // Called while the library is loaded.
 void register_device_gather(DeviceGather gather);
 
-}  // namespace torchcache
+}  // namespace torchcache::memory

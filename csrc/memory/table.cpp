@@ -3,7 +3,7 @@
 #include <mutex>
 #include <new>
 
-namespace torchcache {
+namespace torchcache::memory {
 namespace {
 
 constexpr size_t kFirstCapacity = 1024;
@@ -49,7 +49,7 @@ void KeyTable::after_fork(bool child) {
 size_t KeyTable::position(Digest key) const {
   const size_t mask = entries_.size() - 1;
   size_t at = key.low & mask;
-  while (entries_[at].place.slot >= 0 && entries_[at].key != key) at = (at + 1) & mask;
+  while (entries_[at].location.slot >= 0 && entries_[at].key != key) at = (at + 1) & mask;
   return at;
 }
 
@@ -60,14 +60,14 @@ Lookup KeyTable::lookup(const Digest* keys, size_t n, int64_t* slots) const {
   std::shared_lock lock(mutex_);
   for (size_t i = 0; i < n; ++i) {
     if (i + kAhead < n) __builtin_prefetch(&entries_[keys[i + kAhead].low & (entries_.size() - 1)]);
-    const Place place = entries_[position(keys[i])].place;
-    if (place.slot < 0) {
+    const RowLocation location = entries_[position(keys[i])].location;
+    if (location.slot < 0) {
       slots[i] = -1 - distinct.number(i, result.missing);
       continue;
     }
-    slots[i] = place.slot;
-    if (result.layout == Lookup::kNone) result.layout = place.layout;
-    if (result.layout != place.layout) result.layout = Lookup::kMixed;
+    slots[i] = location.slot;
+    if (result.layout == Lookup::kNone) result.layout = location.layout;
+    if (result.layout != location.layout) result.layout = Lookup::kMixed;
   }
   return result;
 }
@@ -77,26 +77,26 @@ void KeyTable::insert(const Digest* keys, size_t n, int64_t layout, int64_t firs
   for (size_t i = 0; i < n; ++i) {
     if (4 * (used_ + 1) > 3 * entries_.size()) grow();
     Entry& entry = entries_[position(keys[i])];
-    if (entry.place.slot >= 0) continue;
+    if (entry.location.slot >= 0) continue;
     entry = {keys[i], {layout, first + static_cast<int64_t>(i)}};
     ++used_;
   }
 }
 
-Place KeyTable::find(uint64_t low) const {
+RowLocation KeyTable::find(uint64_t low) const {
   std::shared_lock lock(mutex_);
   const size_t mask = entries_.size() - 1;
   size_t at = low & mask;
-  while (entries_[at].place.slot >= 0 && entries_[at].key.low != low) at = (at + 1) & mask;
-  return entries_[at].place;
+  while (entries_[at].location.slot >= 0 && entries_[at].key.low != low) at = (at + 1) & mask;
+  return entries_[at].location;
 }
 
-std::vector<int64_t> KeyTable::lows() const {
+std::vector<int64_t> KeyTable::low_keys() const {
   std::shared_lock lock(mutex_);
   std::vector<int64_t> result;
   result.reserve(used_);
   for (const Entry& entry : entries_)
-    if (entry.place.slot >= 0) result.push_back(static_cast<int64_t>(entry.key.low));
+    if (entry.location.slot >= 0) result.push_back(static_cast<int64_t>(entry.key.low));
   return result;
 }
 
@@ -104,7 +104,7 @@ void KeyTable::grow() {
   std::vector<Entry> old(2 * entries_.size());
   old.swap(entries_);
   for (const Entry& entry : old)
-    if (entry.place.slot >= 0) entries_[position(entry.key)] = entry;
+    if (entry.location.slot >= 0) entries_[position(entry.key)] = entry;
 }
 
-}  // namespace torchcache
+}  // namespace torchcache::memory

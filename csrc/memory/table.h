@@ -5,13 +5,15 @@
 #include <shared_mutex>
 #include <vector>
 
-#include "fork.h"
+#include "core/fork.h"
 #include "hash/digest.h"
 
-namespace torchcache {
+namespace torchcache::memory {
 
-// Where a row lies: the number of its layout and its place in that layout's arena.
-struct Place {
+using hash::Digest;
+
+// Where a row lies: the number of its layout and its slot in that layout's arena.
+struct RowLocation {
   int64_t layout = -1;
   int64_t slot = -1;
 };
@@ -33,19 +35,19 @@ class KeyTable {
   // slots[i] ≥ 0: the row is in that slot; -1 - j: it is the j-th distinct missing row.
   Lookup lookup(const Digest* keys, size_t n, int64_t* slots) const;
 
-  // Keys get the slots first, first + 1, …; a key that is there already keeps its place.
+  // Keys get the slots first, first + 1, …; a key that is there already keeps its location.
   void insert(const Digest* keys, size_t n, int64_t layout, int64_t first);
 
-  // The place of a key known by its low half; layout -1 if there is none.
-  Place find(uint64_t low) const;
+  // The location of a key known by its low half; layout -1 if there is none.
+  RowLocation find(uint64_t low) const;
 
   // The low halves of all keys, in no order.
-  std::vector<int64_t> lows() const;
+  std::vector<int64_t> low_keys() const;
 
  private:
   struct Entry {
     Digest key;
-    Place place;
+    RowLocation location;
   };
 
   void after_fork(bool child);
@@ -56,7 +58,7 @@ class KeyTable {
   mutable std::shared_mutex mutex_;
   std::vector<Entry> entries_;  // a power of two; empty where slot is -1
   size_t used_ = 0;
-  AtFork at_fork_{[this] { mutex_.lock(); }, [this](bool child) { after_fork(child); }};
+  core::AtFork at_fork_{[this] { mutex_.lock(); }, [this](bool child) { after_fork(child); }};
 };
 
-}  // namespace torchcache
+}  // namespace torchcache::memory

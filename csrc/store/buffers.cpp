@@ -1,11 +1,11 @@
-// Small buffers are the allocator's; large ones are mappings, and some of them are kept.
+// Small buffers are the allocator's; large ones are mappings, and some of them are pooled.
 #include "store/buffers.h"
 
 #include <sys/mman.h>
 
 #include <new>
 
-#include "store/format.h"
+#include "store/format/format.h"
 
 namespace torchcache::store {
 namespace {
@@ -16,19 +16,19 @@ constexpr size_t kUnit = 16 << 10;  // so that batches of about one size can tak
 }  // namespace
 
 RowBuffers::~RowBuffers() {
-  for (const auto& [data, capacity] : kept_) ::munmap(data, capacity);
+  for (const auto& [data, capacity] : pool_) ::munmap(data, capacity);
 }
 
-RowBuffers::Buffer RowBuffers::take(size_t size) {
+RowBuffers::Buffer RowBuffers::allocate(size_t size) {
   if (size < kLarge) return Buffer(new (std::nothrow) uint8_t[size], {this, size});
   const size_t capacity = padded(size, kUnit);
   {
     std::lock_guard lock(mutex_);
-    for (auto kept = kept_.rbegin(); kept != kept_.rend(); ++kept) {
-      if (kept->second < capacity || kept->second > capacity + capacity / 4) continue;
-      Buffer buffer(kept->first, {this, kept->second});
-      kept_bytes_ -= kept->second;
-      kept_.erase(std::next(kept).base());
+    for (auto pooled = pool_.rbegin(); pooled != pool_.rend(); ++pooled) {
+      if (pooled->second < capacity || pooled->second > capacity + capacity / 4) continue;
+      Buffer buffer(pooled->first, {this, pooled->second});
+      pooled_bytes_ -= pooled->second;
+      pool_.erase(std::next(pooled).base());
       return buffer;
     }
   }
@@ -37,16 +37,16 @@ RowBuffers::Buffer RowBuffers::take(size_t size) {
   return Buffer(data == MAP_FAILED ? nullptr : static_cast<uint8_t*>(data), {this, capacity});
 }
 
-void RowBuffers::give_back(uint8_t* data, size_t capacity) {
+void RowBuffers::release(uint8_t* data, size_t capacity) {
   if (capacity < kLarge) {
     delete[] data;
     return;
   }
   {
     std::lock_guard lock(mutex_);
-    if (kept_bytes_ + capacity <= most_kept_) {
-      kept_.emplace_back(data, capacity);
-      kept_bytes_ += capacity;
+    if (pooled_bytes_ + capacity <= max_pooled_) {
+      pool_.emplace_back(data, capacity);
+      pooled_bytes_ += capacity;
       return;
     }
   }

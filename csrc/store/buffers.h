@@ -10,35 +10,35 @@
 
 namespace torchcache::store {
 
-// What is given back is kept for the next rows, up to a limit: fresh memory costs a page fault every
-// 4 KiB, which is more than the copy. Thread-safe; must outlive what it gave.
+// A pool: released memory serves the next rows, up to a limit, since fresh memory costs a page fault every 4 KiB,
+// which is more than the copy. Thread-safe; must outlive its buffers.
 class RowBuffers {
  public:
-  struct GiveBack {
+  struct Release {
     RowBuffers* owner = nullptr;
     size_t capacity = 0;
-    void operator()(uint8_t* data) const { owner->give_back(data, capacity); }
+    void operator()(uint8_t* data) const { owner->release(data, capacity); }
   };
-  using Buffer = std::unique_ptr<uint8_t[], GiveBack>;
+  using Buffer = std::unique_ptr<uint8_t[], Release>;
 
-  explicit RowBuffers(size_t most_kept) : most_kept_(most_kept) {}
+  explicit RowBuffers(size_t max_pooled) : max_pooled_(max_pooled) {}
   ~RowBuffers();
   RowBuffers(const RowBuffers&) = delete;
   RowBuffers& operator=(const RowBuffers&) = delete;
 
-  Buffer take(size_t size);  // null if there is no memory
+  Buffer allocate(size_t size);  // null if there is no memory
 
   // For a fork: nothing else may be done with it in between.
   void lock() { mutex_.lock(); }
   void unlock() { mutex_.unlock(); }
 
  private:
-  void give_back(uint8_t* data, size_t capacity);
+  void release(uint8_t* data, size_t capacity);
 
-  const size_t most_kept_;
+  const size_t max_pooled_;
   std::mutex mutex_;
-  std::vector<std::pair<uint8_t*, size_t>> kept_;  // with their capacity
-  size_t kept_bytes_ = 0;
+  std::vector<std::pair<uint8_t*, size_t>> pool_;  // with their capacity
+  size_t pooled_bytes_ = 0;
 };
 
 }  // namespace torchcache::store

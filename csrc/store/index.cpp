@@ -5,8 +5,8 @@
 #include <cstring>
 #include <limits>
 
-#include "store/bytes.h"
-#include "store/file.h"
+#include "store/format/bytes.h"
+#include "store/os/file.h"
 
 namespace torchcache::store {
 Block to_block(const BlockHeader& header, uint32_t segment, uint32_t layout) {

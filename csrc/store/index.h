@@ -6,8 +6,8 @@
 #include <unordered_map>
 #include <vector>
 
-#include "store/format.h"
-#include "store/pages.h"
+#include "store/format/format.h"
+#include "store/os/pages.h"
 
 namespace torchcache::store {
 
@@ -23,13 +23,6 @@ struct Block {
 };
 
 Block to_block(const BlockHeader& header, uint32_t segment, uint32_t layout);
-
-struct Entry {
-  uint64_t low;  // of the key
-  uint64_t check;
-  uint32_t block;
-  uint32_t row;
-};
 
 // Not thread-safe: guarded by the store's mutex. A dropped entry stays as a dead one until its key
 // comes again. The high half of a key is not kept: the row check knows it.

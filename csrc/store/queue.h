@@ -8,8 +8,8 @@
 #include <unordered_map>
 #include <vector>
 
-#include "hash/digest.h"
 #include "store/buffers.h"
+#include "store/format/format.h"
 
 namespace torchcache::store {
 

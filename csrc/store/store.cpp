@@ -1,4 +1,4 @@
-// The facade: admission, the first put, flushing, forks.
+// The facade: admission, the first write, flushing, forks.
 #include "store/store.h"
 
 #include <algorithm>
@@ -11,7 +11,10 @@
 #include <unordered_set>
 #include <utility>
 
-#include "store/look.h"
+#include "store/admission.h"
+#include "store/reader.h"
+#include "store/refresh.h"
+#include "store/state.h"
 #include "store/writer.h"
 
 namespace torchcache::store {
@@ -27,22 +30,23 @@ struct Store::Chunk {
 
 namespace {
 
-constexpr size_t kGroup = 16;  // keys whose table entries are fetched together
+constexpr size_t kPrefetchedKeys = 16;  // keys whose table entries are fetched together
 
-std::string outside(const char* name, int64_t low, int64_t high, int64_t value) {
+std::string out_of_range(const char* name, int64_t low, int64_t high, int64_t value) {
   return std::string(name) + " must be between " + std::to_string(low) + " and " + std::to_string(high) + ", got " +
          std::to_string(value);
 }
 
 Options validated(Options options) {
-  constexpr int kMostThreads = 1024;
+  constexpr int kMaxThreads = 1024;
   if (options.directory.empty()) throw std::invalid_argument("directory must name the directory of the store, got ''");
-  if (options.zstd_threads < 1 || options.zstd_threads > kMostThreads)
-    throw std::invalid_argument(outside("zstd_threads", 1, kMostThreads, options.zstd_threads));
+  if (options.zstd_threads < 1 || options.zstd_threads > kMaxThreads)
+    throw std::invalid_argument(out_of_range("zstd_threads", 1, kMaxThreads, options.zstd_threads));
   if (options.zstd_level < min_zstd_level() || options.zstd_level > max_zstd_level())
-    throw std::invalid_argument(outside("zstd_level", min_zstd_level(), max_zstd_level(), options.zstd_level));
+    throw std::invalid_argument(out_of_range("zstd_level", min_zstd_level(), max_zstd_level(), options.zstd_level));
   if (options.rotate_bytes < 1 || options.rotate_bytes > kRotateBytes)
-    throw std::invalid_argument(outside("rotate_bytes", 1, kRotateBytes, static_cast<int64_t>(options.rotate_bytes)));
+    throw std::invalid_argument(
+        out_of_range("rotate_bytes", 1, kRotateBytes, static_cast<int64_t>(options.rotate_bytes)));
   std::error_code error;  // then the path stays relative
   const auto absolute = std::filesystem::absolute(options.directory, error);
   if (!error) options.directory = absolute.lexically_normal().string();
@@ -55,7 +59,7 @@ uint64_t sum_of_row_bytes(const std::vector<ConstLeaf>& leaves) {
   return sum;
 }
 
-bool is_kept(const State& state, const Digest& key, uint32_t layout) {
+bool is_present(const State& state, const Digest& key, uint32_t layout) {
   const Queue::Row queued = state.queue.find(key);
   if (queued.batch != nullptr && queued.batch->layout == layout) return true;
   return nullptr !=
@@ -75,21 +79,21 @@ Store::Store(const Options& options) : state_(std::make_shared<State>(validated(
 
 std::shared_ptr<Store> Store::open(const Options& options) {
   std::shared_ptr<Store> store(new Store(options));
-  look(*store->state_);
+  refresh(*store->state_);
   return store;
 }
 
 Store::~Store() { close(); }
 
-// ---- finding and reading
+// ---- lookup and read
 
-std::string Store::find(const Digest* keys, size_t n, uint8_t* present) {
+std::string Store::lookup(const Digest* keys, size_t n, uint8_t* present) {
   memset(present, 0, n);
   uint32_t layout = Index::kNone;
   Lock lock(state_->mutex);
-  if (find_missing(keys, n, present, &layout) > 0 && look_is_due(*state_)) {
+  if (find_missing(keys, n, present, &layout) > 0 && refresh_is_due(*state_)) {
     lock.unlock();
-    look(*state_);
+    refresh(*state_);
     lock.lock();
     find_missing(keys, n, present, &layout);
   }
@@ -100,17 +104,18 @@ std::string Store::find(const Digest* keys, size_t n, uint8_t* present) {
 // the first one that is here. How many are still missing.
 size_t Store::find_missing(const Digest* keys, size_t n, uint8_t* present, uint32_t* layout) const {
   const Index& index = state_->index;
-  const auto take = [layout](uint32_t found) {
-    if (*layout == Index::kNone) *layout = found;
-    return *layout == found;
+  const auto accept = [layout](uint32_t candidate) {
+    if (*layout == Index::kNone) *layout = candidate;
+    return *layout == candidate;
   };
   size_t missing = 0;
   for (size_t i = 0; i < n; ++i) {
-    if (i % kGroup == 0) index.prefetch(keys + i, std::min(kGroup, n - i));
+    if (i % kPrefetchedKeys == 0) index.prefetch(keys + i, std::min(kPrefetchedKeys, n - i));
     if (present[i]) continue;
     const Queue::Row queued = state_->queue.find(keys[i]);
-    present[i] = (queued.batch != nullptr && take(queued.batch->layout)) ||
-                 nullptr != index.find(keys[i].low, [&](const Entry& e) { return take(index.block(e.block).layout); });
+    present[i] =
+        (queued.batch != nullptr && accept(queued.batch->layout)) ||
+        nullptr != index.find(keys[i].low, [&](const Entry& e) { return accept(index.block(e.block).layout); });
     missing += !present[i];
   }
   return missing;
@@ -120,9 +125,9 @@ void Store::read(const Digest* keys, size_t n, const std::string& layout, const 
   read_rows(*state_, keys, n, layout, out, ok);
 }
 
-// ---- putting
+// ---- write
 
-size_t Store::put(const Digest* keys, size_t n, const std::string& layout, const std::vector<ConstLeaf>& rows) {
+size_t Store::write(const Digest* keys, size_t n, const std::string& layout, const std::vector<ConstLeaf>& rows) {
   const uint64_t row_bytes = sum_of_row_bytes(rows);
   if (row_bytes > kMaxRowBytes || layout.size() > kMaxLayoutBytes) {
     std::lock_guard lock(state_->mutex);
@@ -133,23 +138,23 @@ size_t Store::put(const Digest* keys, size_t n, const std::string& layout, const
   }
   // In parts that leave room in the queue, so that copying and writing overlap.
   const uint64_t part = state_->options.queue_bytes / 4 / std::max<uint64_t>(1, row_bytes);
-  const size_t most = std::clamp<uint64_t>(part, 1, kMaxRows);
-  for (size_t first = 0; first < n; first += most) {
-    const size_t count = std::min(most, n - first);
-    const size_t kept = put_chunk({keys + first, count, layout, rows, first, row_bytes});
-    if (kept < count) return first + kept;
+  const size_t max_rows = std::clamp<uint64_t>(part, 1, kMaxRows);
+  for (size_t first = 0; first < n; first += max_rows) {
+    const size_t count = std::min(max_rows, n - first);
+    const size_t written = write_chunk({keys + first, count, layout, rows, first, row_bytes});
+    if (written < count) return first + written;
   }
   return n;
 }
 
-size_t Store::put_chunk(const Chunk& chunk) {
+size_t Store::write_chunk(const Chunk& chunk) {
   std::vector<size_t> rows;
   uint64_t cost = 0;
   Lock lock(state_->mutex);
   if (state_->closing) return chunk.n;
-  size_t admitted = admit(chunk, &rows, &cost);
+  size_t admitted = admit_new_rows(chunk, &rows, &cost);
   if (rows.empty()) return admitted;
-  if (!has_writer()) {
+  if (!start_writer()) {
     state_->dropped_rows += rows.size();
     return admitted;
   }
@@ -161,40 +166,43 @@ size_t Store::put_chunk(const Chunk& chunk) {
       return admitted;
     }
     if (state_->closing) return chunk.n;
-    admitted = admit(chunk, &rows, &cost);  // others may have put rows meanwhile
+    admitted = admit_new_rows(chunk, &rows, &cost);  // others may have written rows meanwhile
   }
   enqueue(chunk, rows, cost, lock);
   return admitted;
 }
 
-// The rows of the chunk that are new and fit, and what each may cost. How many of its first rows
-// are here already or fit.
-size_t Store::admit(const Chunk& chunk, std::vector<size_t>* rows, uint64_t* cost) {
+// Which rows of the chunk are not present, each key once.
+std::vector<size_t> Store::new_rows(const Chunk& chunk) const {
   State& state = *state_;
-  rows->clear();
   const uint32_t layout = state.index.intern(chunk.layout);
+  std::vector<size_t> rows;
   std::pmr::monotonic_buffer_resource memory;
   std::pmr::unordered_set<uint64_t> seen(chunk.n, &memory);
   for (size_t i = 0; i < chunk.n; ++i) {
-    if (i % kGroup == 0) state.index.prefetch(chunk.keys + i, std::min(kGroup, chunk.n - i));
-    if (!is_kept(state, chunk.keys[i], layout) && seen.insert(chunk.keys[i].low).second) rows->push_back(i);
+    if (i % kPrefetchedKeys == 0) state.index.prefetch(chunk.keys + i, std::min(kPrefetchedKeys, chunk.n - i));
+    if (!is_present(state, chunk.keys[i], layout) && seen.insert(chunk.keys[i].low).second) rows.push_back(i);
   }
+  return rows;
+}
+
+// The rows of the chunk that are new and fit, and what each may cost. How many of its first rows
+// are here already or fit.
+size_t Store::admit_new_rows(const Chunk& chunk, std::vector<size_t>* rows, uint64_t* row_cost) {
+  State& state = *state_;
+  *rows = new_rows(chunk);
   if (rows->empty()) return chunk.n;
-  const auto cost_of = [&](size_t n) { return row_cost(state.options, chunk.layout.size(), chunk.row_bytes, n); };
-  const uint64_t used = state.own_bytes + state.queue.cost() + state.pending_cost +
-                        (writer_ == nullptr ? segment_cost() : kPageHeaderBytes);
-  const uint64_t room = state.options.max_bytes - std::min(used, state.options.max_bytes);
-  *cost = cost_of(rows->size());
-  size_t fit = std::min<uint64_t>(rows->size(), room / *cost);
-  while (fit > 0 && fit * (*cost = cost_of(fit)) > room) --fit;
-  if (fit == rows->size()) return chunk.n;
+  const uint64_t used = state.committed_bytes() + (writer_ == nullptr ? segment_cost() : kPageHeaderBytes);
+  const Admission admission = admit(state.options, chunk.layout.size(), chunk.row_bytes, rows->size(), used);
+  *row_cost = admission.row_cost;
+  if (admission.rows == rows->size()) return chunk.n;
   state.full = true;
-  const size_t admitted = (*rows)[fit];
-  rows->resize(fit);
+  const size_t admitted = (*rows)[admission.rows];
+  rows->resize(admission.rows);
   return admitted;
 }
 
-bool Store::has_writer() {
+bool Store::start_writer() {
   if (writer_ != nullptr) return true;
   if (Clock::now() < next_start_) return false;
   Error error = 0;
@@ -220,7 +228,7 @@ void Store::enqueue(const Chunk& chunk, const std::vector<size_t>& rows, uint64_
   state.pending_bytes += bytes;
   state.pending_cost += rows.size() * row_cost;
   lock.unlock();
-  batch->rows = state.buffers.take(bytes);
+  batch->rows = state.buffers.allocate(bytes);
   if (batch->rows != nullptr) {
     uint8_t* out = batch->rows.get();
     for (size_t row : rows) {
@@ -274,7 +282,7 @@ void Store::close() {
   state_->index = Index();
   state_->queue.clear();
   state_->row_ends.clear();
-  for (Segment& segment : state_->segments) forget_file(*state_, segment);
+  state_->segments.close_all_files();
 }
 
 void Store::before_fork() {
@@ -293,10 +301,10 @@ void Store::become_child() {
   State& state = *state_;
   state.queue.clear();
   state.pending_bytes = state.pending_cost = state.own_bytes = 0;
-  state.full = state.looking = false;
+  state.full = state.refreshing = false;
   state.closing = state.closed;
-  state.next_look = Clock::time_point();
-  for (Segment& segment : state.segments) segment.own = false;
+  state.next_refresh = Clock::time_point();
+  state.segments.disown_all();
   if (writer_ == nullptr) return;
   if (writer_->file() != nullptr) writer_->file()->abandon();
   new std::shared_ptr<Writer>(std::move(writer_));  // leaked: see Writer
@@ -307,7 +315,7 @@ Stats Store::stats() const {
   std::lock_guard lock(state_->mutex);
   Stats stats;
   stats.rows = state_->index.keys() + state_->queue.rows();
-  stats.bytes_written = state_->own_bytes + state_->queue.cost() + state_->pending_cost;
+  stats.bytes_written = state_->committed_bytes();
   stats.queued_rows = state_->queue.rows();
   stats.queued_bytes = state_->queue.bytes();
   stats.damaged_rows = state_->damaged_rows;
@@ -316,7 +324,7 @@ Stats Store::stats() const {
   return stats;
 }
 
-std::vector<std::string> Store::take_warnings() {
+std::vector<std::string> Store::drain_warnings() {
   std::lock_guard lock(state_->mutex);
   return std::exchange(state_->warnings, {});
 }

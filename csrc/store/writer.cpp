@@ -9,12 +9,10 @@
 #include <cerrno>
 #include <system_error>
 
-#include "store/index_file.h"
+#include "store/format/index_file.h"
 
 namespace torchcache::store {
 namespace {
-
-constexpr uint64_t kBlockBytes = 1 << 20;  // of rows, unless one row is larger
 
 // While it lives, a thread that is started takes no signals: those are the application's, and
 // SIGXFSZ becomes an error of the write.
@@ -32,17 +30,6 @@ class SignalsBlocked {
 };
 
 }  // namespace
-
-uint64_t row_cost(const Options& options, uint64_t layout_bytes, uint64_t row_bytes, uint64_t rows) {
-  const uint64_t block_rows = std::max<uint64_t>(1, kBlockBytes / std::max<uint64_t>(1, row_bytes));
-  const uint64_t blocks = (rows + block_rows - 1) / block_rows + 1;  // the last block's rest
-  const uint64_t block = kHeaderBytes + padded(layout_bytes, 8) + 2 * kAlignment + kCatalogBlockBytes +
-                         catalog_layout_bytes(layout_bytes) + segment_cost();  // it may begin a segment
-  const uint64_t table = options.zstd ? 28 : 24;
-  return row_bytes + table + kEntryBytes + 1 + (blocks * block + rows - 1) / rows;
-}
-
-uint64_t segment_cost() { return kHeaderBytes + kFooterBytes + kPageHeaderBytes; }
 
 Writer::Writer(std::shared_ptr<State> state)
     : state_(std::move(state)),
@@ -200,14 +187,14 @@ Error Writer::write(const Work& work) try {
   const Error error = segment_->append(block, &header);
   if (error != 0) return error;
   std::lock_guard lock(state_->mutex);
-  keep(work, block, header);
+  record(work, block, header);
   return 0;
 } catch (const std::bad_alloc&) {
   return ENOMEM;
 }
 
 // What is written moves from the queue to the index in one step.
-void Writer::keep(const Work& work, const NewBlock& block, const BlockHeader& header) {
+void Writer::record(const Work& work, const NewBlock& block, const BlockHeader& header) {
   const uint32_t layout = work.slices.front().batch->layout;
   rows_ += work.rows;
   ++blocks_;
@@ -256,7 +243,7 @@ void Writer::adopt(std::unique_ptr<SegmentWriter> segment) {
   file_ = segment_->file();
   rows_ = blocks_ = layout_bytes_ = 0;
   layouts_.clear();
-  number_ = add_segment(*state_, segment_->id());
+  number_ = state_->segments.add(segment_->id());
   Segment& own = state_->segments[number_];
   own.own = own.scanned = true;
   count_own_bytes();
@@ -269,7 +256,7 @@ void Writer::leave_segment(bool gone) {
   segment_.reset();
   file_.reset();
   state_->segments[number_].own = false;
-  if (gone) remove_segment(*state_, number_);
+  if (gone) state_->remove_segment(number_);
 }
 
 void Writer::seal() {

@@ -8,16 +8,11 @@
 #include <thread>
 #include <vector>
 
-#include "store/compression.h"
-#include "store/segment.h"
+#include "store/format/compression.h"
+#include "store/format/segment.h"
 #include "store/state.h"
 
 namespace torchcache::store {
-
-// Bytes of files that each of `rows` rows that are put together may take, at most.
-uint64_t row_cost(const Options& options, uint64_t layout_bytes, uint64_t row_bytes, uint64_t rows);
-// Bytes that a segment and its index take without any row.
-uint64_t segment_cost();
 
 // Lives on the heap, held by the store and by its own thread. A forked child, which has the object
 // but not the thread, must neither use nor destroy it: condition variables remember who waits.
@@ -33,7 +28,7 @@ class Writer : public std::enable_shared_from_this<Writer> {
 
   // Queues a batch.
   void push(std::shared_ptr<const Batch> batch);
-  // A put gave up the room that it had waited for.
+  // A write gave up the room that it had waited for.
   void wake_waiting() { progress_.notify_all(); }
 
   // Whether so many bytes fit into the queue.
@@ -63,7 +58,7 @@ class Writer : public std::enable_shared_from_this<Writer> {
   void leave_segment(bool gone);
   void run(Lock& lock);
   Work next_work() const;
-  void keep(const Work& work, const NewBlock& block, const BlockHeader& header);
+  void record(const Work& work, const NewBlock& block, const BlockHeader& header);
   void count_own_bytes();
   bool stalled() const;
   bool wait(Lock& lock);

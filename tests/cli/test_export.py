@@ -25,7 +25,7 @@ from torchcache import torchcache
 from torchcache._native import ops
 from torchcache.cli.export import export
 from torchcache.cli.main import main
-from torchcache.cli.maintenance import MaintenanceError
+from torchcache.errors import MaintenanceError
 
 
 @pytest.fixture
@@ -135,7 +135,7 @@ def test_memory_is_bounded_by_the_part(tmp_path: Path) -> None:
     store = ops.store_open(str(tmp_path), 10**9, False, 3, 1, False, 16 << 20)
     for number in range(64):
         keys = torch.tensor([[number, number]])
-        ops.store_put(store, keys, layout, [torch.full((1, 1_000_000), number, dtype=torch.uint8)])
+        ops.store_write(store, keys, layout, [torch.full((1, 1_000_000), number, dtype=torch.uint8)])
     ops.store_close(store)
 
     def take_little_memory() -> None:

@@ -15,11 +15,11 @@ from format_reader import ZSTD, Row, block_end, low, payload_start, read_store
 from format_writer import write_segment
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from native_harness import store_program
 from store_harness import DAMAGED, Store, batch, files, forked, reopened, succeeded, write
 
+from torchcache import errors
 from torchcache.cli import maintenance
-
-ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture(params=[False, True], ids=["raw", "zstd"])
@@ -106,14 +106,14 @@ def test_segments_of_a_later_version_are_left_with_an_error(tmp_path: Path) -> N
     data[56:64] = low(bytes(data[:56])).to_bytes(8, "little")
     later.write_bytes(data)
     before = contents(tmp_path)
-    with pytest.raises(maintenance.MaintenanceError, match="version 2"):
+    with pytest.raises(errors.MaintenanceError, match="version 2"):
         maintenance.compact(tmp_path)
     assert contents(tmp_path) == before
 
 
 def test_a_second_maintenance_at_the_same_time_is_told_to_wait(tmp_path: Path) -> None:
     write(tmp_path, batch(5, 1))
-    with maintenance._alone(tmp_path), pytest.raises(maintenance.MaintenanceError, match="at work"):
+    with maintenance._alone(tmp_path), pytest.raises(errors.MaintenanceError, match="at work"):
         maintenance.compact(tmp_path)
 
 
@@ -216,14 +216,7 @@ def test_compacting_beside_writers_and_readers_costs_no_row(tmp_path: Path) -> N
 
 def test_a_kill_at_any_step_of_a_compaction_costs_no_row(tmp_path: Path) -> None:
     """tests/native/compaction_test.cpp: the n-th call that changes a file kills, for every n."""
-    compiler = shutil.which(os.environ.get("CXX", "g++"))
-    if compiler is None or not (ROOT / "csrc").is_dir():
-        pytest.skip("no C++ compiler")
-    sources = [ROOT / "tests/native/compaction_test.cpp", ROOT / "csrc/hash/digest.cpp", ROOT / "csrc/fork.cpp"]
-    program = tmp_path / "compaction_test"
-    flags = ["-std=c++17", "-O1", f"-I{ROOT / 'csrc'}", "-pthread", "-o", str(program)]
-    sources += sorted((ROOT / "csrc/store").glob("*.cpp"))
-    subprocess.run([compiler, *flags, *map(str, sources), "-lzstd"], check=True)
+    program = store_program("compaction_test.cpp", tmp_path)
     subprocess.run([program, tmp_path / "store"], check=True)
 
 

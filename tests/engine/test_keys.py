@@ -201,7 +201,8 @@ def test_long_texts_are_told_apart_and_not_remembered() -> None:
     texts = ["a" * 100_000 + str(i) for i in range(8)]
     keys = [tuple(module.cache_instance.keys(X, text)[0].tolist()) for text in [*texts, *texts]]
     assert keys[:8] == keys[8:] and len(set(keys)) == 8
-    assert not module.cache_instance._binder._forms and not module.cache_instance._keys._digests
+    decider = module.cache_instance._decider
+    assert not decider._binder._templates and not decider._keys._digests
 
 
 def test_autocast_is_part_of_the_key() -> None:

@@ -14,12 +14,12 @@
 #include <cstring>
 #include <vector>
 
-#include "store/bytes.h"
-#include "store/compression.h"
-#include "store/index_file.h"
-#include "store/segment.h"
+#include "store/format/bytes.h"
+#include "store/format/compression.h"
+#include "store/format/index_file.h"
+#include "store/format/segment.h"
+#include "store/index.h"
 
-using namespace torchcache;
 using namespace torchcache::store;
 
 namespace {
@@ -162,7 +162,7 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
   system_calls.fstat = memory_fstat;
   system_calls.pread = memory_pread;
   Error error = 0;
-  const auto file = File::open(segment_path("", kId), false, &error);
+  const auto file = File::open(segment_path("", kId), 0, &error);
   require(file != nullptr);
   scan(*file, segment.size());
   read_index(segment.size());

@@ -155,5 +155,5 @@ def write(directory: Path) -> None:
 def _put(store: int, rows: list[GoldenRow]) -> None:
     """A block of rows of one layout."""
     leaves = [torch.stack(parts) for parts in zip(*(row.leaves for row in rows))]
-    ops.store_put(store, keys_tensor([row.key for row in rows]), rows[0].layout, leaves)
+    ops.store_write(store, keys_tensor([row.key for row in rows]), rows[0].layout, leaves)
     ops.store_flush(store)

@@ -23,10 +23,10 @@ class Store:
         self.id = ops.store_open(str(directory), limit, zstd, 3, 1, mmap, 64 << 20)
 
     def put(self, keys: Tensor, rows: Tensor) -> int:
-        return ops.store_put(self.id, keys, LAYOUT, [rows])
+        return ops.store_write(self.id, keys, LAYOUT, [rows])
 
     def found(self, keys: Tensor) -> int:
-        return int(ops.store_find(self.id, keys)[0].sum())
+        return int(ops.store_lookup(self.id, keys)[0].sum())
 
     def right(self, keys: Tensor, rows: Tensor) -> int:
         """How many rows are read; those must be right."""

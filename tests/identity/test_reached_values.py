@@ -183,13 +183,13 @@ def test_libraries_that_are_used_as_a_whole_count_by_name(load: Load) -> None:
 def test_what_python_writes_into_a_dataclass_is_no_code_of_the_users(
     load: Load, caplog: pytest.LogCaptureFixture
 ) -> None:
-    source._without_source.clear()
+    source._without_source.subjects.clear()
     of(load("def M(x):\n    return Data(x)\n"))
     assert caplog.text == ""
 
 
 def test_functions_without_source_are_named_by_one_warning_in_all(caplog: pytest.LogCaptureFixture) -> None:
-    source._without_source.clear()
+    source._without_source.subjects.clear()
     scope: dict[str, object] = {}
     exec("def inner(x): return x + 1\ndef M(x): return inner(x)\n", scope)
     for _ in range(2):

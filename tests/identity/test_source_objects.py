@@ -93,7 +93,7 @@ def test_code_without_source_is_described_by_bytecode_with_one_warning(
         exec(text, scope)
         return of(scope["without_source"])
 
-    source._without_source.clear()
+    source._without_source.subjects.clear()
 
     first = run("def without_source(x): return x + 1")
     assert run("def without_source(x): return x + 1") == first

@@ -2,7 +2,7 @@
 // next compaction ends with one segment.
 //
 // Run: compaction_test DIRECTORY, which must not exist.
-#include "store/compaction.h"
+#include "store/maintenance/compaction.h"
 
 #include <fcntl.h>
 #include <signal.h>
@@ -16,7 +16,6 @@
 
 #include "store/store.h"
 
-using namespace torchcache;
 using namespace torchcache::store;
 
 #define EXPECT(condition)                                                          \
@@ -109,7 +108,7 @@ void write_segments() {
     const auto store = open_store();
     for (const uint64_t some : {seed, uint64_t{7}}) {
       const Rows rows(some);
-      store->put(rows.keys.data(), kRows, "layout", {{reinterpret_cast<const uint8_t*>(rows.values.data()), 8}});
+      store->write(rows.keys.data(), kRows, "layout", {{reinterpret_cast<const uint8_t*>(rows.values.data()), 8}});
       store->flush();
     }
     store->close();

@@ -6,7 +6,7 @@
 #include <condition_variable>
 #include <mutex>
 
-#include "store/file.h"
+#include "store/os/file.h"
 
 namespace torchcache::store {
 namespace {

@@ -6,7 +6,7 @@
 #include <cstring>
 #include <vector>
 
-namespace torchcache {
+namespace torchcache::memory {
 namespace {
 
 // Where single bytes are counted as they are moved.
@@ -56,4 +56,4 @@ extern "C" void gather_counted(const uint8_t* const* rows, int64_t count, int64_
   });
 }
 
-}  // namespace torchcache
+}  // namespace torchcache::memory

@@ -13,7 +13,7 @@
 #include "hash/sources.h"
 #include "hash/team.h"
 
-namespace torchcache {
+namespace torchcache::hash {
 
 class LoopTeam {
  public:
@@ -56,8 +56,8 @@ void run(const Batch& batch, Shape shape) {
   std::shuffle(order.begin(), order.end(), std::mt19937(shape.seed));
   const auto work = [&](size_t begin, size_t end) {
     for (size_t i = begin; i < end; ++i) {
-      const Place place =
-          place_of(order[i] / shape.threads, static_cast<int>(order[i] % shape.threads), blocks, shape.threads);
+      const TeamPosition place =
+          team_position(order[i] / shape.threads, static_cast<int>(order[i] % shape.threads), blocks, shape.threads);
       if (place.lane != 0) continue;  // the loop over lanes stands for all eight
       LoopTeam team;
       digest_batch<Source>(team, batch, place.first, place.step);
@@ -74,4 +74,4 @@ inline void launch(const Batch& batch, Shape shape) {
   with_source(batch.rows, [&](auto source) { run<typename decltype(source)::type>(batch, shape); });
 }
 
-}  // namespace torchcache
+}  // namespace torchcache::hash

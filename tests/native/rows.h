@@ -7,6 +7,7 @@
 #include <string>
 #include <vector>
 
+#include "store/format/format.h"
 #include "store/store.h"
 
 #define EXPECT(condition)                                                          \
@@ -51,7 +52,7 @@ struct Rows {
 };
 
 size_t put(Store& store, const Rows& rows) {
-  return store.put(rows.keys.data(), rows.n(), kLayout, {{rows.bytes.data(), rows.row_bytes()}});
+  return store.write(rows.keys.data(), rows.n(), kLayout, {{rows.bytes.data(), rows.row_bytes()}});
 }
 
 // How many rows are read; those that are must be right.
@@ -70,7 +71,7 @@ size_t right_rows(Store& store, const Rows& rows) {
 
 size_t found_rows(Store& store, const Rows& rows) {
   std::vector<uint8_t> present(rows.n());
-  store.find(rows.keys.data(), rows.n(), present.data());
+  store.lookup(rows.keys.data(), rows.n(), present.data());
   size_t found = 0;
   for (uint8_t p : present) found += p;
   return found;

@@ -9,9 +9,9 @@
 
 #include "faulty_calls.h"
 #include "rows.h"
-#include "store/compaction.h"
-#include "store/index_file.h"
-#include "store/writer.h"
+#include "store/admission.h"
+#include "store/format/index_file.h"
+#include "store/maintenance/compaction.h"
 
 namespace torchcache::store {
 namespace {
@@ -50,7 +50,7 @@ Options rotating(uint64_t bytes) {
 void put_in_parts(Store& store, const Rows& rows) {
   for (size_t first = 0; first < rows.n(); first += 10) {
     const size_t n = std::min<size_t>(10, rows.n() - first);
-    store.put(&rows.keys[first], n, kLayout, {{&rows.bytes[first * rows.row_bytes()], rows.row_bytes()}});
+    store.write(&rows.keys[first], n, kLayout, {{&rows.bytes[first * rows.row_bytes()], rows.row_bytes()}});
     store.flush();
   }
 }
@@ -223,7 +223,7 @@ void a_listing_that_a_compaction_overtakes_costs_no_row() {
   EXPECT(segments_here().size() == 1);
   EXPECT(found_rows(*store, first) == 20 && found_rows(*store, second) == 20);
   EXPECT(right_rows(*store, first) == 20 && right_rows(*store, second) == 20);
-  EXPECT(store->stats().damaged_rows == 0 && store->take_warnings().empty());
+  EXPECT(store->stats().damaged_rows == 0 && store->drain_warnings().empty());
 }
 
 }  // namespace

@@ -22,7 +22,6 @@
 #include "segment_tests.h"
 #include "store/index.h"
 
-using namespace torchcache;
 using namespace torchcache::store;
 
 namespace {
@@ -62,7 +61,7 @@ void short_and_interrupted_transfers_are_normal() {
   store->close();
   store = Store::open(options());
   EXPECT(right_rows(*store, rows) == 50);
-  EXPECT(store->stats().damaged_rows == 0 && store->take_warnings().empty());
+  EXPECT(store->stats().damaged_rows == 0 && store->drain_warnings().empty());
 }
 
 // Runs the whole life of a store. Its n-th call fails; all from then on do, if the fault is
@@ -122,12 +121,12 @@ void cannot_write_for_a_while(Error cause) {
   EXPECT(right_rows(*store, second) == 10);  // from memory
   EXPECT(right_rows(*store, first) == 10);
   std::vector<std::string> warnings;
-  while (warnings.empty()) warnings = store->take_warnings(), std::this_thread::yield();
+  while (warnings.empty()) warnings = store->drain_warnings(), std::this_thread::yield();
   EXPECT(warnings.size() == 1 && warnings[0].find(error_text(cause)) != std::string::npos);
   EXPECT(warnings[0].find(directory) != std::string::npos);
   failing = 0;
   store->flush();
-  EXPECT(store->take_warnings().empty() && store->stats().dropped_rows == 0);
+  EXPECT(store->drain_warnings().empty() && store->stats().dropped_rows == 0);
   store->close();
   store = Store::open(options());
   EXPECT(right_rows(*store, first) == 10 && right_rows(*store, second) == 10);
@@ -161,7 +160,7 @@ void rows_are_dropped_and_counted_when_nothing_can_be_written() {
   store->flush();
   EXPECT(store->stats().dropped_rows == 100 && store->stats().queued_rows == 0);
   EXPECT(found_rows(*store, rows) == 0 && !store->stats().full);
-  EXPECT(store->take_warnings().size() == 2);  // the cause, and that rows are lost
+  EXPECT(store->drain_warnings().size() == 2);  // the cause, and that rows are lost
   failing = 0;
   put(*store, rows);
   store->flush();
@@ -189,10 +188,10 @@ void a_write_that_hangs_stops_nobody() {
 void a_file_where_the_directory_should_be_is_one_warning() {
   std::fclose(std::fopen(directory.c_str(), "w"));
   auto store = Store::open(options());
-  EXPECT(store->take_warnings().empty());  // nothing to find there: only writing is worth a word
+  EXPECT(store->drain_warnings().empty());  // nothing to find there: only writing is worth a word
   EXPECT(put(*store, Rows(5, 1)) == 5 && put(*store, Rows(5, 2)) == 5);
   store->flush();
-  const std::vector<std::string> warnings = store->take_warnings();
+  const std::vector<std::string> warnings = store->drain_warnings();
   EXPECT(warnings.size() == 1 && warnings[0].find(directory) != std::string::npos);
   EXPECT(store->stats().dropped_rows == 10 && store->stats().bytes_written == 0);
 }
@@ -205,7 +204,7 @@ void a_deleted_directory_is_made_again() {
   std::filesystem::remove_all(directory);
   put(*store, late);
   store->flush();
-  EXPECT(store->take_warnings().size() == 1);
+  EXPECT(store->drain_warnings().size() == 1);
   EXPECT(found_rows(*store, early) == 0 && right_rows(*store, late) == 10);
   put(*store, early);
   store->close();

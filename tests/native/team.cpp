@@ -11,7 +11,7 @@
 #include "hash/plan.h"
 #include "loop_team.h"
 
-namespace torchcache {
+namespace torchcache::hash {
 namespace {
 
 struct Numbers {
@@ -59,9 +59,9 @@ void write(const Canonical* digests, int64_t count, uint64_t* out) {
 }
 
 }  // namespace
-}  // namespace torchcache
+}  // namespace torchcache::hash
 
-using namespace torchcache;
+using namespace torchcache::hash;
 
 struct Argument {  // a tensor
   const void* data;
@@ -119,7 +119,7 @@ int64_t team_mapping(int64_t rows, int64_t bytes, const Shape* shape, int64_t* o
   }
   for (int64_t block = 0; block < blocks; ++block)
     for (int thread = 0; thread < shape->threads; ++thread) {
-      const Place place = place_of(block, thread, blocks, shape->threads);
+      const TeamPosition place = team_position(block, thread, blocks, shape->threads);
       for (int64_t i = place.first; i < count; i += place.step) takers[i] |= 1 << place.lane, takers[i] += 256;
     }
   return count;

@@ -285,12 +285,12 @@ def test_a_probe_that_rides_along_with_keys_is_the_probe() -> None:
     watch = NativeWatch([*module.parameters(), torch.ones(3), *module.buffers()])
     x = torch.randn(8, 3000, device=GPU)
     table = ops.table_open()
-    _, (keys, slots, missing), layout, seen = ops.table_take(table, [x], CALL, watch.id)
+    _, (keys, slots, missing), layout, seen = ops.table_hash_and_read(table, [x], CALL, watch.id)
     assert seen == watch.probe()
     assert torch.equal(keys, ops.keys([x.cpu()], CALL))
     assert slots.tolist() == [-1 - i for i in range(8)] and missing.tolist() == list(range(8)) and layout == -1
     next(module.parameters()).data.mul_(2)
-    assert ops.table_take(table, [x], CALL, watch.id)[3] != seen
+    assert ops.table_hash_and_read(table, [x], CALL, watch.id)[3] != seen
     ops.table_close(table)
 
 
@@ -345,9 +345,9 @@ def test_a_hit_waits_once_for_the_gpu() -> None:
     watch = NativeWatch([*module.parameters(), *module.buffers()])
     x = torch.randn(64, 3000, device=GPU)
     table = ops.table_open()
-    ops.table_take(table, [x], CALL, watch.id)
+    ops.table_hash_and_read(table, [x], CALL, watch.id)
     with torch.profiler.profile() as profile:
-        ops.table_take(table, [x], CALL, watch.id)
+        ops.table_hash_and_read(table, [x], CALL, watch.id)
     ops.table_close(table)
     names = [event.name for event in profile.events() or []]
     assert sum("Synchronize" in name and "Device" not in name for name in names) == 1

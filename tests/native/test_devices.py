@@ -31,7 +31,7 @@ def operations() -> Any:
         flags = ["-O0", "-shared", "-fPIC", "-pthread", "-Wl,-Bsymbolic", f"-I{CSRC}"]
         flags += [flag for flag in build.COMPILE_FLAGS if not flag.startswith("-O")]
         flags += ["-isystem", str(found.folder / "include"), f"-L{found.folder / 'lib'}"]
-        sources = [NATIVE / "devices.cpp", CSRC / "fork.cpp", *sorted((CSRC / "hash").glob("*.cpp"))]
+        sources = [NATIVE / "devices.cpp", CSRC / "core" / "fork.cpp", *sorted((CSRC / "hash").glob("*.cpp"))]
         libraries = ["-ltorch", "-ltorch_cpu", "-lc10"]
         subprocess.run([*compiler(), *flags, *map(str, sources), *libraries, "-o", built], check=True)
         torch.ops.load_library(built)
@@ -49,8 +49,8 @@ def no_tensor_is_anywhere() -> Iterator[None]:
     kept.clear()
 
 
-def taken_log() -> list[str]:
-    return list(operations().take_log())
+def drained_log() -> list[str]:
+    return list(operations().drain_log())
 
 
 def on(device: int, t: Tensor) -> Tensor:
@@ -62,8 +62,8 @@ def on(device: int, t: Tensor) -> Tensor:
     return copy
 
 
-def see(rows: list[Tensor], watch: int = 0) -> tuple[Tensor, int]:
-    keys, probe = operations().see(rows, *CALL, watch)
+def hash_batch(rows: list[Tensor], watch: int = 0) -> tuple[Tensor, int]:
+    keys, probe = operations().hash_batch(rows, *CALL, watch)
     return keys, probe
 
 
@@ -74,31 +74,31 @@ DEVICES = st.integers(-1, 2)
 def test_keys_are_those_of_the_cpu_wherever_the_arguments_are(places: list[tuple[int, int]], batch: int) -> None:
     rows = [torch.randn(batch, size).double() for _, size in places]
     there = [on(device, t) if t.numel() else t for (device, _), t in zip(places, rows)]
-    taken_log()
-    assert torch.equal(see(there)[0], ops.keys(rows, CALL))
+    drained_log()
+    assert torch.equal(hash_batch(there)[0], ops.keys(rows, CALL))
     devices = sorted({device for (device, size) in places if size and device >= 0})
-    assert taken_log() == [f"{what} {device}" for what in ("ask", "wait") for device in devices]
+    assert drained_log() == [f"{what} {device}" for what in ("enqueue", "wait") for device in devices]
 
 
 @given(st.lists(st.tuples(DEVICES, st.integers(1, 1500)), max_size=8))
 def test_digests_are_those_of_the_cpu_in_the_order_of_the_tensors(places: list[tuple[int, int]]) -> None:
     tensors = [torch.randn(size).double() for _, size in places]
     there = [on(device, t) for (device, _), t in zip(places, tensors)]
-    taken_log()
+    drained_log()
     assert torch.equal(operations().digests(there), ops.digests(tensors))
     devices = sorted({device for device, _ in places if device >= 0})
-    assert taken_log() == [f"{what} {device}" for what in ("ask", "wait") for device in devices]
+    assert drained_log() == [f"{what} {device}" for what in ("enqueue", "wait") for device in devices]
 
 
 def test_a_probe_rides_along_with_keys_and_nothing_is_listed_again_while_nothing_moves() -> None:
     state = [on(0, torch.ones(100)), on(0, torch.zeros(3, 5)), torch.ones(7)]
     watch = operations().watch_open(state)
     rows = [on(0, torch.randn(4, 600))]
-    keys, first = see(rows, watch)
-    assert taken_log() == ["keep 0", "ask 0", "wait 0"]
+    keys, first = hash_batch(rows, watch)
+    assert drained_log() == ["upload 0", "enqueue 0", "wait 0"]
     assert torch.equal(keys, ops.keys(rows, CALL))
-    assert see(rows, watch)[1] == first == operations().probe(watch)
-    assert taken_log() == ["ask 0", "wait 0"] * 2
+    assert hash_batch(rows, watch)[1] == first == operations().probe(watch)
+    assert drained_log() == ["enqueue 0", "wait 0"] * 2
 
 
 def test_a_probe_sees_updates_on_every_device() -> None:
@@ -110,16 +110,16 @@ def test_a_probe_sees_updates_on_every_device() -> None:
         seen.append(operations().probe(watch))
         assert operations().probe(watch) == seen[-1]
     assert len(set(seen)) == 5
-    assert see([torch.ones(2, 2)], watch)[1] == seen[-1]
+    assert hash_batch([torch.ones(2, 2)], watch)[1] == seen[-1]
 
 
 def test_devices_of_state_and_rows_are_each_waited_for_once() -> None:
     watch = operations().watch_open([on(2, torch.ones(10)), on(1, torch.ones(10))])
     rows = [on(0, torch.randn(4, 3)), on(2, torch.randn(4, 3)), torch.randn(4, 3)]
     operations().probe(watch)
-    taken_log()
-    assert torch.equal(see(rows, watch)[0], ops.keys(rows, CALL))
-    assert taken_log() == ["ask 0", "ask 1", "ask 2", "wait 0", "wait 1", "wait 2"]
+    drained_log()
+    assert torch.equal(hash_batch(rows, watch)[0], ops.keys(rows, CALL))
+    assert drained_log() == ["enqueue 0", "enqueue 1", "enqueue 2", "wait 0", "wait 1", "wait 2"]
 
 
 def test_words_are_listed_anew_where_a_tensor_has_moved_and_never_read_where_it_was() -> None:
@@ -127,12 +127,12 @@ def test_words_are_listed_anew_where_a_tensor_has_moved_and_never_read_where_it_
     watch = operations().watch_open([t])
     first = operations().probe(watch)
     t.data = on(1, torch.ones(100))  # words of device 0 would be an error now
-    taken_log()
+    drained_log()
     second = operations().probe(watch)
-    assert second != first and taken_log() == ["keep 1", "ask 1", "wait 1"]
+    assert second != first and drained_log() == ["upload 1", "enqueue 1", "wait 1"]
     t.data = torch.ones(100)
     third = operations().probe(watch)
-    assert third not in (first, second) and taken_log() == []
+    assert third not in (first, second) and drained_log() == []
     t.untyped_storage().resize_(0)
     assert operations().probe(watch) == operations().probe(watch)
 
@@ -140,10 +140,10 @@ def test_words_are_listed_anew_where_a_tensor_has_moved_and_never_read_where_it_
 def test_a_device_that_refuses_is_an_error_and_no_keys() -> None:
     operations().capture(True)
     with pytest.raises(RuntimeError, match="capturing"):
-        see([on(0, torch.randn(4, 3))])
+        hash_batch([on(0, torch.randn(4, 3))])
     with pytest.raises(RuntimeError, match="capturing"):
         operations().digests([on(0, torch.randn(4, 3))])
-    assert see([torch.ones(2, 2)])[0].shape == (2, 2)  # the CPU is asked nothing
+    assert hash_batch([torch.ones(2, 2)])[0].shape == (2, 2)  # the CPU is asked nothing
 
 
 def test_without_bytes_behind_it_a_tensor_on_a_device_is_refused() -> None:

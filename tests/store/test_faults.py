@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 from store_harness import DAMAGED, DROPPED, Store, batch, files, forked, reopened, succeeded, write
 
+from torchcache import errors
 from torchcache.cli import maintenance
 
 KILLS = int(os.environ.get("TORCHCACHE_KILLS", "100"))  # 1000 for the slow part
@@ -115,7 +116,7 @@ def test_a_full_disk_is_one_warning_and_writing_resumes_when_there_is_space(disk
 def test_a_compaction_on_a_full_disk_is_an_error_that_costs_no_row(disk: Path) -> None:
     for seed in range(2):
         write(disk / "store", batch(400, seed, 200))
-    with pytest.raises(maintenance.MaintenanceError, match=r"cannot write to .*: No space left on device"):
+    with pytest.raises(errors.MaintenanceError, match=r"cannot write to .*: No space left on device"):
         maintenance.compact(disk / "store")
     assert all(reopened(disk / "store", *batch(400, seed, 200)) == 400 for seed in range(2))
     assert sorted(path.suffix for path in (disk / "store").iterdir()) == [".idx", ".idx", ".seg", ".seg"]
@@ -271,7 +272,7 @@ def test_a_big_endian_machine_is_refused_when_the_store_is_compiled() -> None:
     if compiler is None or not (ROOT / "csrc").is_dir():
         pytest.skip("no C++ compiler")
     swapped = ["-U__BYTE_ORDER__", "-D__BYTE_ORDER__=__ORDER_BIG_ENDIAN__"]
-    source = ROOT / "csrc" / "store" / "format.cpp"
+    source = ROOT / "csrc" / "store" / "format" / "format.cpp"
     command = [compiler, "-std=c++17", "-fsyntax-only", f"-I{ROOT / 'csrc'}", *swapped, str(source)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode != 0 and "torchcache needs a little-endian machine" in done.stderr

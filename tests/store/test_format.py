@@ -50,7 +50,7 @@ def test_an_independent_reader_reads_what_the_store_wrote(
     directory = tmp_path_factory.mktemp("store")
     store = open_store(directory, zstd=zstd)
     keys, data = [key(low) for low in rows], as_bytes(list(rows.values()))
-    assert ops.store_put(store, as_tensor(keys), layout, [data]) == len(keys)
+    assert ops.store_write(store, as_tensor(keys), layout, [data]) == len(keys)
     ops.store_close(store)
     read = {row.key: (row.layout, row.data) for row in read_store(directory)}
     assert read == {key(low): (layout.encode(), row) for low, row in rows.items()}
@@ -78,7 +78,7 @@ def test_the_store_reads_what_an_independent_writer_wrote(
     store = open_store(directory, mmap=mmap)
     for _, rows in encoded:
         keys = as_tensor([row.key for row in rows])
-        present, found = ops.store_find(store, keys)
+        present, found = ops.store_lookup(store, keys)
         assert present.all() and found == layout
         wanted = as_bytes([row.data for row in rows])
         out = torch.empty_like(wanted)
@@ -94,7 +94,7 @@ def test_every_dtype_comes_back_bit_for_bit(tmp_path: Path, zstd: bool) -> None:
         store = open_store(tmp_path, zstd=zstd)
         keys = torch.arange(10).reshape(5, 2) + 100 * number
         leaf = bits.view(getattr(torch, name))
-        ops.store_put(store, keys, name, [leaf])
+        ops.store_write(store, keys, name, [leaf])
         ops.store_close(store)
         store = open_store(tmp_path)
         out = torch.empty_like(leaf)
@@ -108,7 +108,7 @@ def test_an_independent_reader_reads_every_layout_and_dtype(tmp_path: Path, zstd
     store = open_store(tmp_path, zstd=zstd)
     rows = golden_rows("zstd" if zstd else "raw")
     for row in rows:
-        ops.store_put(store, as_tensor([row.key]), row.layout, [leaf.unsqueeze(0) for leaf in row.leaves])
+        ops.store_write(store, as_tensor([row.key]), row.layout, [leaf.unsqueeze(0) for leaf in row.leaves])
     ops.store_close(store)
     read = {row.key: (row.layout.decode(), row.data) for row in read_store(tmp_path)}
     assert read == {row.key: (row.layout, row.data) for row in rows}
@@ -129,7 +129,7 @@ def test_the_store_reads_every_layout_and_dtype_of_an_independent_writer(tmp_pat
 def test_leaves_of_a_row_stand_one_after_another(tmp_path: Path) -> None:
     store = open_store(tmp_path)
     first, second = torch.tensor([[1.0], [2.0]]), torch.tensor([[3, 4], [5, 6]], dtype=torch.int16)
-    ops.store_put(store, as_tensor([1, 2]), "two leaves", [first, second])
+    ops.store_write(store, as_tensor([1, 2]), "two leaves", [first, second])
     ops.store_close(store)
     rows = {row.key: row.data for row in read_store(tmp_path)}
     assert rows == {
@@ -141,7 +141,7 @@ def test_leaves_of_a_row_stand_one_after_another(tmp_path: Path) -> None:
 def test_files_are_named_and_sized_as_the_page_says(tmp_path: Path) -> None:
     store = open_store(tmp_path)
     keys = torch.arange(2000).reshape(1000, 2)
-    ops.store_put(store, keys, "layout", [torch.rand(1000, 768)])
+    ops.store_write(store, keys, "layout", [torch.rand(1000, 768)])
     ops.store_flush(store)
     assert [path.suffix for path in tmp_path.iterdir()] == [".seg"]
     ops.store_close(store)
@@ -161,6 +161,6 @@ def test_a_block_in_another_segment_or_place_is_no_block(tmp_path: Path) -> None
         file.write(block)  # copied within its segment
     path.rename(tmp_path / "gone")
     store = open_store(tmp_path)
-    present, _ = ops.store_find(store, as_tensor([1]))
+    present, _ = ops.store_lookup(store, as_tensor([1]))
     assert not present.any()
     ops.store_close(store)

@@ -51,7 +51,7 @@ def test_the_library_reads_every_row_bit_for_bit(golden: Path, index: bool, mmap
     for segment in SEGMENTS:
         for layout, rows in by_layout(golden_rows(segment)):
             keys = keys_tensor([row.key for row in rows])
-            present, found = ops.store_find(store, keys)
+            present, found = ops.store_lookup(store, keys)
             assert present.all() and found == layout
             wanted = [torch.stack(parts) for parts in zip(*(row.leaves for row in rows))]
             out = [torch.empty_like(leaf) for leaf in wanted]

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import functools
 import os
-import shutil
 import subprocess
 from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from native_harness import store_program
 from store_harness import (
     BYTES_WRITTEN,
     DAMAGED,
@@ -28,7 +28,6 @@ from store_harness import (
 
 from torchcache._native import ops
 
-ROOT = Path(__file__).resolve().parents[2]
 RUNS = int(os.environ.get("TORCHCACHE_RUNS", "1"))  # of eight processes; 100 for the slow part
 
 
@@ -61,10 +60,10 @@ def test_rows_of_another_layout_are_absent(tmp_path: Path) -> None:
     keys, rows = batch(10, 1)
     store = Store(tmp_path)
     store.put(keys[:4], rows[:4])
-    assert ops.store_put(store.id, keys[4:], "other", [rows[4:]]) == 6
-    present, layout = ops.store_find(store.id, keys)
+    assert ops.store_write(store.id, keys[4:], "other", [rows[4:]]) == 6
+    present, layout = ops.store_lookup(store.id, keys)
     assert layout == LAYOUT and present.tolist() == [True] * 4 + [False] * 6
-    present, layout = ops.store_find(store.id, keys.flip(0))
+    present, layout = ops.store_lookup(store.id, keys.flip(0))
     assert layout == "other" and int(present.sum()) == 6
     store.close()
 
@@ -201,12 +200,5 @@ def test_a_closed_store_is_empty_and_its_directory_stays_usable(tmp_path: Path) 
 
 def test_the_native_tests_pass(tmp_path: Path) -> None:
     """Failing, short and hanging system calls, crowded keys, forks beside threads."""
-    compiler = shutil.which(os.environ.get("CXX", "g++"))
-    if compiler is None or not (ROOT / "csrc").is_dir():
-        pytest.skip("no C++ compiler")
-    sources = [ROOT / "tests/native/store_test.cpp", ROOT / "csrc/hash/digest.cpp"]
-    sources += [ROOT / "csrc/fork.cpp", *sorted((ROOT / "csrc/store").glob("*.cpp"))]
-    program = tmp_path / "store_test"
-    flags = ["-std=c++17", "-O1", f"-I{ROOT / 'csrc'}", "-pthread", "-o", str(program)]
-    subprocess.run([compiler, *flags, *map(str, sources), "-lzstd"], check=True)
+    program = store_program("store_test.cpp", tmp_path)
     subprocess.run([program, tmp_path], check=True)

@@ -79,12 +79,12 @@ def test_native_code_finds_the_same(reserved: bool, leaves: list[Tensor], parts:
     for n in (*parts, count):
         n = min(n, count - done)
         if n:
-            memory.put(keys[done : done + n].contiguous(), layout, [t[done : done + n] for t in leaves])
+            memory.write(keys[done : done + n].contiguous(), layout, [t[done : done + n] for t in leaves])
         done += n
     where = torch.randint(0, count, (random.randrange(1, 80),))  # type: ignore[attr-defined]
-    taken = memory.take_keys(keys[where])
-    assert taken is not None and taken[0] == layout
-    assert same(taken[1], [t[where] for t in leaves])
+    found = memory.read_whole(keys[where])
+    assert found is not None and found.layout == layout
+    assert same(found.leaves, [t[where] for t in leaves])
 
 
 def test_the_last_chunk_ends_at_the_limit(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -91,10 +91,10 @@ def test_rows_of_any_size_are_gathered_on_the_gpu_from_any_chunks(data: st.DataO
         patch.setattr(arenas, "_CHUNK_BYTES", data.draw(st.sampled_from([1, 5000, 64 << 20])))
         memory = MemoryTier("cuda", 1 << 30)
         for start in range(0, count, 7):
-            memory.put(keys[start : start + 7], layout, [rows[start : start + 7].to(GPU)])
+            memory.write(keys[start : start + 7], layout, [rows[start : start + 7].to(GPU)])
     where = torch.tensor(data.draw(st.lists(st.integers(0, count - 1), min_size=1, max_size=100)))
-    taken = memory.take_keys(keys[where])
-    assert taken is not None and taken[1][0].is_cuda and torch.equal(taken[1][0].cpu(), rows[where])
+    found = memory.read_whole(keys[where])
+    assert found is not None and found.leaves[0].is_cuda and torch.equal(found.leaves[0].cpu(), rows[where])
 
 
 @given(st.lists(st.integers(0, 49), min_size=1, max_size=100))

@@ -50,7 +50,7 @@ class Backbone(nn.Module):
 @pytest.fixture(autouse=True)
 def slow(monkeypatch: pytest.MonkeyPatch) -> None:
     SlowCopy.waiting = 0
-    monkeypatch.setattr(staging, "Copy", SlowCopy)
+    monkeypatch.setattr(staging, "HostCopy", SlowCopy)
     monkeypatch.setattr(staging, "is_needed", lambda leaves: True)
 
 
@@ -121,7 +121,7 @@ from torchcache.tiers.disk import DiskTier
 from torchcache.options import Options
 from pathlib import Path
 directory = {str(cache_of(module).cache_dir)!r}
-print(DiskTier(Path(directory), Options(persistent=True), dict).stats().rows)
+print(DiskTier(Path(directory), Options(persistent=True)).stats().rows)
 """
     out = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout
     assert out.strip() == str(len(X))
@@ -140,19 +140,18 @@ def test_where_no_copy_can_be_started_rows_are_kept_at_once(tmp_path: Path, monk
     def fail(leaves: list[Tensor]) -> None:
         raise RuntimeError("CUDA out of memory")
 
-    monkeypatch.setattr(staging, "Copy", fail)
+    monkeypatch.setattr(staging, "HostCopy", fail)
     module = cached(tmp_path)
     module(X)
     assert torch.equal(module(X), X * 2) and module.rows == len(X)
 
 
 def test_not_more_than_the_limit_is_on_its_way(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(staging, "_MOST_BYTES", X.nbytes)
-    sent = [(X + i, [lambda on_host: None]) for i in range(5)]
-    for rows, keepers in sent:
-        staging.send([rows], keepers)
+    monkeypatch.setattr(staging, "_MAX_QUEUED_BYTES", X.nbytes)
+    for i in range(5):
+        staging.enqueue([X + i], [lambda on_host: None])
         assert SlowCopy.waiting <= 1
-    staging.land()
+    staging.drain()
 
 
 def test_threads_find_the_rows_of_each_other(tmp_path: Path) -> None:
@@ -183,7 +182,7 @@ import os
 import sys
 sys.path.insert(0, {str(Path(__file__).parent)!r})
 from test_staging import Backbone, SlowCopy, X, cached, staging
-staging.Copy, staging.is_needed = SlowCopy, lambda leaves: True
+staging.HostCopy, staging.is_needed = SlowCopy, lambda leaves: True
 module = cached({str(tmp_path)!r})
 {leave or "module(X)"}
 """

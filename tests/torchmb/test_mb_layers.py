@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -337,8 +338,13 @@ def test_a_layer_under_autocast_casts_forward_and_backward_as_separate_models(
     models = [m.train(training) for m in separate(lambda: wrap(make()), 3)]
     exact = [copy.deepcopy(m) for m in models]
     batch, x = BatchModule.from_modules(models), torch.randn(3, 6, *shape)
+    try:
+        theirs = [results(m, one, autocast=True) for m, one in zip(models, x)]
+    except RuntimeError as error:  # a CPU on which torch cannot run the layer in bfloat16: neither may the batch
+        with pytest.raises(type(error), match=re.escape(str(error))):
+            results(batch, x, autocast=True)
+        return
     ours = results(batch, x, autocast=True)
-    theirs = [results(m, one, autocast=True) for m, one in zip(models, x)]
     precise = [results(m, one, autocast=False) for m, one in zip(exact, x)]
     for i, own in enumerate(ours):
         plain, reference = (torch.stack([one[i] for one in each]) for each in (theirs, precise))

@@ -23,7 +23,7 @@ os.register_at_fork(before=lambda: [act() for act in before_fork])  # later than
 
 
 @pytest.mark.parametrize(
-    "owner", [lambda cache: cache, lambda cache: cache._memory, lambda cache: cache._keys, lambda cache: disk]
+    "owner", [lambda cache: cache, lambda cache: cache.tiers().memory, lambda cache: cache._decider, lambda cache: disk]
 )
 def test_a_lock_that_another_thread_holds_is_free_in_a_forked_child(owner: Callable[[Cache], object]) -> None:
     module = torchcache(persistent=True)(nn.Linear(2, 2).requires_grad_(False))

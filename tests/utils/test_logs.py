@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from torchcache import set_logger_config
+from torchcache._utils.logs import WarnOnce
 
 LOGGER = logging.getLogger("torchcache")
 
@@ -142,3 +143,19 @@ def test_an_application_that_configures_logging_gets_each_record_once(tmp_path: 
         TORCHCACHE_LOG_LEVEL="INFO",
     )
     assert done.stderr.count(done.stdout.strip()) == 1
+
+
+def test_each_subject_is_logged_once_for_each_object(caplog: pytest.LogCaptureFixture) -> None:
+    first, second = WarnOnce("Net"), WarnOnce()
+    with caplog.at_level(logging.INFO, logger="torchcache"):
+        for once in (first, second, first):
+            once.warn("disk", "the disk is %s", "full")
+            once.log(logging.INFO, ("a", 1), "an %s", "object")
+            once.warn(("a", 1), "the level makes no difference")
+    messages = [(record.levelname, record.getMessage()) for record in caplog.records]
+    assert messages == [
+        ("WARNING", "Net: the disk is full"),
+        ("INFO", "Net: an object"),
+        ("WARNING", "the disk is full"),
+        ("INFO", "an object"),
+    ]

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from torchcache._native import build
 from torchcache._utils.logs import logger
+from torchcache._utils.torch_private import without_frame
 
 Digest = tuple[int, int]  # of something on the host: low half, high half, as int64
 
@@ -27,8 +28,7 @@ def _native() -> Any:
 @functools.cache
 def _direct(name: str) -> Any:
     """An operation without the Python frame that torch puts around it: for those of every hit."""
-    overload = getattr(_native(), name).default
-    return getattr(overload, "_op", overload)
+    return without_frame(getattr(_native(), name).default)
 
 
 # torch's stable interface does not pass these: see `bits`.
@@ -93,7 +93,8 @@ def watch_open(tensors: list[Tensor]) -> int:
 def watch_probe(watch: int) -> int:
     """A number that stays the same while addresses, shapes and some bytes of the tensors do.
 
-    One wait for each CUDA device with tensors of the watch; none if it rides along with `table_take` of rows there.
+    One wait for each CUDA device with tensors of the watch; none
+    where `table_hash_and_read` probes it together with rows on that device.
     """
     return cast(int, _native().watch_probe.default(watch))
 
@@ -115,24 +116,26 @@ def table_lookup(table: int, keys: Tensor) -> tuple[Tensor, Tensor, int]:
     return cast("tuple[Tensor, Tensor, int]", _native().table_lookup.default(table, keys))
 
 
-def table_take(table: int, rows: list[Tensor], call: Digest, watch: int) -> tuple[bool, list[Tensor], int, int]:
+def table_hash_and_read(
+    table: int, rows: list[Tensor], call: Digest, watch: int
+) -> tuple[bool, list[Tensor], int, int]:
     """True and the leaves ``[B, …]`` of a batch of which every row is there and in chunks that native code can read.
 
     Else false and `keys` and `table_lookup` of the batch: keys, slots, first rows of the distinct missing ones. Then
     the layout, and `watch_probe` of the watch, or 0 where that is 0.
     """
-    taken: tuple[bool, list[Tensor], int, int] = _direct("table_take")(table, rows, *call, watch)
+    taken: tuple[bool, list[Tensor], int, int] = _direct("table_hash_and_read")(table, rows, *call, watch)
     return taken
 
 
-def table_take_keys(table: int, keys: Tensor) -> tuple[list[Tensor], int]:
-    """The leaves ``[B, …]`` of the rows with these keys, as `table_take` gives them; and the layout."""
-    return cast("tuple[list[Tensor], int]", _native().table_take_keys.default(table, keys))
+def table_read(table: int, keys: Tensor) -> tuple[list[Tensor], int]:
+    """The leaves ``[B, …]`` of the rows with these keys, as `table_hash_and_read` gives them; and the layout."""
+    return cast("tuple[list[Tensor], int]", _native().table_read.default(table, keys))
 
 
-def table_chunk(table: int, layout: int, first: int, leaves: list[Tensor]) -> None:
+def table_add_chunk(table: int, layout: int, first: int, leaves: list[Tensor]) -> None:
     """Makes known where the rows of a layout from slot `first` on lie: contiguous ``[rows, …]``, one for each leaf."""
-    _native().table_chunk.default(table, layout, first, leaves)
+    _native().table_add_chunk.default(table, layout, first, leaves)
 
 
 def table_insert(table: int, keys: Tensor, layout: int, first: int) -> None:
@@ -145,9 +148,9 @@ def table_find(table: int, low: int) -> tuple[int, int]:
     return cast("tuple[int, int]", _native().table_find.default(table, low))
 
 
-def table_lows(table: int) -> Tensor:
+def table_low_keys(table: int) -> Tensor:
     """Low halves of all keys, int64 ``[N]``, in no order."""
-    return cast(Tensor, _native().table_lows.default(table))
+    return cast(Tensor, _native().table_low_keys.default(table))
 
 
 def table_close(table: int) -> None:
@@ -170,9 +173,9 @@ def store_open(
     )
 
 
-def store_find(store: int, keys: Tensor) -> tuple[Tensor, str]:
+def store_lookup(store: int, keys: Tensor) -> tuple[Tensor, str]:
     """Which rows are there: bool ``[B]``, and the layout of those ("" if none)."""
-    return cast("tuple[Tensor, str]", _native().store_find.default(store, keys))
+    return cast("tuple[Tensor, str]", _native().store_lookup.default(store, keys))
 
 
 def store_read(store: int, keys: Tensor, layout: str, leaves: list[Tensor]) -> Tensor:
@@ -180,9 +183,9 @@ def store_read(store: int, keys: Tensor, layout: str, leaves: list[Tensor]) -> T
     return cast(Tensor, _native().store_read.default(store, keys, layout, leaves))
 
 
-def store_put(store: int, keys: Tensor, layout: str, leaves: list[Tensor]) -> int:
+def store_write(store: int, keys: Tensor, layout: str, leaves: list[Tensor]) -> int:
     """Queues copies of the rows for writing → how many of the first ones were admitted."""
-    return cast(int, _native().store_put.default(store, keys, layout, leaves))
+    return cast(int, _native().store_write.default(store, keys, layout, leaves))
 
 
 def store_flush(store: int) -> None:
@@ -191,7 +194,7 @@ def store_flush(store: int) -> None:
 
 
 def store_stats(store: int) -> list[int]:
-    """In the order of ``csrc/store/store.h``'s Stats."""
+    """In the order of ``csrc/store/options.h``'s Stats."""
     return cast("list[int]", _native().store_stats.default(store))
 
 
@@ -210,7 +213,7 @@ def segment_summary(directory: str, name: str) -> tuple[list[int], list[str]]:
 
 
 def segment_verify(directory: str, name: str, position: int, bytes: int) -> list[int]:
-    """Position, done, rows; then kind, offset, bytes, rows of each damage: ``csrc/store/maintain.h``."""
+    """Position, done, rows; then kind, offset, bytes, rows of each damage: ``csrc/store/maintenance/inspect.h``."""
     return cast("list[int]", _native().segment_verify.default(directory, name, position, bytes))
 
 
@@ -234,13 +237,13 @@ def compact_open(directory: str, kept: list[str]) -> int:
     return cast(int, _native().compact_open.default(directory, kept))
 
 
-def compact_take(compaction: int, name: str) -> bool:
+def compact_add(compaction: int, name: str) -> bool:
     """Copies the rows of a segment; False if a process may still write it."""
-    return cast(bool, _native().compact_take.default(compaction, name))
+    return cast(bool, _native().compact_add.default(compaction, name))
 
 
 def compact_finish(compaction: int) -> list[int]:
-    """Puts the new segments into place, removes the old → the order of ``csrc/store/compaction.h``'s Counts."""
+    """Puts the new segments into place, removes the old → the order of ``csrc/store/maintenance/compaction.h``'s Counts."""
     return cast("list[int]", _native().compact_finish.default(compaction))
 
 

@@ -1,6 +1,6 @@
-"""Properties that are computed when they are first needed.
+"""Properties that are computed when they are first read.
 
-Those of functools have a lock before Python 3.12, which stays taken in a child that is forked meanwhile.
+Before Python 3.12 functools.cached_property has a lock, which stays locked in a child that is forked meanwhile.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ T = TypeVar("T")
 
 
 class remembered(Generic[T]):
-    """For what is cheap: two threads that come first may both compute it."""
+    """A cheap property: two threads that read it first at the same time may both compute it."""
 
     def __init__(self, compute: Callable[[Any], T]) -> None:
         self._compute = compute
@@ -35,11 +35,11 @@ class remembered(Generic[T]):
 
 
 class lazy(remembered[T]):
-    """Computed once, whichever thread comes first; the object's ``_lock`` sees to that."""
+    """A property that only one thread computes, under the object's ``_lock``."""
 
     def _value(self, instance: Any) -> T:
         with instance._lock:
             if self._name in instance.__dict__:
-                found: T = instance.__dict__[self._name]
-                return found
+                value: T = instance.__dict__[self._name]
+                return value
             return super()._value(instance)

@@ -1,4 +1,4 @@
-"""Locks that are free in a forked child, whichever threads used them in its parent."""
+"""Locks that are free in a forked child, even if a thread of its parent held them."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ import types
 import weakref
 from typing import Any
 
-_PATIENCE = 10.0  # seconds that a fork waits for other threads; what takes longer is not worth a deadlock
+_TIMEOUT = 10.0  # seconds that a fork waits for other threads; then it goes on without their locks
 
-# By owner, the oldest first: the name under which it has its lock, and that.
+# By owner, the oldest first: the attribute in which it has its lock, and the lock.
 _owners: weakref.WeakKeyDictionary[Any, tuple[str, threading.RLock]] = weakref.WeakKeyDictionary()
-_registry = threading.RLock()  # taken last and held briefly
+_registry = threading.RLock()  # acquired last and held briefly
 _of_this_fork = threading.local()
 
 
 def lock(owner: object, name: str = "_lock") -> threading.RLock:
-    """A lock for this attribute of an object or module, re-entrant."""
+    """A re-entrant lock, which the caller stores in the attribute `name` of its owner, an object or a module."""
     made = threading.RLock()
     with _registry:
         _owners[owner] = name, made
@@ -27,15 +27,15 @@ def lock(owner: object, name: str = "_lock") -> threading.RLock:
 
 
 def module_lock(module: str, name: str = "_lock") -> threading.RLock:
-    """A lock for this global of a module."""
+    """A lock for the global `name` of a module."""
     return lock(sys.modules[module], name)
 
 
 def _before() -> None:
-    end = time.monotonic() + _PATIENCE
+    end = time.monotonic() + _TIMEOUT
     with _registry:
         owners = list(_owners.items())
-    # As nested code takes them: what a cache is made of is younger, and modules' own come last.
+    # In the order in which nested code acquires them: the parts of a cache are younger, and locks of modules come last.
     owners.sort(key=lambda item: isinstance(item[0], types.ModuleType))
     locks = [*(made for _, (_, made) in owners), _registry]
     _of_this_fork.held = [item for item in locks if item.acquire(timeout=max(0.0, end - time.monotonic()))]

@@ -1,7 +1,7 @@
-"""The library's logger: everything it says, it says here, on the logger named ``torchcache``.
+"""The library's only logger, named ``torchcache``, and its configuration.
 
-The root logger is the application's and is never touched. Records propagate to it; while it has
-handlers of its own, the handler that is set up at import stays silent, so nothing is said twice.
+The root logger belongs to the application: the library never changes it. Records propagate to it; while it has
+handlers, the handler that the import of this module adds stays silent, so that no record appears twice.
 """
 
 from __future__ import annotations
@@ -41,15 +41,15 @@ def set_logger_config(
     stream: IO[str] | None = None,
     filename: str | os.PathLike[str] | None = None,
 ) -> None:
-    """Sets how torchcache logs. What is not given comes from the environment, else from the default.
+    """Configures the logger of torchcache. What is not given comes from the environment, else from the default.
 
     Args:
-        level: a number or name of ``logging`` (``TORCHCACHE_LOG_LEVEL``, default WARN). An unknown
-            one is reported and WARN is used.
+        level: a number or name of ``logging`` (``TORCHCACHE_LOG_LEVEL``, default WARN). An unknown level gives a
+            warning and means WARN.
         fmt: format of a record (``TORCHCACHE_LOG_FMT``).
         datefmt: format of its time (``TORCHCACHE_LOG_DATEFMT``).
-        stream: where to write, default standard error.
-        filename: a file to append to as well (``TORCHCACHE_LOG_FILE``, default none).
+        stream: where records go, default standard error.
+        filename: a file that records are also appended to (``TORCHCACHE_LOG_FILE``, default none).
     """
     given = any(x is not None for x in (level, fmt, datefmt, stream, filename))
     _configure(level, fmt, datefmt, stream, filename, yields=not given)
@@ -64,62 +64,72 @@ def _configure(
     yields: bool,
 ) -> None:
     env = os.environ.get
-    problems = []
-    wanted, date_format = fmt or env("TORCHCACHE_LOG_FMT") or _FORMAT, datefmt or env("TORCHCACHE_LOG_DATEFMT")
-    try:
-        formatter = logging.Formatter(wanted, date_format or _DATE_FORMAT)
-    except ValueError as error:
-        problems.append(f"the log format {wanted!r} is not one ({error}): using the default")
-        formatter = logging.Formatter(_FORMAT, date_format or _DATE_FORMAT)
-    handlers: list[logging.Handler] = [_Console(stream, yields)]
-    file = filename or env("TORCHCACHE_LOG_FILE")
-    if file:
-        try:
-            handlers.append(logging.FileHandler(file, mode="a"))
-        except OSError as error:
-            problems.append(
-                f"the log file {os.fspath(file)!r} cannot be opened ({error.strerror}): not logging to a file"
-            )
+    problems: list[str] = []
+    number = _level(level if level is not None else env("TORCHCACHE_LOG_LEVEL", "WARN"), problems)
+    date_format = datefmt or env("TORCHCACHE_LOG_DATEFMT") or _DATE_FORMAT
+    formatter = _formatter(fmt or env("TORCHCACHE_LOG_FMT") or _FORMAT, date_format, problems)
+    handlers = [_Console(stream, yields), *_file_handlers(filename or env("TORCHCACHE_LOG_FILE"), problems)]
     for old in list(logger.handlers):
         logger.removeHandler(old)
         old.close()
     for handler in handlers:
         handler.setFormatter(formatter)
         logger.addHandler(handler)
-    number = _number(level if level is not None else env("TORCHCACHE_LOG_LEVEL", "WARN"))
-    logger.setLevel(logging.WARNING if number is None else number)
-    if number is None:
-        wrong = level if level is not None else env("TORCHCACHE_LOG_LEVEL")
-        logger.warning(
-            "unknown log level %r: using WARN; the levels are DEBUG, INFO, WARN, ERROR and CRITICAL",
-            wrong,
-        )
+    logger.setLevel(number)
     for problem in problems:
         logger.warning("%s", problem)
 
 
-def _number(level: int | str) -> int | None:
-    if isinstance(level, int):
-        return level
-    name = level.strip().upper()
-    if name.isdecimal():
-        return int(name)
-    number = logging.getLevelName(name)
-    return number if isinstance(number, int) else None
+def _level(level: int | str, problems: list[str]) -> int:
+    name = level.strip().upper() if isinstance(level, str) else str(level)
+    number = int(level) if isinstance(level, int) or name.isdecimal() else logging.getLevelName(name)
+    if isinstance(number, int):
+        return number
+    levels = "the levels are DEBUG, INFO, WARN, ERROR and CRITICAL"
+    problems.append(f"unknown log level {level!r}: using WARN; {levels}")
+    return logging.WARNING
 
 
-class Once:
-    """Says each thing once for as long as this object lives."""
+def _formatter(fmt: str, datefmt: str, problems: list[str]) -> logging.Formatter:
+    try:
+        return logging.Formatter(fmt, datefmt)
+    except ValueError as error:
+        problems.append(f"the log format {fmt!r} is not one ({error}): using the default")
+        return logging.Formatter(_FORMAT, datefmt)
 
-    def __init__(self, name: str) -> None:
-        self.name = name
-        self._said: set[Hashable] = set()
 
-    def warn(self, what: Hashable, message: str, *args: object) -> None:
-        """Warns, unless something was already said about ``what``."""
-        if what not in self._said:
-            self._said.add(what)
-            logger.warning(f"{self.name}: {message}", *args)
+def _file_handlers(file: str | os.PathLike[str] | None, problems: list[str]) -> list[logging.Handler]:
+    if not file:
+        return []
+    try:
+        return [logging.FileHandler(file, mode="a")]
+    except OSError as error:
+        problems.append(f"the log file {os.fspath(file)!r} cannot be opened ({error.strerror}): not logging to a file")
+        return []
 
+
+class WarnOnce:
+    """Logs one message about each subject for as long as this object lives.
+
+    Args:
+        name: what every message starts with, if it is not empty.
+    """
+
+    def __init__(self, name: str = "") -> None:
+        self._prefix = f"{name}: " if name else ""
+        self.subjects: set[Hashable] = set()  # those that a message was logged about
+
+    def warn(self, subject: Hashable, message: str, *args: object) -> None:
+        """Logs a warning, unless a message about the subject was logged before."""
+        self.log(logging.WARNING, subject, message, *args)
+
+    def log(self, level: int, subject: Hashable, message: str, *args: object) -> None:
+        """Logs a message at a level of ``logging``, unless one about the subject was logged before."""
+        if subject not in self.subjects:
+            self.subjects.add(subject)
+            logger.log(level, self._prefix + message, *args)
+
+
+Once = WarnOnce  # the former name, until engine/ and tiers/ use the new one
 
 set_logger_config()

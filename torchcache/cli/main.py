@@ -26,7 +26,8 @@ from torchcache._native import build, ops
 from torchcache._version import __version__
 from torchcache.cli import maintenance
 from torchcache.cli.export import export
-from torchcache.cli.maintenance import Damage, MaintenanceError, Progress, Summary
+from torchcache.cli.maintenance import Damage, Progress, Summary
+from torchcache.errors import MaintenanceError
 
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
 _BINARY = {"ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}

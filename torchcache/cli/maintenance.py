@@ -1,6 +1,6 @@
 """Maintenance of cache directories, beside the processes that use them: what to look at, check, rewrite and remove.
 
-Decisions stand here; bytes are moved natively (csrc/store/maintain.h, csrc/store/compaction.h). No function touches a
+Decisions stand here; bytes are moved natively (csrc/store/maintenance). No function touches a
 segment that a process may still write. A cache directory holds a folder for each module hash; both are accepted.
 """
 
@@ -18,20 +18,17 @@ from pathlib import Path
 from typing import Any
 
 from torchcache._native import ops
-from torchcache.tiers.disk import META_FILE, read_meta
+from torchcache.errors import MaintenanceError
+from torchcache.tiers.meta import META_FILE, read_meta
 
 _SEGMENT = re.compile(r"[0-9a-f]{32}\.seg")
 _DERIVED = re.compile(r"([0-9a-f]{32})\.(idx|tmp)")
 _LARGE = 512 << 20  # bytes of a segment that is not worth rewriting unless something in it is waste
 PART = 64 << 20  # bytes between two signs of progress
-_DAMAGE = ("segment header", "no block", "rows", "index", "cut off")  # csrc/store/maintain.h
+_DAMAGE = ("segment header", "no block", "rows", "index", "cut off")  # csrc/store/maintenance/inspect.h
 _CODECS = ("raw", "zstd")
 
 Progress = Callable[[int], object]  # is told of bytes that are done
-
-
-class MaintenanceError(Exception):
-    """What was asked for cannot be done; the message says why and what to do."""
 
 
 def stores(directory: Path) -> list[Path]:
@@ -257,7 +254,7 @@ def _rewrite(directory: Path, take: list[Segment], keep: list[Segment], progress
     try:
         left = 0
         for segment in take:
-            left += not native(ops.compact_take, compaction, segment.name)
+            left += not native(ops.compact_add, compaction, segment.name)
             progress(segment.bytes)
         rows, duplicate, damaged, removed, written = native(ops.compact_finish, compaction)
         return Compacted(rows, duplicate, damaged, removed, written, left)

@@ -7,25 +7,27 @@ vmap), those of the second say that a cached row would be wrong or would change 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._device import DeviceContext
 
+from torchcache._utils.torch_private import (
+    BatchNorm,
+    DeviceContext,
+    dispatch_modes,
+    forward_ad_level,
+    function_mode_stack,
+    function_modes,
+    functorch_level,
+    global_forward_hooks,
+    global_forward_pre_hooks,
+    tracing_state,
+)
 from torchcache.engine.call import Call
 
 _grad_enabled = torch.is_grad_enabled
 _strided = torch.strided
-_global_hooks = nn.modules.module._global_forward_hooks
-_global_pre_hooks = nn.modules.module._global_forward_pre_hooks
-_forward_ad = torch.autograd.forward_ad
-_tracing_state = torch._C._get_tracing_state
 _is_compiling = torch.compiler.is_compiling
-_functorch_level = torch._C._functorch.peek_interpreter_stack
-_dispatch_modes = torch._C._len_torch_dispatch_stack
-_function_modes = torch._C._len_torch_function_stack
-_function_mode_stack: Any = torch.overrides._get_current_function_mode_stack
 
 
 def of_call(call: Call) -> str | None:
@@ -36,27 +38,27 @@ def of_call(call: Call) -> str | None:
             return "an input requires grad"
         if t.layout is not _strided or t.is_quantized or t.is_meta:
             return f"an input has no plain bytes ({t.layout}, {t.device})"
-    if _forward_ad._current_level >= 0 and any(map(_is_dual, call.tensors)):
+    if forward_ad_level() >= 0 and any(map(_is_dual, call.tensors)):
         return "an input carries a forward-mode tangent"
     return None
 
 
 def of_surroundings() -> str | None:
     """Silent ones too: what is going on around the call."""
-    if _tracing_state() is not None or _is_compiling():
+    if tracing_state() or _is_compiling():
         return "the call is being traced"
-    if _functorch_level() is not None:
+    if functorch_level() is not None:
         return "the call runs under a functorch transform"
-    if _dispatch_modes() > 0:
+    if dispatch_modes() > 0:
         return "a torch dispatch mode is active"
-    if _function_modes() > 0 and not all(isinstance(mode, DeviceContext) for mode in _function_mode_stack()):
+    if function_modes() > 0 and not all(isinstance(mode, DeviceContext) for mode in function_mode_stack()):
         return "a torch function mode is active"
     return None
 
 
 def of_hooks() -> str | None:
     """What runs in every module of the process, and may change what the module's parts give."""
-    if _global_hooks or _global_pre_hooks:
+    if global_forward_hooks or global_forward_pre_hooks:
         return "forward hooks for all modules are registered (torch.nn.modules.module.register_module_forward_hook)"
     return None
 
@@ -74,7 +76,7 @@ def of_modules(modules: Sequence[nn.Module]) -> str | None:
             "DistributedDataParallel",
         ):
             return f"{kind} talks to other processes, which would wait for ranks without misses"
-        if isinstance(m, nn.modules.batchnorm._BatchNorm) and (m.training or m.running_mean is None):
+        if isinstance(m, BatchNorm) and (m.training or m.running_mean is None):
             return (
                 f"{kind} uses the statistics of the batch, so rows depend on their neighbours; "
                 "put the module in eval mode, after every model.train() (override train() to keep it there)"

@@ -1,114 +1,146 @@
-"""Computes missing rows with the forward, and sees whether they may be kept."""
+"""Computes missing rows with the forward, and says whether they may be kept."""
 
 from __future__ import annotations
 
 import functools
 import threading
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from torchcache._utils.logs import Once
 from torchcache.engine.call import Call, Indivisible
-from torchcache.engine.keys import Kind
+from torchcache.engine.decision import Bypassed, Request
+from torchcache.engine.keys import CallVariant
 from torchcache.engine.outputs import UnsupportedOutput, split
 from torchcache.identity.randomness import Generators, Noise
 from torchcache.identity.state import State
 from torchcache.tiers.layout import Layout, select
 
-_NOISE = "the forward draws random numbers (dropout, drop path, sampling?): is a submodule in train mode?"
-_OWN_STATE = "the forward changes the module's own state (buffers, tensors, submodules)"
+_RANDOM = Bypassed("the forward draws random numbers (dropout, drop path, sampling?): is a submodule in train mode?")
+_CHANGES_STATE = Bypassed("the forward changes the module's own state (buffers, tensors, submodules)")
+# These tell nothing of the next call.
+_IMPORTED = Bypassed("the forward imported modules, which may have drawn random numbers", is_silent=True)
+_SET_UP = Bypassed("the forward changed the module's state, perhaps only to set it up", is_silent=True)
+_NOT_ALONE = Bypassed("the module's state changed while several threads ran the forward", is_silent=True)
+
+Forward = Callable[..., Any]
 
 
-class Uncacheable(Exception):
-    """Rows that were computed but must not be kept; `output` is the whole batch's, where that was computed."""
+class Computed(NamedTuple):
+    """Rows that may be kept."""
 
-    def __init__(self, output: Any, noise: Noise) -> None:
-        super().__init__()
-        self.output = output
-        self.noise = noise
+    layout: Layout
+    leaves: list[Tensor]  # [M, …] each
 
 
-class Computer:
-    """Remembers which kinds of calls must not be kept."""
+class Uncached(NamedTuple):
+    """The output of the whole call, whose rows must not be kept, and why."""
+
+    output: Any
+    why: Bypassed
+
+
+class MissComputer:
+    """Runs forwards, and remembers of which variants of calls the rows must not be kept.
+
+    Args:
+        lock: of the cache.
+        cache_dtype: the option.
+        generators: gives the generators that a forward may draw from (see `Fingerprint.generators`).
+        refused: gets an entry for each variant that must not be cached from then on.
+    """
 
     def __init__(
         self,
-        once: Once,
         lock: threading.RLock,
         cache_dtype: torch.dtype | None,
         generators: Callable[[State | None], Generators],
+        refused: dict[CallVariant, Bypassed],
     ) -> None:
-        self._once = once
-        self._generators = generators
         self._lock = lock
         self._cache_dtype = cache_dtype
-        self._refused: set[Kind] = set()
-        self._leave_inputs: set[Kind] = set()  # kinds of calls that have been seen not to edit their inputs
-        self._changed: set[Kind] = set()  # kinds of calls that have changed the state once
+        self._generators = generators
+        self._refused = refused
+        self._leave_inputs: set[CallVariant] = set()  # whose forwards have been seen not to edit their inputs
+        self._changed_once: set[CallVariant] = set()  # whose forwards have changed the state
         self._running = 0  # forwards, in all threads
         self._started = 0
 
-    def refuses(self, kind: Kind) -> bool:
-        return kind in self._refused
+    def compute(self, forward: Forward, request: Request, rows: Tensor) -> Computed | Uncached:
+        """Computes these rows of a call.
 
-    def refuse(self, kind: Kind, reason: str) -> None:
-        """Such calls are not kept from now on; the reason is said once."""
-        self._refused.add(kind)
-        self._once.warn(reason, "calls are not cached: %s", reason)
-
-    def rows(
-        self, forward: Callable[..., Any], call: Call, rows: Tensor, kind: Kind, state: State | None
-    ) -> tuple[Layout, list[Tensor]]:
-        """Layout and leaves of these rows of the call (int64 ``[M]``). Raises Uncacheable if they must not be kept."""
-        noise = Noise(functools.partial(self._generators, state))
-        before = None if state is None else state.before_forward()
-        everything = len(rows) == call.batch
-        args, kwargs = call.args, call.kwargs
-        if not everything:
-            try:
-                args, kwargs = call.take(rows, copy=kind not in self._leave_inputs)
-            except Indivisible:
-                everything = True
-        versions = call.versions() if everything else None
-        output, alone = self._run(forward, args, kwargs)
+        Args:
+            forward: of the module.
+            request: the call.
+            rows: int64 ``[M]``, positions in the batch, ascending.
+        """
+        call = request.call
+        arguments = self._some_arguments(request, rows)
+        args, kwargs = (call.args, call.kwargs) if arguments is None else arguments
+        noise = Noise(functools.partial(self._generators, request.state))
+        before = None if request.state is None else request.state.before_forward()
+        versions = call.versions() if arguments is None else None
+        output, is_alone = self._run(forward, args, kwargs)
         if versions is not None and versions == call.versions():
-            self._leave_inputs.add(kind)
-        changed = noise.made()
-        if state is not None and before is not None:
-            with self._lock:
-                changed |= not state.after_forward(before)
-        drawn = noise.drawn()
-        if drawn and noise.imported():
-            pass  # it may have been the import, as that of torch._dynamo by a checkpoint: the next time will tell
-        elif drawn:
-            self.refuse(kind, _NOISE)
-        elif changed and not alone:
-            pass  # nobody knows which forward it was
-        elif changed and kind in self._changed:
-            self.refuse(kind, _OWN_STATE)
-        elif changed:
-            self._changed.add(kind)  # it may have set something up that stays: the next time will tell
-        else:
-            try:
-                layout, leaves = split(output, call.batch if everything else len(rows), call.tensors, self._cache_dtype)
-                return layout, leaves if len(rows) == len(leaves[0]) else [select(t, rows) for t in leaves]
-            except UnsupportedOutput as error:
-                self._once.warn("output", "outputs are not cached: %s", error)
-        raise Uncacheable(output if everything else None, noise)
+            self._leave_inputs.add(request.variant)
+        why = self._objection(request, noise, before, is_alone)
+        computed = why or self._split(output, call, rows, whole=arguments is None)
+        if isinstance(computed, Computed):
+            return computed
+        if arguments is not None:
+            noise.rewind()
+            output = forward(*call.args, **call.kwargs)
+        return Uncached(output, computed)
 
-    def _run(self, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, bool]:
+    def _some_arguments(self, request: Request, rows: Tensor) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        """The arguments with these rows alone; None: the whole batch is to be computed."""
+        if len(rows) == request.call.batch:
+            return None
+        try:
+            return request.call.select(rows, copy=request.variant not in self._leave_inputs)
+        except Indivisible:
+            return None
+
+    def _run(self, forward: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, bool]:
         """The output, and whether no other forward of this cache ran at the same time."""
         with self._lock:
             self._running += 1
             self._started += 1
-            first, number = self._running == 1, self._started
+            is_first, number = self._running == 1, self._started
         try:
             output = forward(*args, **kwargs)
         finally:
             with self._lock:
                 self._running -= 1
-                alone = first and self._started == number
-        return output, alone
+                is_alone = is_first and self._started == number
+        return output, is_alone
+
+    def _objection(self, request: Request, noise: Noise, before: Any, is_alone: bool) -> Bypassed | None:
+        """Why rows that were just computed must not be kept."""
+        has_changed = noise.made()
+        if request.state is not None:
+            with self._lock:
+                has_changed |= not request.state.after_forward(before)
+        if noise.drawn():
+            return _IMPORTED if noise.imported() else self._refuse(request.variant, _RANDOM)
+        if not has_changed:
+            return None
+        if not is_alone:
+            return _NOT_ALONE
+        if request.variant in self._changed_once:
+            return self._refuse(request.variant, _CHANGES_STATE)
+        self._changed_once.add(request.variant)
+        return _SET_UP
+
+    def _refuse(self, variant: CallVariant, why: Bypassed) -> Bypassed:
+        self._refused[variant] = why
+        return why
+
+    def _split(self, output: Any, call: Call, rows: Tensor, whole: bool) -> Computed | Bypassed:
+        try:
+            layout, leaves = split(output, call.batch if whole else len(rows), call.tensors, self._cache_dtype)
+        except UnsupportedOutput as error:
+            return Bypassed("the output cannot be kept", details=str(error))
+        return Computed(layout, leaves if len(rows) == len(leaves[0]) else [select(t, rows) for t in leaves])

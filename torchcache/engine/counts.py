@@ -1,15 +1,34 @@
-"""What a cache counts: ``cache_instance.info()``, and whether it is of any use."""
+"""What a cache counts: ``cache_instance.info()``, and whether the cache is of any use."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import NamedTuple
+
+from torchcache.tiers.tier import TierStats
 
 _USELESS_AFTER = 10_000  # rows
 _USELESS_BELOW = 0.01  # hits a row
 
 
 class CacheInfo(NamedTuple):
-    """Rows asked for since the cache was made, by where they came from; rows and bytes of each tier."""
+    """Rows asked for since the cache was made, by where they came from; rows and bytes of each tier.
+
+    Attributes:
+        memory_hits: rows that were in memory, or twice in one batch.
+        disk_hits: rows that were read from the directory.
+        misses: rows that were computed, and kept where there was room.
+        memory_rows: rows in memory now.
+        memory_bytes: their size.
+        disk_rows: rows of the directory that this process knows.
+        disk_bytes: size of the files that this process has written, with the rows that wait to be written.
+        damaged_rows: rows on disk that failed their checksum; they were computed again.
+        dropped_rows: rows that could not be written.
+        queued_rows: rows that wait to be written.
+        bypassed_calls: calls that were computed without the cache; ``explain`` says why.
+        hits: rows by the name of the tier that had them.
+        tiers: the same counters for each tier by its name.
+    """
 
     memory_hits: int
     disk_hits: int
@@ -21,25 +40,52 @@ class CacheInfo(NamedTuple):
     damaged_rows: int
     dropped_rows: int
     queued_rows: int
+    bypassed_calls: int
+    hits: dict[str, int]
+    tiers: dict[str, TierStats]
 
 
 class Counts:
-    """Rows by where they came from."""
+    """Rows by where they came from, and calls without the cache."""
 
-    __slots__ = ("disk", "memory", "misses")
+    __slots__ = ("bypassed_calls", "hits", "misses")
 
     def __init__(self) -> None:
-        self.memory = self.disk = self.misses = 0
+        self.hits = {"memory": 0, "disk": 0}
+        self.misses = self.bypassed_calls = 0
+
+    def add_hits(self, hits: Mapping[str, int]) -> None:
+        for tier, rows in hits.items():
+            self.hits[tier] = self.hits.get(tier, 0) + rows
 
     @property
     def found(self) -> int:
-        return self.memory + self.disk
+        return sum(self.hits.values())
 
     @property
     def rows(self) -> int:
         return self.found + self.misses
 
     @property
-    def useless(self) -> bool:
+    def is_useless(self) -> bool:
         """Whether hardly a row is ever found."""
         return self.misses >= _USELESS_AFTER and self.found < _USELESS_BELOW * self.rows
+
+    def info(self, tiers: Mapping[str, TierStats]) -> CacheInfo:
+        none = TierStats()
+        memory, disk = tiers.get("memory", none), tiers.get("disk", none)
+        return CacheInfo(
+            memory_hits=self.hits["memory"],
+            disk_hits=self.hits["disk"],
+            misses=self.misses,
+            memory_rows=memory.rows,
+            memory_bytes=memory.bytes,
+            disk_rows=disk.rows,
+            disk_bytes=disk.bytes,
+            damaged_rows=sum(stats.damaged_rows for stats in tiers.values()),
+            dropped_rows=sum(stats.dropped_rows for stats in tiers.values()),
+            queued_rows=sum(stats.queued_rows for stats in tiers.values()),
+            bypassed_calls=self.bypassed_calls,
+            hits=dict(self.hits),
+            tiers=dict(tiers),
+        )

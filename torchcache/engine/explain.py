@@ -9,23 +9,47 @@ from typing import Any, NamedTuple
 
 import torch
 
-from torchcache.engine.call import Form
-from torchcache.engine.keys import KEY_FORMAT, Kind
+from torchcache.engine.call import CallTemplate
+from torchcache.engine.decision import Request
+from torchcache.engine.keys import KEY_FORMAT, CallVariant
 from torchcache.identity.fingerprint import Fingerprint
 from torchcache.options import Options
-from torchcache.tiers.disk import META_FILE, read_meta
+from torchcache.tiers.meta import META_FILE, read_meta
 
 Parts = dict[str, bytes]
-# Form and kind of the call, parts of the state: the arguments of `key_parts`.
-Asked = tuple[Form, Kind, Parts]
+
+
+class CallParts(NamedTuple):
+    """What the keys of a call were made of, without its rows."""
+
+    template: CallTemplate
+    variant: CallVariant
+    state: Parts
+
+    @classmethod
+    def of(cls, request: Request) -> CallParts:
+        return cls(request.call.template, request.variant, {} if request.state is None else request.state.parts)
+
+    def by_name(self) -> Parts:
+        arguments: Parts = {}
+        for name, part in zip(self.template.names, self.template.parts):
+            arguments[f"argument {name}"] = arguments.get(f"argument {name}", b"") + part
+        _, mode, autocast = self.variant
+        return {**arguments, "mode (train or eval)": mode, "autocast": autocast, **self.state}
 
 
 class Explanation(NamedTuple):
     """What ``cache_instance.explain(...)`` says; ``str()`` of it is for people.
 
-    `since_last_call` and `since_directory` name the parts of the key that differ from the last cached
-    call and from the first call that wrote to the directory (or, where this module hash has none yet, to
-    the newest directory of the same class); None where there is nothing to compare with.
+    Attributes:
+        rows: of the call; 0 for one that is not cached.
+        in_memory: how many of them are in memory.
+        on_disk: how many of the others a farther tier has, such as the directory.
+        since_last_call: the parts of the key that differ from the last cached call; None: there was none.
+        since_directory: the parts of the key that differ from the first call that wrote to the directory (or, where
+            this module hash has none yet, to the newest directory of the same class); None: there is nothing to
+            compare with.
+        bypassed: why the call is not cached; None: it is.
     """
 
     rows: int
@@ -33,8 +57,11 @@ class Explanation(NamedTuple):
     on_disk: int
     since_last_call: list[str] | None
     since_directory: list[str] | None
+    bypassed: str | None = None
 
     def __str__(self) -> str:
+        if self.bypassed is not None:
+            return f"this call is not cached: {self.bypassed}"
         lines = [f"{self.in_memory} of {self.rows} rows are in memory, {self.on_disk} more on disk"]
         if self.in_memory + self.on_disk < self.rows:
             lines.append("against the last call: " + _sentence(self.since_last_call))
@@ -49,15 +76,6 @@ def _sentence(changed: list[str] | None) -> str:
         return "nothing has changed but the rows themselves"
     more = f" and {len(changed) - 8} more" if len(changed) > 8 else ""
     return "changed: " + ", ".join(changed[:8]) + more
-
-
-def key_parts(form: Form, kind: Kind, state: Parts) -> Parts:
-    """What the keys of a call were made of, by name."""
-    arguments: Parts = {}
-    for name, part in zip(form.names, form.parts):
-        arguments[f"argument {name}"] = arguments.get(f"argument {name}", b"") + part
-    _, mode, autocast = kind
-    return {**arguments, "mode (train or eval)": mode, "autocast": autocast, **state}
 
 
 def differing(now: Mapping[str, object], before: Mapping[str, object]) -> list[str]:

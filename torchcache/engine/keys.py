@@ -18,12 +18,12 @@ _FLOAT = torch.float32
 _default_dtype = torch.get_default_dtype
 _autocast_enabled = torch.is_autocast_enabled
 
-_LONGEST_REMEMBERED = 64 << 10  # bytes of a description whose digest is remembered
-_MOST_DIGESTS = 4096  # remembered call digests; a state that changes on every call must not pile them up
+_MAX_DESCRIPTION = 64 << 10  # bytes of a description whose digest is remembered
+_MAX_DIGESTS = 4096  # remembered call digests; a state that changes on every call must not pile them up
 
 
-# What is the same for all calls of one kind: description, mode (training flags), autocast.
-Kind = tuple[bytes, bytes, bytes]
+# What calls have in common whose rows may share a batch: description, mode (training flags), autocast.
+CallVariant = tuple[bytes, bytes, bytes]
 
 
 class Keys:
@@ -35,12 +35,12 @@ class Keys:
         self._digests: dict[tuple[bytes, ...], Digest] = {}
         self._lock = lock(self)
 
-    def parts(self, call: Call, kind: Kind, state: bytes) -> tuple[list[Tensor], Digest]:
+    def hash_request(self, call: Call, variant: CallVariant, state: bytes) -> tuple[list[Tensor], Digest]:
         """What the keys of a call are made of: the tensors to hash, row by row, and the call digest."""
         tensors = call.tensors
         if self._subsample_count is not None or not all(map(_is_plain, tensors)):
             tensors = [self._row_bytes(t) for t in tensors]
-        return tensors, self._call_digest((*kind, state))
+        return tensors, self._call_digest((*variant, state))
 
     def _call_digest(self, parts: tuple[bytes, ...]) -> Digest:
         digest = self._digests.get(parts)
@@ -48,9 +48,9 @@ class Keys:
             encoded = encode((KEY_FORMAT, *parts))
             low, high = ops.digests([torch.frombuffer(bytearray(encoded), dtype=torch.uint8)])[0].tolist()
             digest = (low, high)
-            if len(encoded) <= _LONGEST_REMEMBERED:
+            if len(encoded) <= _MAX_DESCRIPTION:
                 with self._lock:
-                    if len(self._digests) >= _MOST_DIGESTS:
+                    if len(self._digests) >= _MAX_DIGESTS:
                         self._digests.clear()
                     self._digests[parts] = digest
         return digest
@@ -63,7 +63,7 @@ class Keys:
 
 
 def _is_plain(t: Tensor) -> bool:
-    """Whether its bytes are in memory that native code reads, as they count."""
+    """Whether native code can hash the memory of the tensor as it is."""
     return t.is_cpu and not (t.is_neg() or t.is_conj() or t.dtype in _FOREIGN)
 
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from torchcache.engine.call import Call
 from torchcache.identity.encoding import is_plain
 from torchcache.tiers.layout import Layout, Leaf, Tree, is_node
+from torchcache.tiers.tier import Rows
 
 
 class UnsupportedOutput(Exception):
@@ -130,8 +131,9 @@ def _fields(value: Any) -> list[tuple[str, Any]] | None:
     return list(value.items())
 
 
-def output(layout: Layout, leaves: list[Tensor], call: Call) -> Any:
-    """The output of a call from its leaves as they are kept."""
-    if layout.verbatim and leaves[0].is_cpu and call.tensors[0].is_cpu:
-        return layout.join(leaves)
-    return layout.join([leaf.restore(rows, call.device) for leaf, rows in zip(layout.leaves, leaves)])
+def output(rows: Rows, call: Call) -> Any:
+    """The output of a call from all its rows as they are kept."""
+    layout = rows.layout
+    if layout.verbatim and rows.leaves[0].is_cpu and call.tensors[0].is_cpu:
+        return layout.join(rows.leaves)
+    return layout.join(layout.restore(rows.leaves, call.device))

@@ -21,12 +21,15 @@ from operator import itemgetter
 from typing import Any
 
 import torch
-from torch._library.custom_ops import CustomOpDef
 
+from torchcache._utils.logs import WarnOnce
+from torchcache._utils.torch_private import UNKNOWN, CustomOpDef, parts_of_operator
 from torchcache.identity import syntax
+from torchcache.identity.attributes import FORWARD_HOOKS, counted, counts
 from torchcache.identity.encoding import encode, is_plain, type_name
-from torchcache.identity.objects import definition, operators, owner, settings
+from torchcache.identity.objects import bound_object, configuration, definition, users_operators
 from torchcache.identity.origin import (
+    Origin,
     attributes_of,
     import_users,
     is_added,
@@ -36,10 +39,8 @@ from torchcache.identity.origin import (
     unwrap,
 )
 from torchcache.identity.torchscript import attributes_read, program
-from torchcache.identity.values import C_FUNCTIONS, CODE, PLACES, Generators, Modules, Tensors, Unknown, Values, logger
+from torchcache.identity.values import C_FUNCTIONS, CODE, PLACES, Fallback, Generators, Modules, Tensors, Values
 
-_HOOKS = ("_forward_pre_hooks", "_forward_hooks")
-_MODULE_ATTRIBUTES = frozenset(vars(torch.nn.Module()))
 _DESCRIPTORS = (types.GetSetDescriptorType, types.MemberDescriptorType)
 _ANNOTATIONS = ("__annotations__", "__annotate__", "__annotate_func__")
 # What dataclasses and named tuples write from their fields.
@@ -56,24 +57,26 @@ def describe(
     tensors: Tensors,
     modules: Modules | None = None,
     generators: Generators | None = None,
-    attributes: Callable[[torch.nn.Module], dict[str, Any]] | None = None,
+    attributes: Callable[[torch.nn.Module], dict[str, Any]] = counted,
     constants: bool = True,
 ) -> bytes:
-    """What `obj`, a class, a module, a function or another callable, computes.
+    """Describes what a callable computes; of a module its classes, hooks and functions, without its state.
 
-    Of a module: the classes, hooks and functions of it and its submodules, not their state. Tensors
-    that functions reach are given to `tensors`, which says what they hold, modules to `modules`;
-    without it they count with their state. `generators` is given those of random numbers, which do not count.
-    `attributes` are those of a module that count, if not all. `constants`: whether containers and objects that code
-    reaches count, by what they hold; empty containers do not.
+    Args:
+        obj: a class, a module, a function or another callable.
+        tensors: gives the bytes for a tensor that code reaches.
+        modules: gives the bytes for a module that code reaches; without it such modules count with their state.
+        generators: is called with each generator of random numbers that code reaches; these do not count.
+        attributes: gives the attributes of a module that count.
+        constants: whether containers and objects that code reaches count by what they hold; empty containers never do.
     """
     describer = _Describer(tensors, modules, constants=constants)
-    describer.unknown, describer.generators = describer.leave_out, generators
+    describer.fallback, describer.generators = describer.leave_out, generators
     if not isinstance(obj, torch.nn.Module):
         return describer.finish(encode(obj, describer.value, name="the callable"))
     describer.attributes_of = attributes
     for name, module in tree(obj):
-        describer.own.setdefault(id(module), name)
+        describer.own_modules.setdefault(id(module), name)
     return describer.finish(encode(describer.module(obj, state=False)))
 
 
@@ -84,22 +87,30 @@ def describe_value(
     modules: Modules | None = None,
     weights: Tensors | None = None,
     generators: Generators | None = None,
-    unknown: Unknown | None = None,
+    fallback: Fallback | None = None,
     name: str = "value",
 ) -> bytes:
-    """Any value that has a stable encoding; code as `describe` does, modules with their state or as `modules` says.
+    """Describes any value that has a stable encoding; code as `describe` does, other objects as pickle would keep them.
 
-    Objects of other classes count as what pickling them would keep; what cannot be pickled, such as open files and
-    generators, as `unknown` says. Without it `Unencodable` is raised, which calls the value `name`. `weights` says
-    what the tensors of modules hold, if not `tensors`.
+    Args:
+        value: the value.
+        tensors: gives the bytes for a tensor.
+        modules: gives the bytes for a module; without it modules count with their state.
+        weights: gives the bytes for a tensor of a module, if not `tensors`.
+        generators: is called with each generator of random numbers; these do not count.
+        fallback: gives the bytes for what cannot be pickled, such as an open file.
+        name: what an error calls the value.
+
+    Raises:
+        Unencodable: the value holds something that cannot be pickled, and there is no `fallback`.
     """
     describer = _Describer(tensors, modules, weights)
-    describer.unknown, describer.generators = unknown, generators
+    describer.fallback, describer.generators = fallback, generators
     return describer.finish(encode(value, describer.value, name=name))
 
 
 def tree(module: torch.nn.Module | None, path: str = "", seen: set[int] | None = None) -> Iterator[tuple[str, object]]:
-    """Path and module for every mention of a submodule, in order; below later mentions of one it does not look."""
+    """Yields path and module for every mention of a submodule, in order; it enters each submodule once."""
     seen = set() if seen is None else seen
     yield path, module
     if module is not None and id(module) not in seen:
@@ -108,52 +119,47 @@ def tree(module: torch.nn.Module | None, path: str = "", seen: set[int] | None =
             yield from tree(part, f"{path}.{name}" if path else name, seen)
 
 
-def _is_own_attribute(name: str) -> bool:
-    return name.startswith(("_torchcache", "torchcache_")) or name == "cache_instance"
+_without_source = WarnOnce()
 
 
-_without_source: set[str] = set()
-
-
-def _say_bytecode(name: str) -> None:
-    if name not in _without_source:
-        logger.log(logging.INFO if _without_source else logging.WARNING, _BYTECODE, name)
-        _without_source.add(name)
+def _log_bytecode(name: str) -> None:
+    level = logging.INFO if _without_source.subjects else logging.WARNING
+    _without_source.log(level, name, _BYTECODE, name)
 
 
 class _Describer(Values):
     """Functions, classes and modules, each described once."""
 
-    attributes_of: Callable[[torch.nn.Module], dict[str, Any]] | None = None  # those that count; None: all
+    attributes_of: Callable[[torch.nn.Module], dict[str, Any]] = staticmethod(counted)
 
     def finish(self, root: bytes) -> bytes:
-        # Describing one may mention more: the list grows under the loop.
+        # To describe an object may mention others: the list grows during the loop.
         return encode((root, [encode(self.record(obj)) for obj in self.objects]))
 
-    def mention(self, value: object, where: str) -> object:
-        """A value that code reaches; `where` it stands, if what it holds counts too."""
+    def mention(self, value: object, location: str) -> object:
         value = definition(unwrap(value))
         if is_plain(value):
             return "value", encode(value, self.value)
         if isinstance(value, torch.Tensor):
             return "tensor", self.tensors(value)
-        if id(value) in self.own:
-            return "submodule", self.own[id(value)]
+        if id(value) in self.own_modules:
+            return "submodule", self.own_modules[id(value)]
         if self.modules is not None and isinstance(value, torch.nn.Module):
             return "module", self.modules(value)
         if isinstance(value, CODE):
-            return "see", self.refer(value)
+            return "see", self.number_of(value)
         if isinstance(value, types.ModuleType):
-            found = of_module(value.__name__)
-            return ("see", self.refer(value)) if found is None else ("module", found, value.__name__)
-        constant = self.constant(value, where) if where and self.constants else None
+            origin = of_module(value.__name__)
+            return ("see", self.number_of(value)) if origin is None else ("module", origin, value.__name__)
+        constant = self.constant(value, location) if location and self.constants else None
         if constant is not None:
             return "constant", constant
-        return "instance", self.refer(type(value)), self.mention(attributes_of(value).get("__wrapped__"), where)
+        return "instance", self.number_of(type(value)), self.mention(attributes_of(value).get("__wrapped__"), location)
 
     def record(self, obj: object) -> object:
-        if id(obj) in self.held:
-            return "object", self.contents(obj)
+        """Describes an object that was mentioned."""
+        if id(obj) in self.contents:
+            return "object", self.encoded_contents(obj)
         if isinstance(obj, types.FunctionType):
             return self.function(obj)
         if isinstance(obj, type):
@@ -161,7 +167,7 @@ class _Describer(Values):
         if isinstance(obj, torch.nn.Module):
             return self.module(obj, state=True)
         if isinstance(obj, types.ModuleType):
-            return self.imported(obj)
+            return self.whole_module(obj)
         if isinstance(obj, torch.jit.ScriptFunction):
             return "script", program(obj)
         if isinstance(obj, CustomOpDef):
@@ -170,8 +176,8 @@ class _Describer(Values):
             return self.c_function(obj)
         return type_name(type(obj)), self.wrapper(obj)
 
-    def imported(self, module: types.ModuleType) -> object:
-        """A module of the user's that code uses as a whole, by what it defines or imports."""
+    def whole_module(self, module: types.ModuleType) -> object:
+        """Describes a module of the user's that code uses as a whole, by what it defines or imports."""
         kinds = (types.ModuleType, torch.Tensor, tuple, frozenset, *PLACES, *CODE)
         return "module", [
             (name, self.mention(item, f"{name}, in a module that code uses as a whole"))
@@ -180,22 +186,25 @@ class _Describer(Values):
         ]
 
     def wrapper(self, obj: object) -> object:
-        """What a bound method, a partial or a descriptor holds."""
-        where = f"an argument of {type_name(type(obj))}"
+        """Describes what a bound method, a partial or a descriptor holds."""
+        location = f"an argument of {type_name(type(obj))}"
         if isinstance(obj, (functools.partial, functools.partialmethod)):
-            values = [self.mention(item, where) for item in (obj.func, *obj.args)]
-            return values, [(name, self.mention(item, where)) for name, item in obj.keywords.items()]
+            values = [self.mention(item, location) for item in (obj.func, *obj.args)]
+            return values, [(name, self.mention(item, location)) for name, item in obj.keywords.items()]
         parts = ("__func__", "__self__", "fget", "fset", "fdel", "func", "dispatcher")
-        return [self.mention(getattr(obj, part), where) for part in parts if hasattr(obj, part)]
+        return [self.mention(getattr(obj, part), location) for part in parts if hasattr(obj, part)]
 
-    def operator(self, op: CustomOpDef) -> object:
-        """An operator that Python code defines, for all devices and for some."""
-        kernels = [(str(device), self.mention(kernel, "")) for device, kernel in op._backend_fns.items()]
-        return "operator", op._qualname, self.mention(op._init_fn, ""), sorted(kernels, key=itemgetter(0))
+    def operator(self, definition: object) -> object:
+        """Describes an operator that Python code defines, with its kernels for single devices."""
+        op = parts_of_operator(definition)
+        if op is None:
+            return "operator", UNKNOWN
+        kernels = [(str(device), self.mention(kernel, "")) for device, kernel in op.kernels.items()]
+        return "operator", op.qualified_name, self.mention(op.function, ""), sorted(kernels, key=itemgetter(0))
 
     def c_function(self, function: object) -> object:
         name = str(getattr(function, "__qualname__"))  # noqa: B009
-        bound = owner(function)
+        bound = bound_object(function)
         if bound is not None:
             return "C method", name, self.mention(bound, f"the object of the method {name}")
         home = getattr(function, "__self__", None) or getattr(function, "__objclass__", None)
@@ -205,35 +214,38 @@ class _Describer(Values):
     # Functions
 
     def function(self, function: types.FunctionType) -> object:
-        origin = of_function(function)
         cells = self.closure(function)
+        origin = of_function(function)
         if origin is not None:
-            wraps = hasattr(function, "__wrapped__")  # then the name is the wrapped function's
-            name = function.__code__.co_name if wraps else function.__qualname__
-            home = str(function.__globals__.get("__name__"))
-            inside = {key: self.mention(value, "") for key, value in sorted(cells.items())}
-            if isinstance(registry := vars(function).get("registry"), types.MappingProxyType):  # of singledispatch
-                inside["cases"] = [(self.mention(kind, ""), self.mention(case, "")) for kind, case in registry.items()]
-            return "library function", origin, home, name, inside
-        name, where = function.__qualname__, f"of the function {function.__qualname__}"
-        defaults = [self.mention(item, f"a default {where}") for item in function.__defaults__ or ()]
+            return self.library_function(function, origin, cells)
+        location = f"of the function {function.__qualname__}"
+        defaults = [self.mention(item, f"a default {location}") for item in function.__defaults__ or ()]
         keywords = {
-            key: self.mention(item, f"the default of {key} {where}")
-            for key, item in sorted((function.__kwdefaults__ or {}).items())
+            name: self.mention(item, f"the default of {name} {location}")
+            for name, item in sorted((function.__kwdefaults__ or {}).items())
         }
-        added = [
-            (name, self.mention(item, f"the attribute {name} {where}"))
+        attributes = [
+            (name, self.mention(item, f"the attribute {name} {location}"))
             for name, item in sorted(vars(function).items() if self.constants else ())
-            if not name.startswith("_") and not _is_own_attribute(name)
+            if not name.startswith("_") and counts(name)
         ]
-        return "function", self.code(function), defaults, keywords, self.reach(function, cells), added
+        return "function", self.code(function), defaults, keywords, self.reached(function, cells), attributes
+
+    def library_function(self, function: types.FunctionType, origin: Origin, cells: dict[str, object]) -> object:
+        """Describes a function of a library by its name, and by what its closure holds or singledispatch registered."""
+        wraps = hasattr(function, "__wrapped__")  # then the name is the wrapped function's
+        name = function.__code__.co_name if wraps else function.__qualname__
+        inside = {key: self.mention(value, "") for key, value in sorted(cells.items())}
+        if isinstance(registry := vars(function).get("registry"), types.MappingProxyType):
+            inside["cases"] = [(self.mention(kind, ""), self.mention(case, "")) for kind, case in registry.items()]
+        return "library function", origin, str(function.__globals__.get("__name__")), name, inside
 
     def code(self, function: types.FunctionType) -> object:
         node = syntax.source_of(function)
         if node is None:
-            # Of several lambdas on one line it is not known which is meant: no fault of the source.
+            # Several lambdas on one line have a source, only nothing tells them apart.
             if function.__name__ != "<lambda>" or not syntax.text_of(function):
-                _say_bytecode(function.__qualname__)
+                _log_bytecode(function.__qualname__)
             return "bytecode", syntax.bytecode(function.__code__)
         scope = function.__globals__
         kept = [item for item in syntax.decorators(node) if not is_our_decorator(item, scope)]
@@ -248,58 +260,59 @@ class _Describer(Values):
                 continue
         return cells
 
-    def reach(self, function: types.FunctionType, cells: dict[str, object]) -> object:
-        """What the function's names stand for outside of it."""
-        found: dict[str, object] = {}
+    def reached(self, function: types.FunctionType, cells: dict[str, object]) -> object:
+        """Describes what the function's names stand for outside of it."""
+        values: dict[str, object] = {}
         for chain in syntax.reached(function.__code__):
             if chain[0] in cells:
-                self.follow(cells[chain[0]], chain, found)
+                self.follow(cells[chain[0]], chain, values)
             elif chain[0] in function.__globals__:
-                self.follow(function.__globals__[chain[0]], chain, found)
+                self.follow(function.__globals__[chain[0]], chain, values)
         names = syntax.attribute_names(function.__code__)
         package = function.__globals__.get("__package__")
         for name in syntax.imported(function.__code__, package):
-            self.search(import_users(name), name, names, found)
-        found.update({f"operator {op._qualname}": op for op in operators(names)})
-        where = f"that {function.__qualname__} reads"
-        return [(name, self.mention(found[name], f"{name}, {where}")) for name in sorted(found)]
+            self.search(import_users(name), name, names, values)
+        values.update({f"operator {op.qualified_name}": op.definition for op in users_operators(names)})
+        location = f"that {function.__qualname__} reads"
+        return [(name, self.mention(values[name], f"{name}, {location}")) for name in sorted(values)]
 
-    def follow(self, value: object, chain: tuple[str, ...], found: dict[str, object]) -> None:
-        """Follow attributes of the user's modules as far as they are modules, and of a function the first one."""
-        done = 1
+    def follow(self, value: object, chain: tuple[str, ...], values: dict[str, object]) -> None:
+        """Follows attributes of the user's modules as far as they are modules, and of a function the first one."""
+        depth = 1
         while isinstance(value, types.ModuleType) and of_module(value.__name__) is None:
-            if done == len(chain) or not hasattr(value, chain[done]):
+            if depth == len(chain) or not hasattr(value, chain[depth]):
                 break
-            value = getattr(value, chain[done])
-            done += 1
-        found[".".join(chain[:done])] = value
-        if isinstance(value, types.FunctionType) and chain[done : done + 1] and chain[done] in vars(value):
-            found[".".join(chain[: done + 1])] = vars(value)[chain[done]]
+            value = getattr(value, chain[depth])
+            depth += 1
+        values[".".join(chain[:depth])] = value
+        if isinstance(value, types.FunctionType) and chain[depth : depth + 1] and chain[depth] in vars(value):
+            values[".".join(chain[: depth + 1])] = vars(value)[chain[depth]]
 
-    def search(self, value: object, name: str, names: set[str], found: dict[str, object]) -> None:
-        """Take from a module that a function imports itself all that the function may mean."""
-        if name in found:
+    def search(self, value: object, name: str, names: set[str], values: dict[str, object]) -> None:
+        """Adds all that the function may mean of a module that it imports itself."""
+        if name in values:
             return
         used = names & set(vars(value)) if isinstance(value, types.ModuleType) else set()
         if not used or of_module(getattr(value, "__name__")) is not None:  # noqa: B009
-            found[name] = value
+            values[name] = value
             return
-        found[name] = None
+        values[name] = None
         for attribute in used:
-            if not isinstance(vars(value)[attribute], types.ModuleType) or name.count(".") < 20:  # they may be a circle
-                self.search(vars(value)[attribute], f"{name}.{attribute}", names, found)
+            # Modules may import each other.
+            if not isinstance(vars(value)[attribute], types.ModuleType) or name.count(".") < 20:
+                self.search(vars(value)[attribute], f"{name}.{attribute}", names, values)
 
     # Classes
 
     def class_(self, cls: type) -> object:
         origin = of_module(cls.__module__)
-        bases = [self.refer(base) for base in cls.__bases__ if base is not object]
+        bases = [self.number_of(base) for base in cls.__bases__ if base is not object]
         members = sorted(vars(cls).items())
         if origin is not None:
             patched = [item for item in members if _is_users(item[1])]
             home = f"{cls.__module__}.{type_name(cls)}"
             return "library class", origin, home, bases, self.members(cls, patched)
-        maker = None if type(cls) is type else self.refer(type(cls))
+        maker = None if type(cls) is type else self.number_of(type(cls))
         fields = [
             (field.name, self.mention(field.default_factory, ""))
             for field in (dataclasses.fields(cls) if dataclasses.is_dataclass(cls) else ())
@@ -307,66 +320,67 @@ class _Describer(Values):
         return "class", type_name(cls), maker, bases, self.members(cls, members), fields
 
     def members(self, cls: type, members: Iterable[tuple[str, object]]) -> object:
-        where = f"an attribute of the class {type_name(cls)}"
+        location = f"an attribute of the class {type_name(cls)}"
         if issubclass(cls, enum.Enum):
             values = {name: member.value for name, member in cls.__members__.items()}
             members = [(name, item) for name, item in members if _is_users(item)]
             members = [*members, *sorted(values.items())]
         return [
-            (name, self.mention(item, f"{name}, {where}"))
+            (name, self.mention(item, f"{name}, {location}"))
             for name, item in members
-            if not _is_own_attribute(name) and not _is_machinery(cls, name, item)
+            if counts(name) and not _is_machinery(cls, name, item)
         ]
 
     # Modules
 
     def module(self, module: torch.nn.Module, *, state: bool) -> object:
         numbers: dict[int, int] = {}
-        found: list[tuple[object, ...]] = []
+        parts: list[tuple[object, ...]] = []
         for path, part in tree(module):
             if part is None or id(part) in numbers:
-                found.append((path, numbers.get(id(part))))  # used once more
+                parts.append((path, numbers.get(id(part))))  # used again
             elif isinstance(part, torch.nn.Module):
-                numbers[id(part)] = len(found)
-                found.append((path, self.refer(type(part)), self.hooks(part), self.attributes(part, state)))
-        return found
+                numbers[id(part)] = len(parts)
+                parts.append((path, self.number_of(type(part)), self.hooks(part), self.attributes(part, state)))
+        return parts
 
     def hooks(self, module: torch.nn.Module) -> object:
-        found = []
-        for kind in _HOOKS:
+        location = f"a hook of {type_name(type(module))}"
+        hooks = []
+        for kind in FORWARD_HOOKS:
             flags = (f"{kind}_with_kwargs", f"{kind}_always_called")
             for number, hook in getattr(module, kind, {}).items():
-                marks = [number in getattr(module, flag, ()) for flag in flags]
-                found.append((kind, marks, self.mention(hook, f"a hook of {type_name(type(module))}")))
-        return found
+                set_flags = [number in getattr(module, flag, ()) for flag in flags]
+                hooks.append((kind, set_flags, self.mention(hook, location)))
+        return hooks
 
     def attributes(self, module: torch.nn.Module, state: bool) -> object:
-        """What the module's own __dict__ adds to its class; with its state or without."""
-        where = f"an attribute of a {type_name(type(module))}"
-        found: list[tuple[str, object]] = []
-        for name, value in sorted((self.attributes_of or vars)(module).items()):
-            if name in _MODULE_ATTRIBUTES or _is_own_attribute(name):
-                continue
-            said = settings(value) if state else None
-            if said is not None:
-                found.append((name, encode((self.refer(type(value)), said), self.value, name=name)))
-            elif state and isinstance(value, torch.Tensor):
-                found.append((name, self.weights(value)))
-            elif state or isinstance(value, CODE) or "__wrapped__" in attributes_of(value):
-                found.append((name, self.mention(value, f"{name}, {where}")))
-            elif not (is_plain(value) or isinstance(value, torch.Tensor)):
-                found.append((name, self.refer(type(value))))  # what it holds is part of the state
+        """Describes what the module's own __dict__ adds to its class; with its state or without."""
+        location = f"an attribute of a {type_name(type(module))}"
+        encoded = self.attribute_with_state if state else self.attribute_without_state
+        attributes = sorted(self.attributes_of(module).items())
+        described = [(name, encoded(name, value, location)) for name, value in attributes]
+        described = [item for item in described if item[1] is not None]
         if isinstance(module, torch.jit.ScriptModule):
             read = [(name, encode(item)) for name, item in attributes_read(module) if is_plain(item)]
-            found += [("script", program(module)), ("reads", read)]
+            described += [("script", program(module)), ("reads", read)]
         if state:
-            found.append(("training", module.training))
-            tensors = [
-                *module.named_parameters(recurse=False),
-                *module.named_buffers(recurse=False),
-            ]
-            found += [(name, self.weights(tensor)) for name, tensor in tensors]
-        return found
+            tensors = [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
+            described.append(("training", module.training))
+            described += [(name, self.weights(tensor)) for name, tensor in tensors]
+        return described
+
+    def attribute_with_state(self, name: str, value: object, location: str) -> object:
+        values = configuration(value)
+        if values is not None:
+            return encode((self.number_of(type(value)), values), self.value, name=name)
+        return self.weights(value) if isinstance(value, torch.Tensor) else self.mention(value, f"{name}, {location}")
+
+    def attribute_without_state(self, name: str, value: object, location: str) -> object:
+        """Describes the code in an attribute; None if there is none. What an object holds is part of the state."""
+        if isinstance(value, CODE) or "__wrapped__" in attributes_of(value):
+            return self.mention(value, f"{name}, {location}")
+        return None if is_plain(value) or isinstance(value, torch.Tensor) else self.number_of(type(value))
 
 
 def _is_users(member: object) -> bool:

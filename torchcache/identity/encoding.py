@@ -1,9 +1,8 @@
 """Plain values as bytes: equal values give equal bytes in every process, different values never do.
 
 An encoding is one tag byte, the payload's length as u64 little-endian, and the payload. In a
-payload, `+` stands for encodings one after another; a *type* is the class's qualified name (s),
-without its module and what stands before `<locals>.`, followed by what the hook says of the class
-(X), if it says anything.
+payload, `+` stands for concatenation; a *type* is the class's qualified name (s), without its module
+and the part before `<locals>.`, followed by the bytes that the hook gives for the class (X), if any.
 
     N None, . Ellipsis   empty
     b bool               one byte, 0 or 1
@@ -16,7 +15,7 @@ without its module and what stands before `<locals>.`, followed by what the hook
     r range, : slice     start + stop + step
     E enum member        type + name (None if it has none) + value
     D dataclass          type + name + value for each field + its other attributes (dict), if it
-                         has any; cached properties are none
+                         has any; cached properties do not count
     n named tuple        type + name + value for each field
     a Namespace          type + its dict (argparse.Namespace, types.SimpleNamespace)
     u another subclass of int, float, complex, str, bytes, tuple, list, set, frozenset or dict
@@ -70,7 +69,7 @@ _REPR_TYPES = frozenset(
 
 
 class Unencodable(TypeError):
-    """A value has no encoding that is the same in every process; `path` says where it stands."""
+    """A value has no encoding that is the same in every process; `path` says where the value stands."""
 
     def __init__(self, reason: str) -> None:
         super().__init__(reason)
@@ -86,11 +85,16 @@ class Unencodable(TypeError):
 
 
 def encode(value: object, other: Hook | None = None, *, name: str = "value") -> bytes:
-    """Encode `value`; what is not plain is offered to `other`, whose None means: neither can I.
+    """Encodes a value.
 
-    `other` is also offered the class of every enum member, dataclass, named tuple and subclass of a
-    builtin: its bytes are added to the name, None leaves the name alone. `name` is what an error
-    calls the value.
+    Args:
+        value: the value.
+        other: is called with each value that is not plain, and gives its bytes or None. It is also called with the
+            class of each enum member, dataclass, named tuple and subclass of a builtin: its bytes follow the name.
+        name: what an error calls the value.
+
+    Raises:
+        Unencodable: a value in it is not plain, and `other` gives None for it.
     """
     if type(value) in _SCALAR_TYPES:
         return _scalar(value)
@@ -126,7 +130,7 @@ def _frame(tag: bytes, payload: bytes) -> bytes:
 
 
 def _scalar(value: object) -> bytes:
-    # The builtins' own methods: a subclass may have overridden what it likes.
+    # The methods of the builtins: a subclass may have overridden any of them.
     if isinstance(value, str):
         return _frame(b"s", str.encode(value, "utf-8", "surrogatepass"))
     if isinstance(value, bool):
@@ -151,23 +155,23 @@ def _encode(value: object, other: Hook | None, depth: int) -> bytes:
         raise Unencodable(f"contains itself, or is nested deeper than {MAX_DEPTH} levels")
     if kind in _CONTAINERS:
         return _container(value, other, depth)
-    known = _named(value, other, depth) or _fixed(value, other, depth)
-    if known is not None:
-        return known
-    said = other(value) if other is not None else None
-    if said is None:
+    encoding = _named(value, other, depth) or _unnamed(value, other, depth)
+    if encoding is not None:
+        return encoding
+    given = other(value) if other is not None else None
+    if given is None:
         raise Unencodable(f"is of type {type_name(kind)}, which has no stable encoding")
-    return _frame(b"X", said)
+    return _frame(b"X", given)
 
 
 def _each(items: Iterable[tuple[str, object]], other: Hook | None, depth: int) -> list[bytes]:
-    """The encodings of `items`, which are (where it stands, value)."""
+    """The encodings of `items`, which are (path, value)."""
     encodings = []
-    for where, item in items:
+    for path, item in items:
         try:
             encodings.append(_encode(item, other, depth + 1))
         except Unencodable as error:
-            error.path = where + error.path
+            error.path = path + error.path
             raise
     return encodings
 
@@ -192,8 +196,8 @@ def _short(key: object) -> str:
 
 
 def _type(cls: type, other: Hook | None) -> bytes:
-    said = other(cls) if other is not None else None
-    return _scalar(type_name(cls)) + (b"" if said is None else _frame(b"X", said))
+    given = other(cls) if other is not None else None
+    return _scalar(type_name(cls)) + (b"" if given is None else _frame(b"X", given))
 
 
 def _is_dataclass(value: object) -> bool:
@@ -202,7 +206,7 @@ def _is_dataclass(value: object) -> bool:
 
 
 def _other_attributes(value: object) -> dict[str, object]:
-    """Attributes of a dataclass that are no fields, and not computed from them when first asked."""
+    """The attributes of a dataclass that are neither fields nor cached properties."""
     fields = {name for name, _ in _fields(value)}
     return {
         name: item
@@ -221,7 +225,7 @@ def _fields(value: object) -> list[tuple[str, object]]:
 
 
 def _named(value: object, other: Hook | None, depth: int) -> bytes | None:
-    """Values whose class belongs to what they are."""
+    """Encodes values with the name of their class; None for other values."""
     kind = type(value)
     if isinstance(value, enum.Enum):
         name = value.name if value.name in type(value).__members__ else None
@@ -238,7 +242,7 @@ def _named(value: object, other: Hook | None, depth: int) -> bytes | None:
     if kind in _NAMESPACES:
         return _frame(b"a", _type(kind, other) + _container(vars(value), other, depth))
     builtin = isinstance(value, (*_SCALARS, *_CONTAINERS)) and kind is not torch.Size
-    # A defaultdict also computes what it does not hold.
+    # A defaultdict also computes values for keys that it does not hold.
     if builtin and not isinstance(value, collections.defaultdict):
         return _frame(b"u", _type(kind, other) + _subclass(value, other, depth))
     return None
@@ -255,8 +259,8 @@ def _subclass(value: object, other: Hook | None, depth: int) -> bytes:
     return body + (_container(attributes, other, depth) if attributes else b"")
 
 
-def _fixed(value: object, other: Hook | None, depth: int) -> bytes | None:
-    """Values of classes that are the same everywhere."""
+def _unnamed(value: object, other: Hook | None, depth: int) -> bytes | None:
+    """Encodes values whose class is the same everywhere; None for other values."""
     if value is ...:
         return _frame(b".", b"")
     if type(value) is torch.Size:

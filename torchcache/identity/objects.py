@@ -1,4 +1,4 @@
-"""What an object holds, as values that can be encoded: tensors by their bytes, others by what pickling would keep."""
+"""What an object holds, as values that can be encoded: tensors by their bytes, others by what pickle would keep."""
 
 from __future__ import annotations
 
@@ -13,15 +13,16 @@ from concurrent.futures import Executor
 from typing import Any
 
 import torch
-from torch._library.custom_ops import OPDEFS, CustomOpDef
 
+from torchcache._utils.torch_private import Operator, operator_definition, operators
 from torchcache.identity.encoding import encode
 from torchcache.identity.origin import attributes_of, of_function, of_module
 from torchcache.identity.state import digests, scales
 
-OPERATORS = (torch._ops.OpOverload, torch._ops.OpOverloadPacket)
+_OperatorPacket, _OperatorOverload = type(torch.ops.aten.add), type(torch.ops.aten.add.Tensor)
+OPERATORS = (_OperatorOverload, _OperatorPacket)
 
-# They say nothing about what is computed.
+# Objects that have no influence on what is computed.
 _WITHOUT_VALUE = (
     *(type(threading.Lock()), type(threading.RLock()), threading.Thread, threading.local, Executor),
     *(logging.Logger, logging.LoggerAdapter, logging.Handler, type(os.environ)),
@@ -35,38 +36,40 @@ def tensor_bytes(tensor: torch.Tensor) -> bytes:
     return encode((*parts, scales(tensor)) if tensor.is_quantized else parts)
 
 
-def settings(value: object) -> dict[str, object] | None:
-    """What ``to_dict()`` of a configuration says, by name, if it has such a method that works."""
+def configuration(value: object) -> dict[str, object] | None:
+    """What ``to_dict()`` of a configuration object returns; None for objects without such a method that works."""
     if isinstance(value, (type, torch.Tensor, torch.nn.Module)):
         return None
     try:
-        found = value.to_dict()  # type: ignore[attr-defined]
-        return {str(name): found[name] for name in sorted(found, key=str)} if isinstance(found, dict) else None
-    except Exception:  # attributes of the users' classes may raise what they like
+        values = value.to_dict()  # type: ignore[attr-defined]
+        return {str(name): values[name] for name in sorted(values, key=str)} if isinstance(values, dict) else None
+    except Exception:  # attributes of the user's classes may raise anything
         return None
 
 
 def definition(value: object) -> object:
-    """What defined an operator, if that was Python code (``torch.library.custom_op``); other objects as they are."""
-    packet = value.overloadpacket if isinstance(value, torch._ops.OpOverload) else value
-    if not isinstance(packet, torch._ops.OpOverloadPacket):
+    """What ``torch.library.custom_op`` gave for an operator; other objects, and operators of C++, as they are."""
+    packet = value.overloadpacket if isinstance(value, _OperatorOverload) else value
+    if not isinstance(packet, _OperatorPacket):
         return value
-    return OPDEFS.get(packet._qualified_op_name, value)
+    in_python = operator_definition(packet)
+    return value if in_python is None else in_python
 
 
-def operators(names: set[str]) -> list[CustomOpDef]:
-    """The operators of the user's that code with these names may call, in whatever way it comes to ``torch.ops``."""
-    named = [op for op in list(OPDEFS.values()) if op._name in names and op._namespace in names]
-    return [op for op in named if of_function(op._init_fn) is None]
+def users_operators(names: set[str]) -> list[Operator]:
+    """The user's operators that code with these names may call, however it gets to ``torch.ops``."""
+    named = [op for op in operators() if op.name in names and op.namespace in names]
+    return [op for op in named if of_function(op.function) is None]
 
 
 def is_without_value(value: object) -> bool:
+    """Whether an object, such as a lock or a logger, has no influence on what is computed."""
     streams = (sys.stdin, sys.stdout, sys.stderr, sys.__stdin__, sys.__stdout__, sys.__stderr__)
     return isinstance(value, _WITHOUT_VALUE) or any(value is stream for stream in streams)
 
 
-def array(value: object) -> bytes | None:
-    """A NumPy array or scalar, unless it holds references to objects."""
+def array_bytes(value: object) -> bytes | None:
+    """Encodes a NumPy array or scalar by value; None for other objects, and for arrays of references to objects."""
     numpy = sys.modules.get("numpy")
     if numpy is None or not isinstance(value, (numpy.ndarray, numpy.generic)):
         return None
@@ -75,8 +78,8 @@ def array(value: object) -> bytes | None:
     return encode(("array", str(value.dtype), value.shape, value.tobytes()))
 
 
-def held(value: object) -> object | None:
-    """What pickling would keep of an object, None if it cannot be pickled."""
+def pickled(value: object) -> object | None:
+    """What pickle would keep of an object; None if it cannot be pickled."""
     try:
         if isinstance(value, types.MappingProxyType):
             return ["mapping", dict(value)]
@@ -89,7 +92,7 @@ def held(value: object) -> object | None:
             return [type(value), reduced]
         parts = list(reduced)
         return [*parts[:3], *(None if part is None else list(part) for part in parts[3:5]), *parts[5:]]
-    except Exception:  # a class may raise what it likes
+    except Exception:  # a class may raise anything
         return None
 
 
@@ -103,9 +106,9 @@ def _reduced(value: object) -> Any:
         return type(value), (), dict(attributes_of(value))  # a class of the user's that forbids pickling
 
 
-def owner(function: object) -> object | None:
-    """The object that a C function is bound to; modules and classes only hold it."""
+def bound_object(function: object) -> object | None:
+    """The object that a C function is bound to; None for a function of a module or class."""
     if not isinstance(function, types.BuiltinFunctionType):
         return None
-    found = function.__self__
-    return None if isinstance(found, (types.ModuleType, type)) else found
+    bound = function.__self__
+    return None if isinstance(bound, (types.ModuleType, type)) else bound

@@ -29,25 +29,26 @@ def _canonical(name: str) -> str:
 def _installed(top: str) -> Origin:
     """The distributions that own the top-level name `top` and their versions."""
     try:
-        found = [importlib.metadata.distribution(top)]
+        distributions = [importlib.metadata.distribution(top)]
     except importlib.metadata.PackageNotFoundError:
         owners = sorted(set(importlib.metadata.packages_distributions().get(top, ())))
-        found = [importlib.metadata.distribution(owner) for owner in owners]
+        distributions = [importlib.metadata.distribution(owner) for owner in owners]
     versions = []
-    for distribution in found:
+    for distribution in distributions:
         came_from = json.loads(distribution.read_text("direct_url.json") or "{}")
-        if "dir_info" in came_from:  # a version says nothing of a directory under work
+        if "dir_info" in came_from:  # a directory changes without its version
             return None
         commit = came_from.get("vcs_info", {}).get("commit_id")
         versions.append(str(commit or distribution.version.partition("+")[0]))
-    if found:
-        return "+".join(_canonical(item.metadata["Name"]) for item in found), "+".join(versions)
+    if distributions:
+        return "+".join(_canonical(item.metadata["Name"]) for item in distributions), "+".join(versions)
     version = getattr(sys.modules.get(top), "__version__", None)
     return None if version is None else (top, str(version).partition("+")[0])
 
 
 @functools.lru_cache(maxsize=4096)
 def of_file(file: str, module: str) -> Origin:
+    """The origin of a file that a module of this name was loaded from; "" for a module without a file."""
     top = module.partition(".")[0]
     if top == OURS:
         return OURS, ""
@@ -63,7 +64,7 @@ def of_file(file: str, module: str) -> Origin:
 
 
 def of_module(name: str | None) -> Origin:
-    """The origin of an imported module; the main one is the user's whatever started it."""
+    """The origin of an imported module; ``__main__`` is the user's, whatever started the process."""
     if name == "__main__":
         return None
     module = sys.modules.get(name or "")
@@ -71,7 +72,7 @@ def of_module(name: str | None) -> Origin:
 
 
 def of_function(function: types.FunctionType) -> Origin:
-    """The origin of a function's code, whatever its __module__ says."""
+    """The origin of a function's code, which its ``__module__`` need not name."""
     file = function.__code__.co_filename
     if file.startswith("<") and not file.startswith("<frozen "):  # made at run time
         file = str(function.__globals__.get("__file__") or "<>")
@@ -85,12 +86,12 @@ def is_ours(obj: object) -> bool:
 
 
 def attributes_of(obj: object) -> Mapping[str, object]:
-    """The object's own attributes; none where looking at them fails."""
+    """The object's own attributes; none if it raises when asked for them."""
     try:
-        found = obj.__dict__
+        attributes = obj.__dict__
     except Exception:  # a lazy object may load what it stands for, and fail
         return {}
-    return found if isinstance(found, (dict, types.MappingProxyType)) else {}
+    return attributes if isinstance(attributes, (dict, types.MappingProxyType)) else {}
 
 
 def _marked(obj: object) -> bool:
@@ -101,12 +102,12 @@ def _marked(obj: object) -> bool:
 
 
 def is_added(obj: object) -> bool:
-    """Whether our decorator put a function where none was."""
+    """Whether this library's decorator added a function to a class that had none of this name."""
     return _marked(obj) and vars(obj)[ORIGINAL] is None
 
 
 def unwrap(obj: object) -> object:
-    """What stood where this library's decorator now stands; other objects as they are."""
+    """What this library's decorator replaced by the object; other objects as they are."""
     while True:
         if _marked(obj):
             obj = vars(obj)[ORIGINAL]
@@ -117,7 +118,7 @@ def unwrap(obj: object) -> object:
 
 
 def is_our_decorator(node: ast.expr, scope: dict[str, object]) -> bool:
-    """Whether a decorator is this library's, by what it names or (of a local name) by name."""
+    """Whether a decorator is this library's, by what it names or, if the name is a local one, by name."""
     chain = []
     node = node.func if isinstance(node, ast.Call) else node
     while isinstance(node, ast.Attribute):
@@ -134,7 +135,7 @@ def is_our_decorator(node: ast.expr, scope: dict[str, object]) -> bool:
 
 
 def import_users(name: str) -> types.ModuleType | None:
-    """Import one of the user's modules; what is installed is only named by the code."""
+    """Imports one of the user's modules; None for installed ones, which code describes by name."""
     if name in sys.modules:
         return sys.modules[name]
     top = name.partition(".")[0]
@@ -143,5 +144,5 @@ def import_users(name: str) -> types.ModuleType | None:
         if spec is None or of_file(spec.origin or "", top) is not None:
             return None
         return importlib.import_module(name)
-    except Exception:  # the function's own import may fail too, or not be reached
+    except Exception:  # the function's import may fail as well, or never run
         return None

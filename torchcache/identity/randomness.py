@@ -1,4 +1,4 @@
-"""Random numbers: whether a forward draws some, and how to draw the same once more."""
+"""Random numbers: whether a forward draws any, and how to draw the same ones again."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-Generators = dict[str, object]  # by the place where they are found
+Generators = dict[str, object]  # by the name of what holds them
 
 
 def generates(kind: type) -> bool:
@@ -28,38 +28,39 @@ def _generates(kind: type) -> bool:
 
 
 class Noise:
-    """Whether random numbers were drawn since this was made.
+    """The states of all generators before a forward, to compare with those after it.
 
     Args:
-        own: gives the generators, besides the global ones, that may be drawn from at present.
+        generators: gives the generators, besides the global ones, that the forward may use at present.
     """
 
-    def __init__(self, own: Callable[[], Generators]) -> None:
-        self._list = own
-        self._own = own()
-        self._later: Generators | None = None
-        self._states = {name: _state(generator) for name, generator in self._own.items()}
+    def __init__(self, generators: Callable[[], Generators]) -> None:
+        self._find = generators
+        self._before = generators()
+        self._after: Generators | None = None
+        self._states = {name: _state(generator) for name, generator in self._before.items()}
         self._torch = _torch_states()
         self._python = random.getstate()
         self._numpy = _numpy_state()
         self._imported = len(sys.modules)
 
     def imported(self) -> bool:
-        """Whether modules were imported meanwhile: they may draw numbers, and NumPy's generator may be one of them."""
+        """Whether modules were imported meanwhile, which may draw numbers; numpy.random may be one of them."""
         return len(sys.modules) != self._imported
 
     def drawn(self) -> bool:
+        """Whether random numbers were drawn meanwhile."""
         now = _torch_states()
         return (
             any(not torch.equal(a, b) for a, b in zip(self._torch, now))
             or random.getstate() != self._python
             or _comparable(_numpy_state()) != _comparable(self._numpy)
-            or self._drawn_from_own()
+            or self._drawn_from_others()
         )
 
     def made(self) -> bool:
-        """Whether there are generators that were not there before: nobody knows yet what is drawn from them."""
-        return bool(self._own_now().keys() - self._own.keys())
+        """Whether there are new generators, of which it is not known yet whether forwards draw from them."""
+        return bool(self._generators_after().keys() - self._before.keys())
 
     def rewind(self) -> None:
         """Sets the generators back, so that a second forward draws what the first one drew."""
@@ -69,21 +70,20 @@ class Noise:
             sys.modules["numpy"].random.set_state(self._numpy)
         if self._torch[1:]:
             torch.cuda.set_rng_state_all(self._torch[1:])
-        for name, generator in self._own.items():
+        for name, generator in self._before.items():
             _set_state(generator, self._states[name])
 
-    def _drawn_from_own(self) -> bool:
-        """By place, not by object: one that every forward makes anew with the same seed is no noise."""
+    def _drawn_from_others(self) -> bool:
+        """Compares by name, not by object: a generator that every forward creates with the same seed is not random."""
         return any(
             name in self._states and _comparable(_state(generator)) != _comparable(self._states[name])
-            for name, generator in self._own_now().items()
+            for name, generator in self._generators_after().items()
         )
 
-    def _own_now(self) -> Generators:
-        """Those after the forward."""
-        if self._later is None:
-            self._later = self._list()
-        return self._later
+    def _generators_after(self) -> Generators:
+        if self._after is None:
+            self._after = self._find()
+        return self._after
 
 
 def _torch_states() -> list[Tensor]:
@@ -92,20 +92,20 @@ def _torch_states() -> list[Tensor]:
 
 
 def _numpy_state() -> Any:
-    """Of NumPy's global generator; None where nobody has imported that."""
+    """The state of NumPy's global generator; None if nothing has imported numpy.random."""
     generator = sys.modules.get("numpy.random")
     return None if generator is None else generator.get_state()
 
 
 def _state(generator: Any) -> Any:
-    """Of a generator; a new object where it has none, as that of the operating system, whose numbers never repeat."""
+    """The state of a generator; a new object if it has none, as the operating system's, whose numbers never repeat."""
     try:
         if isinstance(generator, random.Random):
             return generator.getstate()
         if hasattr(generator, "get_state"):  # of torch, or of NumPy's older kind
             return generator.get_state()
         return getattr(generator, "bit_generator", generator).state
-    except Exception:  # a class of the user's may raise what it likes
+    except Exception:  # a class of the user's may raise anything
         return object()
 
 
@@ -120,7 +120,7 @@ def _set_state(generator: Any, state: Any) -> None:
 
 
 def _comparable(state: Any) -> Any:
-    """A state in which tensors and arrays, which do not compare as one, are bytes."""
+    """The state with bytes instead of tensors and arrays, whose == gives no bool."""
     if isinstance(state, Tensor):
         return bytes(state.tolist())
     if isinstance(state, dict):

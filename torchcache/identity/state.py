@@ -1,9 +1,9 @@
-"""State of what computes: weights, buffers, plain tensor attributes.
+"""The state that a forward uses: weights, buffers, attributes, and the code and configuration of modules.
 
-A digest of everything is taken once. After that each call takes a cheap look (identities, version
-counters, and natively addresses, shapes and some bytes of every tensor), and only what changed is
-digested again. Tensors that require grad are digested in full at every look: an optimizer may change
-them without moving a counter.
+State computes a digest of everything once. After that each call makes a cheap check (identities, version
+counters, and natively addresses, shapes and some bytes of every tensor), and State digests again only what
+changed. It digests tensors that require grad in full at every check: an optimizer may change them without
+incrementing a counter.
 """
 
 from __future__ import annotations
@@ -20,27 +20,22 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from torchcache._native import ops
+from torchcache._utils.torch_private import version, versions
+from torchcache.identity.attributes import FORWARD_HOOKS, TENSORS_AND_MODULES, counted
 from torchcache.identity.encoding import encode, is_plain
-
-# Attributes of every nn.Module that say nothing about what it computes (hooks are part of the code).
-_MODULE_ATTRIBUTES = frozenset(nn.Module().__dict__)
-_OWN_PREFIXES = ("_torchcache", "torchcache_", "_torchdynamo_")  # the last counts compilations
 
 ABSENT = object()
 
-# (id of a module's __dict__, name) of what forwards set → the value that is to be described instead of the present one;
-# ABSENT for what was not there before.
-Moved = dict[tuple[int, str], Any]
+# (id of a module's __dict__, name) of an attribute that a forward set → its value before, which counts instead of the
+# present one; ABSENT if the forward created the attribute.
+SetByForward = dict[tuple[int, str], Any]
 
 _get = dict.get
 _requires_grad = attrgetter("requires_grad")
-_get_version = attrgetter("_version")
-_CONTAINERS = ("_parameters", "_buffers", "_modules")
-_HOOKS = ("_forward_pre_hooks", "_forward_hooks")  # of submodules: those of the module itself run outside the cache
 
 
 class Unwatchable(Exception):
-    """A tensor of the state has no bytes to look at: on the meta device, of a tensor subclass, without a storage."""
+    """A tensor of the state has no readable bytes: on the meta device, of a tensor subclass, without a storage."""
 
 
 class Uninitialized(Unwatchable):
@@ -48,19 +43,19 @@ class Uninitialized(Unwatchable):
 
 
 class _Watched:
-    """One tensor of the state. The digest is that of its bytes at `version`."""
+    """One tensor of the state, with the digest of its bytes at `version`."""
 
     __slots__ = ("digest", "name", "tensor", "version")
 
     def __init__(self, name: str, tensor: Tensor) -> None:
         self.name = name
         self.tensor = tensor
-        self.version = 0
+        self.version: object = 0
         self.digest = b""
 
     @property
     def is_live(self) -> bool:
-        """Whether edits may leave no trace: of what is trained, and of inference tensors, which count no versions."""
+        """Whether edits may leave no trace: of what is trained, and of inference tensors, which have no versions."""
         return self.tensor.requires_grad or self.tensor.is_inference()
 
     def encoded(self) -> bytes:
@@ -74,40 +69,41 @@ class State:
 
     Args:
         modules: gives name → root module; all submodules are included.
-        tensors: name → tensor that is reached otherwise (a global, a closure).
-        describe: gives what → canonical bytes of the code and configuration of the modules; called anew when a
-            submodule is replaced or set otherwise.
-        own: the module whose own plain attributes are watched live, or None.
+        tensors: name → tensor that code reaches in another way (a global, a closure).
+        describe: gives name → canonical bytes of the code and configuration of the modules; called again when a
+            submodule is replaced or configured differently.
+        own: the module whose own plain attributes are compared on every call, or None.
     """
 
     def __init__(
         self,
         modules: Callable[[], dict[str, nn.Module]],
         tensors: dict[str, Tensor],
-        describe: Callable[[Moved], dict[str, bytes]],
+        describe: Callable[[SetByForward], dict[str, bytes]],
         own: nn.Module | None,
     ) -> None:
         self._roots = modules
         self._tensors = tensors
         self._describe = describe
         self._own = own
-        self._fixed: dict[str, Any] = {}  # own attributes that forward changes: what they were at first
-        self._moved: Moved = {}  # other attributes that forwards set: what they were at first
+        self._own_set_by_forward: dict[str, Any] = {}  # attributes of `own`: their first values
+        self._set_by_forward: SetByForward = {}  # of all modules
         self._owners: dict[int, weakref.ref[nn.Module]] = {}  # by the id of their __dict__
         self.generation = 0  # of the set of submodules
         self.parts: dict[str, bytes] = {}  # what the digest is made of; replaced, never changed
-        self.modules: list[nn.Module] = []  # all of them, as they were at the last look; replaced, never changed
+        self.modules: list[nn.Module] = []  # as of the last scan; replaced, never changed
         self._probe = 0
-        self._versions: list[int] = []
+        self._versions: list[object] = []
         self._watch = NativeWatch([])
         self._scan()
 
-    # ---- looking
+    # ---- checking
 
     def digest(self, probe: bool = True) -> bytes:
         """16 bytes that change with the state. Cheap when nothing changed.
 
-        Without the probe, who uses them must probe the `watch` and ask whether it is `still` so.
+        Args:
+            probe: whether to probe the tensors natively. Else the caller probes the `watch` and asks `still`.
         """
         # map() over prepared lists: this runs on every call, and a loop would take three times as long.
         if (
@@ -125,28 +121,29 @@ class State:
             return self._value
         changed = self._changed(probe) if self._frozen else []
         if changed or self._live:
-            _take_digests(changed)
-            _take_digests(self._live)
+            _compute_digests(changed)
+            _compute_digests(self._live)
             self._combine()
         return self._value
 
     @property
     def watch(self) -> NativeWatch | None:
-        """What looks at the frozen tensors natively, if there are any. It must be held while it is used."""
+        """The native watch of the frozen tensors, None without such tensors. The caller holds it while using it."""
         return self._watch if self._frozen else None
 
-    def still(self, seen: int) -> bool:
-        return seen == self._probe
+    def still(self, probe: int) -> bool:
+        """Whether a probe of the `watch` found the frozen tensors unchanged."""
+        return probe == self._probe
 
     def _changed(self, probe: bool) -> list[_Watched]:
-        """The frozen tensors that may have other bytes than at the last look."""
+        """The frozen tensors that may have other bytes than at the last check."""
         changed = []
-        versions = _versions(self._frozen_tensors)
-        if versions != self._versions:
-            changed = [w for w, v in zip(self._frozen, versions) if w.version != v]
-            self._versions = versions
-        if probe and not self.still(seen := self._watch.probe()):
-            changed, self._probe = self._frozen, seen
+        present = versions(self._frozen_tensors)
+        if present != self._versions:
+            changed = [w for w, v in zip(self._frozen, present) if w.version != v]
+            self._versions = present
+        if probe and not self.still(result := self._watch.probe()):
+            changed, self._probe = self._frozen, result
         return changed
 
     @property
@@ -159,38 +156,39 @@ class State:
         """Names of the tensors that require grad."""
         return [w.name for w in self._live if w.tensor.requires_grad]
 
-    # ---- what a forward does to its own module
+    # ---- attributes set by forward
 
     def before_forward(self) -> tuple[bytes, list[set[str]], dict[str, Any]]:
+        """What `after_forward` compares with."""
         return self._value, [set(d) for d in self._attribute_dicts], self._own_attributes()
 
     def after_forward(self, before: tuple[bytes, list[set[str]], dict[str, Any]]) -> bool:
         """Whether the forward left the state as it was.
 
-        Attributes that it adds or counts with do not matter. Parameters, buffers and submodules do: these are watched
-        from then on.
+        Attributes that it creates or counts with do not matter. Parameters, buffers and submodules that it adds do:
+        they belong to the state from then on.
         """
         value, names, own = before
         for d, old in zip(self._attribute_dicts, names):
-            self._moved.update({(id(d), name): ABSENT for name in d.keys() - old})
-        known = len(self._fixed)
+            self._set_by_forward.update({(id(d), name): ABSENT for name in d.keys() - old})
+        known = len(self._own_set_by_forward)
         for name, now in self._own_attributes().items():
             if name in own and not _same(own[name], now):
-                self._fixed.setdefault(name, own[name])
+                self._own_set_by_forward.setdefault(name, own[name])
                 self._attributes[name] = now
-        if len(self._fixed) != known:
-            self._combine()  # another thread may have looked while the forward ran
-        self._leave_out_moved_settings()
+        if len(self._own_set_by_forward) != known:
+            self._combine()  # another thread may have checked while the forward ran
+        self._keep_values_before_forward()
         self._counts[self._attributes_from :] = map(len, self._attribute_dicts)
-        # A probe on a GPU would wait for the forward. What only that would see counts from the next call on.
+        # A probe on a GPU would wait for the forward. What only the probe would find counts from the next call on.
         return self.digest(probe=not any(t.is_cuda for t in self._frozen_tensors)) == value
 
     # ---- scanning
 
     def _scan(self) -> None:
         self.generation += 1
-        self._forget_the_dead()
-        self._description = self._describe(self._moved)  # first: it may reach tensors and modules that are then watched
+        self._forget_collected_modules()
+        self._description = self._describe(self._set_by_forward)  # first: it may reach more tensors and modules
         self._named = [
             (".".join(filter(None, (root, name))), m)
             for root, module in self._roots().items()
@@ -203,12 +201,13 @@ class State:
         slots = list(self._slots())
         plain = [m for m in self.modules if isinstance(m._parameters, dict)]  # TorchScript makes new ones each time
         held = [(d, key, value) for _, d, key, value in slots]
-        held += [(m.__dict__, name, m.__dict__[name]) for m in plain for name in _CONTAINERS]
-        self._settings_from = len(held)
-        held += self._settings()
+        held += [(m.__dict__, name, m.__dict__[name]) for m in plain for name in TENSORS_AND_MODULES]
+        self._other_attributes_from = len(held)
+        held += self._other_attributes()
         dicts, keys, self._values = map(list, zip(*held)) if held else ([], [], [])
         self._columns: Any = dicts, keys, [ABSENT] * len(held)
-        hooks = [m.__dict__.get(name, {}) for m in self.modules if m is not self._own for name in _HOOKS]
+        # Those of the module itself run outside the cache.
+        hooks = [m.__dict__.get(name, {}) for m in self.modules if m is not self._own for name in FORWARD_HOOKS]
         self._no_hooks, self._next_hook = [d for d in hooks if not d], RemovableHandle.next_id
         self._ordered = [m._modules for m in plain if len(m._modules) > 1] + [d for d in hooks if d]
         self._orders = list(map(list, self._ordered))
@@ -220,14 +219,14 @@ class State:
         watched = [_Watched(name, t) for name, t in self._tensors.items()]
         watched += [_Watched(name, value) for name, _, _, value in slots if isinstance(value, Tensor)]
         for w in watched:
-            _check(w)
+            _check_has_bytes(w)
         self._live: list[_Watched] = [w for w in watched if w.is_live]
         self._frozen: list[_Watched] = [w for w in watched if not w.is_live]
         self._live_tensors = [w.tensor for w in self._live]
         self._live_flags = list(map(_requires_grad, self._live_tensors))
         self._frozen_tensors = [w.tensor for w in self._frozen]
-        self._versions = _versions(self._frozen_tensors)
-        _take_digests(watched)
+        self._versions = versions(self._frozen_tensors)
+        _compute_digests(watched)
         self._watch = NativeWatch([w.tensor for w in self._frozen])
         self._probe = self._watch.probe()
         self._attributes: dict[str, Any] = self._own_attributes()
@@ -240,50 +239,43 @@ class State:
             for d in _holders(m):
                 for key, value in d.items():
                     yield prefix + key, d, key, value
-            for key, value in m.__dict__.items():
-                if (
-                    not self._is_product(m.__dict__, key)
-                    and (isinstance(value, Tensor) or value is None)
-                    and key not in _MODULE_ATTRIBUTES
-                ):
+            for key, value in counted(m).items():
+                if (isinstance(value, Tensor) or value is None) and not self._is_created_by_forward(m.__dict__, key):
                     yield prefix + key, m.__dict__, key, value
 
-    def _is_product(self, attributes: dict[str, Any], name: str) -> bool:
-        return self._moved.get((id(attributes), name)) is ABSENT
+    def _is_created_by_forward(self, attributes: dict[str, Any], name: str) -> bool:
+        return self._set_by_forward.get((id(attributes), name)) is ABSENT
 
-    def _settings(self) -> list[tuple[dict[str, Any], str, Any]]:
+    def _other_attributes(self) -> list[tuple[dict[str, Any], str, Any]]:
         """(dictionary, key, value) of other attributes: switches of submodules, functions and objects that they use.
 
-        Plain ones of the module itself are compared by value. Those of torch's own layers, which have ten each, are
-        hardly ever set later, and what these keep for themselves they renew.
+        The module's own plain attributes are compared by value instead. The layers of torch have about ten plain
+        attributes each, which are hardly ever set later, and private ones, which they set again themselves.
         """
         return [
             (m.__dict__, key, value)
             for m in self.modules
-            for key, value in m.__dict__.items()
-            if value is not None and key not in _MODULE_ATTRIBUTES and not key.startswith(_OWN_PREFIXES)
-            if not isinstance(value, Tensor) and (id(m.__dict__), key) not in self._moved
-            if _may_be_set(m, key, value) and not (m is self._own and is_plain(value))
+            for key, value in counted(m).items()
+            if value is not None and not isinstance(value, Tensor) and (id(m.__dict__), key) not in self._set_by_forward
+            if _may_be_set_later(m, key, value) and not (m is self._own and is_plain(value))
         ]
 
-    def _leave_out_moved_settings(self) -> None:
-        """What a forward sets, a counter of a submodule, say, counts as it was before."""
+    def _keep_values_before_forward(self) -> None:
+        """Makes what a forward set, such as a counter of a submodule, count as it was before."""
         dicts, keys, absent = self._columns
-        moved = [
-            i for i in range(self._settings_from, len(keys)) if dicts[i].get(keys[i], ABSENT) is not self._values[i]
-        ]
-        for i in reversed(moved):
-            self._moved[id(dicts[i]), keys[i]] = self._values[i]
+        watched = range(self._other_attributes_from, len(keys))
+        for i in reversed([i for i in watched if dicts[i].get(keys[i], ABSENT) is not self._values[i]]):
+            self._set_by_forward[id(dicts[i]), keys[i]] = self._values[i]
             del dicts[i], keys[i], absent[i], self._values[i]
 
-    def _forget_the_dead(self) -> None:
-        """What forwards set on modules that are gone: others may have their ids."""
+    def _forget_collected_modules(self) -> None:
+        """Forgets what forwards set on modules that no longer exist: other modules may have their ids."""
         gone = {key for key, owner in self._owners.items() if owner() is None}
         self._owners = {key: owner for key, owner in self._owners.items() if key not in gone}
-        self._moved = {key: value for key, value in self._moved.items() if key[0] not in gone}
+        self._set_by_forward = {key: value for key, value in self._set_by_forward.items() if key[0] not in gone}
 
     def _hooks_added(self) -> bool:
-        """Asked only when some module of the process has got a hook."""
+        """Whether a submodule has a new hook. The check runs only after some module of the process got a hook."""
         self._next_hook = RemovableHandle.next_id
         return any(self._no_hooks)
 
@@ -291,22 +283,20 @@ class State:
         assert self._own is not None
         now = self._own.__dict__
         for name, value in self._attributes.items():
-            if (found := now.get(name, ABSENT)) is not value and not _same(found, value):
+            if (present := now.get(name, ABSENT)) is not value and not _same(present, value):
                 return True
         return False
 
     def _own_attributes(self) -> dict[str, Any]:
         if self._own is None:
             return {}
-        return {
-            name: value
-            for name, value in self._own.__dict__.items()
-            if name not in _MODULE_ATTRIBUTES and not name.startswith(_OWN_PREFIXES) and is_plain(value)
-        }
+        return {name: value for name, value in counted(self._own).items() if is_plain(value)}
 
     def _combine(self) -> None:
-        own = {**self._attributes, **self._fixed}
-        own = {k: v for k, v in own.items() if self._own is None or not self._is_product(self._own.__dict__, k)}
+        own = {**self._attributes, **self._own_set_by_forward}
+        if self._own is not None:
+            attributes = self._own.__dict__
+            own = {name: value for name, value in own.items() if not self._is_created_by_forward(attributes, name)}
         self.parts = {
             **self._description,
             **{f"attribute {name}": encode(value) for name, value in own.items()},
@@ -326,18 +316,19 @@ class NativeWatch:
         weakref.finalize(self, ops.watch_close, self.id).atexit = False
 
     def probe(self) -> int:
+        """A number that changes with the address, shape, dtype and sampled bytes of the tensors."""
         return ops.watch_probe(self.id)
 
 
-def _take_digests(watched: list[_Watched]) -> None:
+def _compute_digests(watched: list[_Watched]) -> None:
     for w in watched:
-        w.version = _version(w.tensor)
+        w.version = version(w.tensor)
     for w, digest in zip(watched, digests([w.tensor for w in watched])):
         w.digest = digest
 
 
 def digests(tensors: list[Tensor]) -> list[bytes]:
-    """16 bytes for each tensor: the digest of its bytes."""
+    """The digest of each tensor's bytes, 16 bytes each."""
     try:
         pairs = ops.digests([_one_row(t) for t in tensors]).tolist() if tensors else []
     except (RuntimeError, ValueError) as error:  # of a dtype that has no bytes, or without a storage
@@ -346,7 +337,7 @@ def digests(tensors: list[Tensor]) -> list[bytes]:
 
 
 def scales(tensor: torch.Tensor) -> tuple[object, ...]:
-    """What the integers of a quantised tensor stand for."""
+    """The scales and zero points of a quantised tensor."""
     if tensor.qscheme() in (torch.per_tensor_affine, torch.per_tensor_symmetric):
         return tensor.q_scale(), tensor.q_zero_point()
     scales = tensor.q_per_channel_scales(), tensor.q_per_channel_zero_points()
@@ -361,25 +352,25 @@ def _one_row(t: Tensor) -> Tensor:
 
 
 def _plain_view(t: Tensor) -> Tensor:
-    """The tensor itself, for the native look; what has no memory in the usual form is left out."""
+    """The tensor for the native watch; an empty one instead of a tensor without strided memory."""
     if t.layout is not torch.strided or t.is_quantized or t.is_meta:
         return torch.empty(0, device="cpu")
     return ops.bits(t)
 
 
-def _may_be_set(m: nn.Module, name: str, value: Any) -> bool:
+def _may_be_set_later(m: nn.Module, name: str, value: Any) -> bool:
     if not type(m).__module__.startswith("torch.nn."):
         return True
     return not (is_plain(value) or name.startswith("_"))
 
 
 def _holders(m: nn.Module) -> list[dict[str, Any]]:
-    """Where a module has its parameters, buffers and submodules. Scripted ones hold them natively, unchangeably."""
+    """The dicts of a module's parameters, buffers and submodules. A scripted module has immutable native ones."""
     dicts = (m._parameters, m._buffers, m._modules)
     return [d if isinstance(d, dict) else dict(d.items()) for d in dicts]
 
 
-def _check(w: _Watched) -> None:
+def _check_has_bytes(w: _Watched) -> None:
     t = w.tensor
     if torch.nn.parameter.is_lazy(t):
         raise Uninitialized(w.name)
@@ -387,20 +378,6 @@ def _check(w: _Watched) -> None:
         raise Unwatchable(f"{w.name} is on the meta device")
     if type(t).__torch_dispatch__ is not Tensor.__torch_dispatch__:
         raise Unwatchable(f"{w.name} is a {type(t).__name__}")
-
-
-def _versions(tensors: list[Tensor]) -> list[int]:
-    try:
-        return list(map(_get_version, tensors))
-    except RuntimeError:
-        return list(map(_version, tensors))
-
-
-def _version(t: Tensor) -> int:
-    try:
-        return t._version
-    except RuntimeError:  # inference tensors have none
-        return -1
 
 
 def _same(a: Any, b: Any) -> bool:

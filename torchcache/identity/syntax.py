@@ -1,4 +1,4 @@
-"""One function's own code: its normal form, and the names by which it reaches other things."""
+"""The code of one function: its normal form, and the names by which it reaches other objects."""
 
 from __future__ import annotations
 
@@ -12,27 +12,27 @@ from collections.abc import Iterator
 
 from torchcache.identity.encoding import encode
 
-# What the grammar notes beside the program: the role of a name, u"" prefixes, type comments.
-_NOTES = frozenset(("ctx", "kind", "type_comment"))
+# Fields that do not belong to the program: the role of a name, u"" prefixes, type comments.
+_IGNORED_FIELDS = frozenset(("ctx", "kind", "type_comment"))
 _FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)
 _DOCUMENTED = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
 
 
 @functools.lru_cache(maxsize=256)
 def _functions_of(text: str) -> dict[tuple[int, str], tuple[list[ast.AST], list[types.CodeType]]]:
-    """The functions in a source text by first line and name: trees and what they compile to."""
-    found: dict[tuple[int, str], tuple[list[ast.AST], list[types.CodeType]]] = {}
+    """The functions in a source text by first line and name: syntax trees, and the code that they compile to."""
+    functions: dict[tuple[int, str], tuple[list[ast.AST], list[types.CodeType]]] = {}
     tree = ast.parse(text)
     for node in ast.walk(tree):
         if isinstance(node, _FUNCTIONS):
             first = min([node.lineno, *(item.lineno for item in decorators(node))])
-            found.setdefault((first, getattr(node, "name", "<lambda>")), ([], []))[0].append(node)
+            functions.setdefault((first, getattr(node, "name", "<lambda>")), ([], []))[0].append(node)
     # A notebook's cell may await at its top level.
     flags = ast.PyCF_ALLOW_TOP_LEVEL_AWAIT
     for code in _nested(compile(tree, "", "exec", flags, dont_inherit=True)):
-        if (code.co_firstlineno, code.co_name) in found:
-            found[code.co_firstlineno, code.co_name][1].append(code)
-    return found
+        if (code.co_firstlineno, code.co_name) in functions:
+            functions[code.co_firstlineno, code.co_name][1].append(code)
+    return functions
 
 
 def _nested(code: types.CodeType) -> Iterator[types.CodeType]:
@@ -43,20 +43,20 @@ def _nested(code: types.CodeType) -> Iterator[types.CodeType]:
 
 
 def text_of(function: types.FunctionType) -> str:
-    """The file, cell or other text that the function came from, as it is now."""
+    """The present text of the file, notebook cell or other source that the function came from."""
     file = function.__code__.co_filename
     linecache.checkcache(file)
     return "".join(linecache.getlines(file, function.__globals__))
 
 
 def source_of(function: types.FunctionType) -> ast.AST | None:
-    """The function's syntax tree if its source can be read and compiles to the code that runs."""
+    """The function's syntax tree; None if its source cannot be read, or compiles to other code than what runs."""
     code = function.__code__
     try:
         nodes, codes = _functions_of(text_of(function)).get((code.co_firstlineno, code.co_name), ([], []))
     except (SyntaxError, ValueError, RecursionError):
         return None
-    # Of several lambdas on one line it is not known which is meant.
+    # Nothing tells several lambdas on one line apart.
     if len(nodes) != 1 or bytecode(code) not in map(bytecode, codes):
         return None
     return nodes[0]
@@ -70,24 +70,26 @@ def decorators(node: ast.AST) -> list[ast.expr]:
 def normal_form(node: ast.AST, *, outermost: bool = True) -> bytes:
     """The syntax tree without positions and docstrings, the same in every version of Python.
 
-    The outermost function's decorators are left to the caller.
+    Args:
+        node: the tree.
+        outermost: whether to leave out the decorators of the function, since the caller describes these.
     """
     fields = []
     for name, value in ast.iter_fields(node):
-        if name in _NOTES or (name == "decorator_list" and outermost):
+        if name in _IGNORED_FIELDS or (name == "decorator_list" and outermost):
             continue
         if name == "body" and isinstance(node, _DOCUMENTED) and ast.get_docstring(node) is not None:
             value = value[1:]
         items = value if isinstance(value, list) else [value]
         forms = [normal_form(item, outermost=False) if isinstance(item, ast.AST) else encode(item) for item in items]
-        # A later version's new fields are empty in an earlier version's code.
+        # Fields that a later version of Python added are empty in the code of an earlier one.
         if items and value is not None:
             fields.append((name, forms))
     return encode((type(node).__name__, fields))
 
 
 def bytecode(code: types.CodeType) -> bytes:
-    """What the interpreter runs, without positions; differs between versions of Python."""
+    """The bytecode without positions, which differs between versions of Python."""
     constants = [bytecode(item) if isinstance(item, types.CodeType) else encode(item) for item in code.co_consts]
     counts = (code.co_argcount, code.co_posonlyargcount, code.co_kwonlyargcount)
     variables = (code.co_names, code.co_varnames, code.co_freevars, code.co_cellvars)
@@ -96,7 +98,7 @@ def bytecode(code: types.CodeType) -> bytes:
 
 
 def reached(code: types.CodeType) -> set[tuple[str, ...]]:
-    """Names that the code, nested functions included, reads from outside: (name, attribute, …)."""
+    """The names that the code and its nested functions read from outside, as (name, attribute, …)."""
     chains: set[tuple[str, ...]] = set()
     chain: tuple[str, ...] = ()
     for step in dis.get_instructions(code):
@@ -114,21 +116,21 @@ def reached(code: types.CodeType) -> set[tuple[str, ...]]:
 
 
 def imported(code: types.CodeType, package: str | None) -> set[str]:
-    """Full names of the modules that the code, nested functions included, imports itself."""
-    found = set()
+    """The full names of the modules that the code and its nested functions import themselves."""
+    modules = set()
     steps = list(dis.get_instructions(code))
     for place, step in enumerate(steps):
         if step.opname == "IMPORT_NAME":
             before = [item for item in steps[:place] if item.opname != "EXTENDED_ARG"]
             level = before[-2].argval
             try:
-                found.add(importlib.util.resolve_name("." * level + step.argval, package))
+                modules.add(importlib.util.resolve_name("." * level + step.argval, package))
             except ImportError:
                 continue
     inner = (imported(item, package) for item in code.co_consts if isinstance(item, types.CodeType))
-    return found.union(*inner)
+    return modules.union(*inner)
 
 
 def attribute_names(code: types.CodeType) -> set[str]:
-    """Every global, attribute and imported name in the code, nested functions included."""
+    """Every global, attribute and imported name in the code and its nested functions."""
     return {name for nested in _nested(code) for name in nested.co_names}

@@ -8,11 +8,16 @@ from typing import Protocol, cast
 
 import torch
 
+from torchcache._utils.torch_private import UNKNOWN, compiled_forward, script_type_name
 from torchcache.identity.encoding import Unencodable, encode
 from torchcache.identity.objects import tensor_bytes
 
-# A count of what was scripted before in the process, and the addresses of objects.
+# The number of what the process scripted before, and the addresses of objects.
 _ACCIDENTAL = re.compile(r"___torch_mangle_\d+\.|\b0x[0-9a-f]+")
+
+
+class _Value(Protocol):
+    def type(self) -> object: ...
 
 
 class _Node(Protocol):
@@ -22,7 +27,7 @@ class _Node(Protocol):
     def t(self, name: str) -> torch.Tensor: ...
     def f(self, name: str) -> float: ...
     def ival(self, name: str) -> object: ...
-    def output(self) -> torch._C.Value: ...
+    def output(self) -> _Value: ...
 
 
 class _Graph(Protocol):
@@ -31,22 +36,19 @@ class _Graph(Protocol):
 
 
 def _graph(code: object) -> _Graph | None:
-    if isinstance(code, torch.jit.ScriptModule):
-        # Not through its attribute forward, in whose place the decorator may stand.
-        compiled = getattr(code, "_c")  # noqa: B009
-        code = compiled._get_method("forward") if compiled._has_method("forward") else None
-    return cast("_Graph | None", getattr(code, "inlined_graph", None))
+    compiled = compiled_forward(code) if isinstance(code, torch.jit.ScriptModule) else code
+    return cast("_Graph | None", getattr(compiled, "inlined_graph", None))
 
 
 def program(code: object) -> object:
-    """The graph's text, and the constants that the text rounds, cuts short or leaves out."""
+    """Describes the graph by its text, and by the constants that the text rounds, shortens or leaves out."""
     graph = _graph(code)
     if graph is None:
-        return None
+        return UNKNOWN if isinstance(code, torch.jit.ScriptModule) and compiled_forward(code) is UNKNOWN else None
     constants: list[bytes] = []
     for node in graph.findAllNodes("prim::Constant"):
         kind = node.kindOf("value") if node.hasAttribute("value") else None
-        if kind == "t":  # a new object at each look: by value
+        if kind == "t":  # by value: each call gives a new tensor
             constants.append(tensor_bytes(node.t("value")))
         elif kind == "f":
             constants.append(encode(node.f("value")))
@@ -56,16 +58,16 @@ def program(code: object) -> object:
 
 
 def _objects(code: object, graph: _Graph) -> list[bytes]:
-    """What the graph reads of objects in C++, such as packed weights, of the module and its submodules."""
+    """Describes the C++ objects of the module and its submodules, such as packed weights, that the graph reads."""
     read = graph.findAllNodes("prim::GetAttr")
     names = sorted({node.s("name") for node in read if "torch.classes" in str(node.output().type())})
     modules = code.modules() if names and isinstance(code, torch.jit.ScriptModule) else ()
-    found = (getattr(module, name, None) for module in modules for name in names)
-    return [_by_value(value) for value in found if isinstance(value, torch.ScriptObject)]
+    values = (getattr(module, name, None) for module in modules for name in names)
+    return [_by_value(value) for value in values if isinstance(value, torch.ScriptObject)]
 
 
 def _by_value(value: object) -> bytes:
-    """Lists, tuples and objects of TorchScript; where one cannot be told, bytes that nothing else has."""
+    """Encodes lists, tuples and objects of TorchScript; as random bytes where one has no encoding."""
     try:
         return encode(value, _part)
     except Unencodable:
@@ -79,15 +81,15 @@ def _part(value: object) -> bytes | None:
 
 
 def script_object(value: torch.ScriptObject) -> bytes | None:
-    """Packed weights and the like, by what they are saved as; None where they cannot be saved."""
+    """Encodes a C++ object, such as packed weights, as it is saved; None if it cannot be saved."""
     try:
-        return encode((value._type().qualified_name(), value.__getstate__()), _part)
-    except Exception:  # what C++ raises
+        return encode((script_type_name(value), value.__getstate__()), _part)
+    except Exception:  # C++ may raise anything
         return None
 
 
 def attributes_read(module: torch.jit.ScriptModule) -> list[tuple[str, object]]:
-    """The attributes that the module's graph reads, save for its mode."""
+    """The attributes that the module's graph reads, except for its mode."""
     graph = _graph(module)
     names = {node.s("name") for node in graph.findAllNodes("prim::GetAttr")} if graph else set()
     return [(name, getattr(module, name, None)) for name in sorted(names - {"training"})]

@@ -1,4 +1,4 @@
-"""What values hold that code reaches: containers and objects, as bytes that are the same in every process."""
+"""Values that code reaches: what containers and objects hold, as bytes that are the same in every process."""
 
 from __future__ import annotations
 
@@ -10,20 +10,21 @@ from collections import deque
 from collections.abc import Callable
 
 import torch
-from torch._library.custom_ops import CustomOpDef
 
+from torchcache._utils.logs import WarnOnce
+from torchcache._utils.torch_private import CustomOpDef
 from torchcache.identity.encoding import Unencodable, encode, type_name
-from torchcache.identity.objects import array, definition, held, is_without_value, owner
+from torchcache.identity.objects import array_bytes, bound_object, definition, is_without_value, pickled
 from torchcache.identity.origin import attributes_of, of_module, unwrap
 from torchcache.identity.randomness import generates
 from torchcache.identity.torchscript import script_object
 
 Tensors = Callable[[torch.Tensor], bytes]
 Modules = Callable[[torch.nn.Module], bytes]
-Unknown = Callable[[object], bytes]
+Fallback = Callable[[object], bytes]  # for objects that have no stable encoding
 Generators = Callable[[object], None]
 
-logger = logging.getLogger("torchcache")
+_once = WarnOnce()
 
 C_FUNCTIONS = (
     types.BuiltinFunctionType,
@@ -37,19 +38,14 @@ CODE = (
     *(staticmethod, classmethod, property, functools.cached_property, functools.singledispatchmethod),
     *(torch.jit.ScriptFunction, CustomOpDef, type, torch.nn.Module),
 )
-# Where a program puts its results: empty at first, they say nothing.
+# Where a program puts its results. They do not count while they are empty.
 PLACES = (list, dict, set, deque, bytearray)
 # Containers of the standard library hold the users' values; other objects of libraries count whole or not at all.
 _CONTAINER_MODULES = frozenset(("builtins", "collections", "functools", "operator", "types", "weakref"))
 
 
-@functools.lru_cache(maxsize=4096)
-def say_once(level: int, message: str) -> None:
-    logger.log(level, message)
-
-
 class Values(ABC):
-    """Describes objects in the order in which they are first mentioned; a mention is a number."""
+    """Describes objects in the order in which they are first mentioned; a mention is the number of an object."""
 
     def __init__(
         self, tensors: Tensors, modules: Modules | None, weights: Tensors | None = None, constants: bool = True
@@ -58,15 +54,16 @@ class Values(ABC):
         self.tensors = tensors
         self.modules = modules
         self.weights = weights or tensors
-        self.unknown: Unknown | None = None
+        self.fallback: Fallback | None = None
         self.generators: Generators | None = None
-        self.where = ""  # what is being described holds the constant
-        self.own: dict[int, str] = {}  # the described module's parts, whose state does not count
-        self.numbers: dict[int, int] = {}
+        self.location = ""  # of the constant that is being described
+        self.own_modules: dict[int, str] = {}  # by id the names of modules whose state is left out
+        self.numbers: dict[int, int] = {}  # by id
         self.objects: list[object] = []  # also keeps them alive, so that no id is used twice
-        self.held: dict[int, object] = {}
+        self.contents: dict[int, object] = {}  # by id what pickle would keep of an object
 
-    def refer(self, obj: object) -> int:
+    def number_of(self, obj: object) -> int:
+        """The number of an object; an object without one gets the next."""
         if id(obj) not in self.numbers:
             self.numbers[id(obj)] = len(self.objects)
             self.objects.append(obj)
@@ -74,78 +71,85 @@ class Values(ABC):
 
     @abstractmethod
     def finish(self, root: bytes) -> bytes:
-        """The root and every object that was mentioned."""
+        """Encodes the root and every object that was mentioned."""
 
     @abstractmethod
-    def mention(self, value: object, where: str) -> object:
-        """A value that code reaches; `where` it stands, if what it holds counts too."""
+    def mention(self, value: object, location: str) -> object:
+        """Describes a value that code reaches, objects by a number.
+
+        Args:
+            value: the value.
+            location: where the value stands; empty if what the value holds does not count.
+        """
 
     def value(self, value: object) -> bytes | None:
-        """The hook of `encode`: a value that counts with all it holds."""
+        """Encodes a value that counts with all it holds: the hook of `encode`."""
         value = definition(unwrap(value))
         if isinstance(value, types.MethodType):
             return encode(("method", value.__func__, value.__self__), self.value)
         if isinstance(value, functools.partial):
             return encode(("partial", value.func, value.args, value.keywords), self.value)
-        known = isinstance(value, (torch.Tensor, types.ModuleType, *CODE)) and owner(value) is None
-        if known or "__wrapped__" in attributes_of(value):
+        is_code = isinstance(value, (torch.Tensor, types.ModuleType, *CODE)) and bound_object(value) is None
+        if is_code or "__wrapped__" in attributes_of(value):
             return encode(self.mention(value, ""))
-        if generates(type(value)):  # it changes as it is used
-            if self.generators is not None:
-                self.generators(value)
+        is_generator = generates(type(value))  # its state changes as it is used
+        if is_generator and self.generators is not None:
+            self.generators(value)
+        if is_generator or is_without_value(value):
             return encode(("without value", type_name(type(value))))
-        if is_without_value(value):
-            return encode(("without value", type_name(type(value))))
-        return array(value) or self.instance(value)
+        return array_bytes(value) or self.instance(value)
 
     def instance(self, value: object) -> bytes | None:
+        """Encodes the mention of an object by what pickle would keep of it; None if it has no encoding."""
         if isinstance(value, torch.ScriptObject):
-            return script_object(value) or self.otherwise(value)
+            return script_object(value) or self.fall_back(value)
         if id(value) not in self.numbers:
-            found = held(value)
-            if found is None:
-                return self.otherwise(value)
-            home = type(value).__module__.partition(".")[0]
-            if self.unknown and home not in _CONTAINER_MODULES and of_module(type(value).__module__) is not None:
-                return self.whole(found) or self.otherwise(value)
-            self.held[id(value)] = found
-        return encode(("see", self.refer(value)))
+            contents = pickled(value)
+            if contents is None:
+                return self.fall_back(value)
+            top = type(value).__module__.partition(".")[0]
+            if self.fallback and top not in _CONTAINER_MODULES and of_module(type(value).__module__) is not None:
+                return self.library_object(contents) or self.fall_back(value)
+            self.contents[id(value)] = contents
+        return encode(("see", self.number_of(value)))
 
-    def whole(self, held_by_object: object) -> bytes | None:
-        """What an object of a library holds: of one that cannot be encoded, the rest means nothing."""
+    def library_object(self, contents: object) -> bytes | None:
+        """Encodes what an object of a library holds; None if a part has no encoding, since the rest means nothing."""
         inner = type(self)(self.tensors, self.modules, self.weights)
-        inner.own, inner.generators = self.own, self.generators
+        inner.own_modules, inner.generators = self.own_modules, self.generators
         try:
-            return inner.finish(encode(held_by_object, inner.value))
+            return inner.finish(encode(contents, inner.value))
         except Unencodable:
             return None
 
-    def otherwise(self, value: object) -> bytes | None:
-        return None if self.unknown is None else self.unknown(value)
+    def fall_back(self, value: object) -> bytes | None:
+        """Encodes an object without a stable encoding by `fallback`; None without it."""
+        return None if self.fallback is None else self.fallback(value)
 
     def leave_out(self, value: object) -> bytes:
-        """What code reaches and has no stable encoding counts by its type alone."""
+        """Encodes by its type alone what code reaches and what has no stable encoding."""
         kind = type_name(type(value))
-        text = "%s, of type %s, may change and is left out of the module hash"
-        say_once(logging.INFO, text % (self.where or "an object that code reaches", kind))
+        subject = self.location or "an object that code reaches", kind
+        _once.log(logging.INFO, subject, "%s, of type %s, may change and is left out of the module hash", *subject)
         return encode(("left out", kind))
 
-    def constant(self, value: object, where: str) -> bytes | None:
-        """What a container or object holds; an empty one is a place for results."""
+    def constant(self, value: object, location: str) -> bytes | None:
+        """Encodes what a container or object holds; an empty one is a place for results."""
         if "__wrapped__" in attributes_of(value):
             return None
-        self.where = where
+        self.location = location
         try:
             return self.leave_out(value) if isinstance(value, PLACES) and not value else encode(value, self.value)
         except Unencodable:  # nested too deeply
             return self.leave_out(value)
         finally:
-            self.where = ""
+            self.location = ""
 
-    def contents(self, obj: object) -> bytes:
+    def encoded_contents(self, obj: object) -> bytes:
+        """Encodes what an object that was mentioned holds."""
         try:
-            return encode(self.held[id(obj)], self.value, name=type_name(type(obj)))
+            return encode(self.contents[id(obj)], self.value, name=type_name(type(obj)))
         except Unencodable:
-            if self.unknown is None:
+            if self.fallback is None:
                 raise
-            return self.unknown(obj)
+            return self.fallback(obj)

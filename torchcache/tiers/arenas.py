@@ -22,17 +22,17 @@ _MAP_NORESERVE = 0x4000  # Linux; Python's mmap does not name it
 _SMALL_BYTES = 16 << 20  # of a leaf: only behind those pages may be huge, of which the last is hardly ever full
 
 # Told of every new chunk: the slot of its first row, and its tensors.
-Know = Callable[[int, list[Tensor]], None]
+AddChunk = Callable[[int, list[Tensor]], None]
 
 
 class RowArena:
     """Rows of one layout on one device, numbered by slots. Rows are only ever added."""
 
-    def __init__(self, layout: Layout, device: torch.device, limit: int, know: Know) -> None:
+    def __init__(self, layout: Layout, device: torch.device, limit: int, add_chunk: AddChunk) -> None:
         self.layout = layout
         self.device = device
         self._capacity = max(1, limit // layout.row_bytes if layout.row_bytes else 2**40)  # in rows, as all below
-        self._know = know
+        self._add_chunk = add_chunk
         self._chunks: list[list[Tensor]] = []
         self._starts: list[int] = []
         self._allocated = 0
@@ -83,7 +83,7 @@ class RowArena:
             least = max(1, _CHUNK_BYTES // max(1, self.layout.row_bytes))
             rows = max(1, min(self._capacity - self._allocated, max(least, self._allocated // _GROWTH)))
             chunk = [self._empty(leaf, rows) for leaf in self.layout.leaves]
-        self._know(self._allocated, chunk)
+        self._add_chunk(self._allocated, chunk)
         self._chunks.append(chunk)
         self._starts.append(self._allocated)
         self._allocated += rows

@@ -8,11 +8,9 @@ from __future__ import annotations
 import atexit
 import contextlib
 import functools
-import json
 import os
-import threading
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from multiprocessing import util
 from pathlib import Path
 from typing import Any, TypeVar
@@ -25,60 +23,57 @@ from torchcache._utils.locks import lock, module_lock
 from torchcache._utils.logs import Once
 from torchcache.options import Options
 from torchcache.tiers.layout import Layout, select
+from torchcache.tiers.meta import write_meta
+from torchcache.tiers.tier import Rows, TierStats
 
 T = TypeVar("T")
 
-META_FILE = "meta.json"
-_MOST_META_BYTES = 16 << 20
 QUEUE_BYTES = 64 << 20  # of rows that wait to be written
-
 _MAX_ROW_BYTES = 1 << 30  # docs/format.md
 
-
-def read_meta(directory: Path) -> dict[str, Any]:
-    """What the meta.json of a directory says; nothing where that is missing, damaged or something else."""
-    path = directory / META_FILE
-    try:
-        if not path.is_file() or path.stat().st_size > _MOST_META_BYTES:  # a fifo would be waited for
-            return {}
-        found = json.loads(path.read_text())
-    except (OSError, ValueError, RecursionError):
-        return {}
-    return found if isinstance(found, dict) else {}
+_FULL = "the disk cache is full: new rows are computed but not kept; raise max_persistent_cache_size to keep more"
 
 
 class DiskTier:
     """Rows on disk. Writing happens behind the training step; rows that wait for it are found already."""
 
-    def __init__(self, directory: Path, options: Options, meta: Callable[[], dict[str, Any]]) -> None:
+    name = "disk"
+    is_on_host = True
+
+    def __init__(self, directory: Path, options: Options, warnings: Once | None = None) -> None:
         self.directory = directory
-        self._meta = meta
-        self._meta_written = False
+        self._meta: Mapping[str, Any] | None = None
+        self._has_meta_file = False
+        self._warnings = Once("disk cache") if warnings is None else warnings
         self._said = Once("disk cache")
         self._store = _shared_store(directory, options)
         self._layouts: dict[str, Layout | None] = {}
         self._report()
 
-    def fetch(
-        self, keys: Tensor, layout: Layout | None, pin: bool = False
-    ) -> tuple[Tensor, Layout, list[Tensor]] | None:
-        """Rows that are here: their places in `keys` (int64 ``[F]``), their layout, their leaves ``[F, …]``.
+    @property
+    def is_described(self) -> bool:
+        return self._meta is not None
 
-        Args:
-            keys: int64 ``[M, 2]``.
-            layout: what the rows must have, if that is known.
-            pin: read into pinned memory, for rows that go on to a GPU.
-        """
+    def lookup(self, keys: Tensor) -> Tensor:
+        present: Tensor = self._store.call(ops.store_lookup, keys)[0]
+        while True:  # once for each layout
+            absent = (~present).nonzero().squeeze(1)
+            found = self._store.call(ops.store_lookup, keys.index_select(0, absent))[0] if len(absent) else absent
+            if not found.any():
+                return present
+            present[absent] = found
+
+    def read(self, keys: Tensor, layout: Layout | None = None, pin: bool = False) -> Rows | None:
         try:
-            return self._fetch(keys, layout, pin)
+            return self._read(keys, layout, pin)
         except (RuntimeError, OSError, MemoryError, ValueError) as error:
             self._said.warn("read", "reading failed, the rows are computed again: %s", error)
             return None
         finally:
             self._report()
 
-    def _fetch(self, keys: Tensor, wanted: Layout | None, pin: bool) -> tuple[Tensor, Layout, list[Tensor]] | None:
-        present, text = self._store.call(ops.store_find, keys)
+    def _read(self, keys: Tensor, wanted: Layout | None, pin: bool) -> Rows | None:
+        present, text = self._store.call(ops.store_lookup, keys)
         layout = self._layout(text) if text else None
         if layout is None or (wanted is not None and layout != wanted):
             return None
@@ -92,10 +87,12 @@ class DiskTier:
         if not verified.all():
             good = verified.nonzero().squeeze(1)
             where, leaves = where.index_select(0, good), [select(t, good) for t in leaves]
-        return (where, layout, leaves) if len(where) else None
+        if not len(where):
+            return None
+        return Rows(None if len(where) == len(keys) else where, layout, leaves)
 
-    def put(self, keys: Tensor, layout: Layout, leaves: list[Tensor]) -> None:
-        """Queues copies of the rows for writing, as far as the limit of the directory allows."""
+    def write(self, keys: Tensor, layout: Layout, leaves: list[Tensor]) -> None:
+        """Queues copies of the rows, as far as the limit of the directory allows."""
         try:
             if layout.row_bytes > _MAX_ROW_BYTES:
                 self._said.warn("row", "rows of %d bytes are not kept: the most is 1 GiB", layout.row_bytes)
@@ -103,28 +100,37 @@ class DiskTier:
             text = layout.json
             self._layouts.setdefault(text, layout)
             on_host = [ops.bits(t.cpu().contiguous()) for t in leaves]
-            if self._store.call(ops.store_put, keys.contiguous(), text, on_host):
+            if self._store.call(ops.store_write, keys.contiguous(), text, on_host) and not self._has_meta_file:
                 self._write_meta()
         except (RuntimeError, OSError, MemoryError, ValueError) as error:
             self._said.warn("write", "writing failed, training goes on without: %s", error)
         finally:
             self._report()
+        if self.stats().full:
+            self._warnings.warn("disk full", _FULL)
 
-    def count(self, keys: Tensor) -> int:
-        """How many of these rows are here."""
-        return int(self._store.call(ops.store_find, keys)[0].sum())
+    def describe(self, meta: Mapping[str, Any]) -> None:
+        """What ``meta.json`` says, which is written with the first rows where the directory has none."""
+        self._meta = meta
 
-    def stats(self) -> StoreStats:
-        return StoreStats(*self._store.call(ops.store_stats))
-
-    def remove_rows(self) -> None:
-        """Removes every row of the directory. Raises OSError where that is not allowed."""
-        self._store.remove_rows()
+    def stats(self) -> TierStats:
+        rows, written, queued, _, damaged, dropped, full = self._store.call(
+            ops.store_stats
+        )  # csrc/store/options.h: Stats
+        return TierStats(rows, written, queued, damaged, dropped, bool(full))
 
     def flush(self) -> None:
-        """Returns when every row that was put is in a file (or was given up, with a warning)."""
+        """Returns when every row that was written is in a file (or was given up, with a warning)."""
         self._store.call(ops.store_flush)
         self._report()
+
+    def clear(self) -> None:
+        """Removes every row of the directory, also those of other processes. Raises OSError where that fails."""
+        self._store.remove_rows()
+
+    def close(self) -> None:
+        """Flushes. Other caches of the process may use the same store, which is closed with the last of them."""
+        self.flush()
 
     def _layout(self, text: str) -> Layout | None:
         if text not in self._layouts:
@@ -141,42 +147,15 @@ class DiskTier:
         return self._layouts[text]
 
     def _write_meta(self) -> None:
-        path = self.directory / META_FILE
-        if self._meta_written and path.exists():
-            return
-        self._meta_written = True
-        if path.exists():
-            return
-        with contextlib.suppress(OSError):
-            temporary = self.directory / f".{META_FILE}.{os.getpid()}.{threading.get_ident()}"
-            temporary.write_text(json.dumps(self._meta(), indent=1, sort_keys=True) + "\n")
-            temporary.replace(path)
+        if self._meta is not None:
+            self._has_meta_file = True
+            with contextlib.suppress(OSError):
+                write_meta(self.directory, self._meta)
 
     def _report(self) -> None:
         for message in self._store.call(ops.store_warnings):
+            self._has_meta_file = False  # the directory may have been deleted
             self._said.warn(message, "%s", message)
-
-
-class StoreStats:
-    """Counters of a store, in the order of csrc/store/store.h."""
-
-    def __init__(
-        self,
-        rows: int,
-        bytes_written: int,
-        queued_rows: int,
-        queued_bytes: int,
-        damaged: int,
-        dropped: int,
-        full: int,
-    ) -> None:
-        self.rows = rows
-        self.bytes_written = bytes_written
-        self.queued_rows = queued_rows
-        self.queued_bytes = queued_bytes
-        self.damaged_rows = damaged
-        self.dropped_rows = dropped
-        self.full = bool(full)
 
 
 class _Store:

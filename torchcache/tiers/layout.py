@@ -102,6 +102,10 @@ class Layout:
         ):
             return None
 
+    def restore(self, leaves: list[Tensor], input_device: torch.device) -> list[Tensor]:
+        """Kept leaves ``[B, …]`` with the dtypes and devices that the forward gave them."""
+        return [leaf.restore(rows, input_device) for leaf, rows in zip(self.leaves, leaves)]
+
     def join(self, tensors: list[Tensor]) -> Any:
         """An output of this layout from its leaves ``[B, …]``."""
         if self.tree == "*":

@@ -11,19 +11,30 @@ import torch
 from torch import Tensor
 
 from torchcache._native import ops
+from torchcache._native.ops import Digest
 from torchcache._utils.locks import lock
-from torchcache.tiers.arenas import Know, RowArena
+from torchcache._utils.logs import Once
+from torchcache.tiers.arenas import AddChunk, RowArena
 from torchcache.tiers.layout import Layout, select
+from torchcache.tiers.tier import Rows, TierStats
 
-MIXED = -2  # the layout of a lookup that found rows of several
+NONE, MIXED = -1, -2  # instead of the number of a layout: nothing was found, rows of several were
+
+
+_FULL = "the memory cache is full: new rows are computed but not kept; raise max_memory_cache_size to keep more"
 
 
 class MemoryTier:
-    """Rows in memory, up to `limit` bytes of rows. When full, new rows are dismissed and old ones stay."""
+    """Rows in memory, up to `limit` bytes of rows. When it is full, new rows are not kept and old ones stay."""
 
-    def __init__(self, device: str, limit: int) -> None:
+    name = "memory"
+    is_described = True
+
+    def __init__(self, device: str, limit: int, warnings: Once | None = None) -> None:
         self.device = torch.device(device)
+        self.is_on_host = self.device.type == "cpu"
         self.limit = limit
+        self._warnings = Once("memory cache") if warnings is None else warnings
         self._lock = lock(self)
         self._begin()
 
@@ -33,45 +44,90 @@ class MemoryTier:
         self.full = False
         self._held = _Held()
 
+    # ---- as a tier
+
+    def lookup(self, keys: Tensor) -> Tensor:
+        return self.lookup_batch(keys).slots >= 0
+
+    def read(self, keys: Tensor, layout: Layout | None = None, pin: bool = False) -> Rows | None:
+        return self.lookup_batch(keys).restricted(layout).rows()
+
+    def write(self, keys: Tensor, layout: Layout, leaves: list[Tensor]) -> None:
+        try:
+            self._write(keys, layout, leaves)
+        except (RuntimeError, MemoryError) as error:
+            self.full = True
+            self._warnings.warn("memory", "rows cannot be kept in memory: %s", error)
+        if self.full and self.limit:
+            self._warnings.warn("memory full", _FULL)
+
+    def describe(self, meta: Mapping[str, Any]) -> None:
+        """Rows in memory need no description."""
+
+    def stats(self) -> TierStats:
+        return TierStats(rows=self.rows, bytes=self.bytes, full=self.full)
+
+    def flush(self) -> None:
+        """Rows in memory never survive the process."""
+
     def clear(self) -> None:
         with self._lock:
             self._held.synchronize()
             self._begin()
 
-    def take(
-        self, rows: list[Tensor], call_digest: ops.Digest, watch: int = 0
-    ) -> tuple[tuple[Layout, list[Tensor]] | Found, int]:
-        """Layout and leaves ``[B, …]`` of a call (see `Keys.parts`) if all its rows are here, else what was found.
+    def close(self) -> None:
+        """The rows go with their last reader, such as a `CachedRows`."""
 
-        And what a native watch that is not 0 sees on the way.
+    # ---- whole batches
+
+    def hash_and_read(self, rows: list[Tensor], call_digest: Digest, watch: int = 0) -> tuple[Rows | MemoryLookup, int]:
+        """All rows of a call (see `Keys.request`) if they are here and of one layout, else what was found.
+
+        And what a native watch that is not 0 sees at the same time.
         """
         held = self._held
         if held.written:
             held.wait_for_writes()
-        whole, tensors, number, seen = ops.table_take(held.table.id, rows, call_digest, watch)
+        whole, tensors, number, probe = ops.table_hash_and_read(held.table.id, rows, call_digest, watch)
         if whole:
-            return (held.arenas[number].layout, tensors), seen
+            return Rows(None, held.arenas[number].layout, tensors), probe
         keys, slots, missing = tensors
-        found = Found(held.arenas, keys, slots, missing, number)
-        if number >= 0 and not found.missing.numel():
-            return (held.arenas[number].layout, found.gather(found.slots)), seen
-        return found, seen
+        found = MemoryLookup(held, keys, slots, missing, number)
+        if number >= 0 and not missing.numel():  # in arenas that native code cannot read
+            return Rows(None, held.arenas[number].layout, found.gather(slots)), probe
+        return found, probe
 
-    def take_keys(self, keys: Tensor) -> tuple[Layout, list[Tensor]] | None:
-        """Layout and leaves ``[B, …]`` of the rows with these keys, if that is one step: all here, of one layout."""
+    def read_whole(self, keys: Tensor) -> Rows | None:
+        """The rows with these keys, if that is one step: all are here and have one layout."""
         held = self._held
         held.wait_for_writes()
-        leaves, number = held.table.take_keys(keys)
-        return (held.arenas[number].layout, leaves) if leaves else None
+        leaves, number = held.table.read(keys)
+        return Rows(None, held.arenas[number].layout, leaves) if leaves else None
 
-    def lookup(self, keys: Tensor) -> Found:
-        """Which of the rows with these keys (int64 ``[B, 2]``) are here."""
+    def lookup_batch(self, keys: Tensor) -> MemoryLookup:
+        """Which of the rows with these keys (int64 ``[B, 2]``) are here, and which distinct ones are not."""
         held = self._held
         held.wait_for_writes()
-        return Found(held.arenas, keys, *held.table.lookup(keys))
+        return MemoryLookup(held, keys, *held.table.lookup(keys))
 
-    def put(self, keys: Tensor, layout: Layout, leaves: list[Tensor]) -> None:
-        """Keeps copies of the rows, as far as they fit; of those that do not, none."""
+    def find(self, low: int) -> Rows | None:
+        """A copy of the row whose key has that low half."""
+        held = self._held
+        held.wait_for_writes()
+        number, slot = held.table.find(low)
+        if number < 0:
+            return None
+        arena = held.arenas[number]
+        return Rows(None, arena.layout, arena.gather(torch.tensor([slot], device="cpu")))
+
+    def low_keys(self) -> list[int]:
+        """The low halves of all keys."""
+        return self._held.table.low_keys()
+
+    # ---- writing
+
+    def _write(self, keys: Tensor, layout: Layout, leaves: list[Tensor]) -> None:
+        """Copies the rows that are new, as far as they fit."""
         with self._lock:
             held = self._held
             _, new, _ = held.table.lookup(keys)
@@ -96,20 +152,6 @@ class MemoryTier:
         if self.device.type != "cuda" or self.device.index is not None:
             return self.device
         return leaves[0].device if leaves[0].is_cuda else torch.device("cuda", torch.cuda.current_device())
-
-    def find(self, low: int) -> tuple[Layout, list[Tensor]] | None:
-        """A copy of the row whose key has that low half: its layout and leaves ``[1, …]``."""
-        held = self._held
-        held.wait_for_writes()
-        number, slot = held.table.find(low)
-        if number < 0:
-            return None
-        arena = held.arenas[number]
-        return arena.layout, arena.gather(torch.tensor([slot], device="cpu"))
-
-    def lows(self) -> list[int]:
-        """The low halves of all keys."""
-        return self._held.table.lows()
 
 
 class _Held:
@@ -147,44 +189,77 @@ class _Held:
         number = self._numbers.get(layout)
         if number is None:
             number = self._numbers[layout] = len(self.arenas)
-            self.arenas.append(RowArena(layout, device, limit, self._know(layout, number, device)))
+            self.arenas.append(RowArena(layout, device, limit, self._native_chunks(layout, number, device)))
         return number
 
-    def _know(self, layout: Layout, number: int, device: torch.device) -> Know:
-        """Native code gathers itself, where it can."""
+    def _native_chunks(self, layout: Layout, number: int, device: torch.device) -> AddChunk:
+        """Tells the native table of new chunks, from which it then gathers itself, where it can."""
         foreign = any(leaf.stored in ops.FOREIGN_DTYPES for leaf in layout.leaves)
         if foreign or device.type not in ("cpu", "cuda"):
             return lambda first, chunk: None
-        return functools.partial(self.table.know, number)
+        return functools.partial(self.table.add_chunk, number)
 
 
-class Found:
-    """What a lookup of B rows found.
+class MemoryLookup:
+    """What a lookup of B rows found in memory.
 
-    `keys` ``[B, 2]``, `slots` ``[B]`` (negative: missing), `missing` ``[M]``: the first rows of those.
+    Attributes:
+        keys: int64 ``[B, 2]``.
+        slots: int64 ``[B]``, where each row is; -1 - j: it is the j-th distinct row that is not here.
+        missing: int64 ``[M]``, the first positions of those in the batch.
     """
 
-    __slots__ = ("_arenas", "_number", "keys", "missing", "slots")
+    __slots__ = ("_held", "_number", "keys", "missing", "slots")
 
-    def __init__(self, arenas: list[RowArena], keys: Tensor, slots: Tensor, missing: Tensor, number: int) -> None:
-        self._arenas = arenas
+    def __init__(self, held: _Held, keys: Tensor, slots: Tensor, missing: Tensor, number: int) -> None:
         self.keys = keys
         self.slots = slots
         self.missing = missing
+        self._held = held
         self._number = number
 
     @property
-    def mixed(self) -> bool:
-        """Rows of several layouts: they cannot be one output."""
+    def is_mixed(self) -> bool:
+        """Whether rows of several layouts were found: they cannot be one output."""
         return self._number == MIXED
 
     @property
     def layout(self) -> Layout | None:
-        return self._arenas[self._number].layout if self._number >= 0 else None
+        """The layout of all rows that were found; None where there are none, or several."""
+        return self._held.arenas[self._number].layout if self._number >= 0 else None
 
     def gather(self, slots: Tensor) -> list[Tensor]:
-        """Rows of these slots (int64, on the CPU) as fresh leaves, on the tier's device."""
-        return self._arenas[self._number].gather(slots)
+        """Rows of these slots (int64, on the CPU) as new leaves, on the tier's device."""
+        return self._held.arenas[self._number].gather(slots)
+
+    def rows(self) -> Rows | None:
+        """Those that were found; None if there are none."""
+        positions = (self.slots >= 0).nonzero().squeeze(1)
+        if self.layout is None or not len(positions):
+            return None
+        whole = len(positions) == len(self.keys)
+        return Rows(None if whole else positions, self.layout, self.gather(self.slots.index_select(0, positions)))
+
+    def restricted(self, layout: Layout | None) -> MemoryLookup:
+        """The same with rows of other layouts than this, or, for None, than that of the first row, as if not here."""
+        if not self.is_mixed and (layout is None or self.layout in (None, layout)):
+            return self
+        # Rows of several layouts are rare, so each is looked up alone.
+        alone = [self._held.table.lookup(key) for key in self.keys.unsqueeze(1).unbind(0)]
+        number = next((n for _, _, n in alone if n >= 0 and layout in (None, self._held.arenas[n].layout)), NONE)
+        slots: list[int] = []
+        missing: list[int] = []
+        seen: dict[tuple[int, ...], int] = {}
+        for position, ((slot, _, own), key) in enumerate(zip(alone, self.keys.tolist())):
+            if own == number >= 0:
+                slots.append(int(slot))
+                continue
+            if tuple(key) not in seen:
+                seen[tuple(key)] = len(missing)
+                missing.append(position)
+            slots.append(-1 - seen[tuple(key)])
+        as_tensor = functools.partial(torch.tensor, dtype=torch.int64, device="cpu")
+        return MemoryLookup(self._held, self.keys, as_tensor(slots), as_tensor(missing), number)
 
 
 class _Table:
@@ -197,11 +272,11 @@ class _Table:
     def lookup(self, keys: Tensor) -> tuple[Tensor, Tensor, int]:
         return ops.table_lookup(self.id, keys)
 
-    def take_keys(self, keys: Tensor) -> tuple[list[Tensor], int]:
-        return ops.table_take_keys(self.id, keys)
+    def read(self, keys: Tensor) -> tuple[list[Tensor], int]:
+        return ops.table_read(self.id, keys)
 
-    def know(self, layout: int, first: int, chunk: list[Tensor]) -> None:
-        ops.table_chunk(self.id, layout, first, chunk)
+    def add_chunk(self, layout: int, first: int, chunk: list[Tensor]) -> None:
+        ops.table_add_chunk(self.id, layout, first, chunk)
 
     def insert(self, keys: Tensor, layout: int, first: int) -> None:
         ops.table_insert(self.id, keys.contiguous(), layout, first)
@@ -209,8 +284,8 @@ class _Table:
     def find(self, low: int) -> tuple[int, int]:
         return ops.table_find(self.id, low)
 
-    def lows(self) -> list[int]:
-        return ops.table_lows(self.id).tolist()
+    def low_keys(self) -> list[int]:
+        return ops.table_low_keys(self.id).tolist()
 
 
 class RowView(Mapping[int, Any]):
@@ -223,7 +298,7 @@ class RowView(Mapping[int, Any]):
         return self._memory.rows
 
     def __iter__(self) -> Iterator[int]:
-        return iter(self._memory.lows())
+        return iter(self._memory.low_keys())
 
     def __contains__(self, key: object) -> bool:
         return isinstance(key, int) and -(2**63) <= key < 2**63 and self._memory.find(key) is not None
@@ -232,6 +307,4 @@ class RowView(Mapping[int, Any]):
         found = self._memory.find(key) if isinstance(key, int) and -(2**63) <= key < 2**63 else None
         if found is None:
             raise KeyError(key)
-        layout, leaves = found
-        device = self._memory.device
-        return layout.join([leaf.restore(rows, device) for leaf, rows in zip(layout.leaves, leaves)])
+        return found.layout.join(found.layout.restore(found.leaves, self._memory.device))

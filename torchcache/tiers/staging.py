@@ -1,7 +1,7 @@
 """Rows on their way from a GPU to the host: the training step does not wait for them.
 
-They are copied to pinned memory on a stream beside the caller's, and kept when somebody next looks: whatever reads a
-tier lets them arrive first (`land`), in the order in which they were sent.
+They are copied to pinned memory on a second stream. The chain of tiers drains this queue before it looks at a tier, so
+rows are written late and never missed, in the order in which they were enqueued.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-Keep = Callable[[list[Tensor]], None]
+Write = Callable[[list[Tensor]], None]
 
-_MOST_BYTES = 256 << 20  # that may be on their way; more would be pinned for no use
+_MAX_QUEUED_BYTES = 256 << 20  # that may be on their way; more would be pinned for no use
 
 
-class Copy:
+class HostCopy:
     """Copies of leaves in pinned memory, which are there when `wait` returns. Later edits of the leaves do no harm."""
 
     def __init__(self, leaves: list[Tensor]) -> None:
@@ -52,36 +52,36 @@ def is_needed(leaves: list[Tensor]) -> bool:
     return any(t.is_cuda for t in leaves)
 
 
-def send(leaves: list[Tensor], keepers: list[Keep]) -> None:
-    """Has each of the `keepers` called with copies of the leaves on the host, later, in whatever thread lands them."""
+def enqueue(leaves: list[Tensor], writes: list[Write]) -> None:
+    """Calls each of `writes` with copies of the leaves on the host, later, in whatever thread drains the queue."""
     try:
-        copy = Copy(leaves)
+        copy = HostCopy(leaves)
     except RuntimeError:  # no memory to be had on the device, or none to be pinned
         on_host = [t.cpu() for t in leaves]
-        for keep in keepers:
-            keep(on_host)
+        for write in writes:
+            write(on_host)
         return
     with _lock:
-        _on_their_way.append((copy, keepers))
-        much = sum(copy.bytes for copy, _ in _on_their_way) > _MOST_BYTES
-    _land_at_exit()
-    if much:
-        land()
+        _queue.append((copy, writes))
+        is_full = sum(copy.bytes for copy, _ in _queue) > _MAX_QUEUED_BYTES
+    _drain_at_exit()
+    if is_full:
+        drain()
 
 
-def land() -> None:
-    """Returns when everything that was sent has arrived and is kept."""
-    if not _on_their_way:
+def drain() -> None:
+    """Returns when everything that was enqueued has arrived and is written."""
+    if not _queue:
         return
     with _lock:
-        while _on_their_way:
-            copy, keepers = _on_their_way[0]
+        while _queue:
+            copy, writes = _queue[0]
             try:
                 on_host = copy.wait()
-                for keep in keepers:
-                    keep(on_host)
+                for write in writes:
+                    write(on_host)
             finally:
-                _on_their_way.popleft()  # not before: another thread would look for the rows too early
+                _queue.popleft()  # not before: another thread would look for the rows too early
 
 
 @functools.cache
@@ -89,26 +89,26 @@ def _stream(device: torch.device) -> torch.cuda.Stream:
     return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
 
-def _land_at_exit() -> None:
+def _drain_at_exit() -> None:
     """Before the stores are closed: what is registered last runs first."""
-    atexit.unregister(land)
-    atexit.register(land)
+    atexit.unregister(drain)
+    atexit.register(drain)
     if multiprocessing.parent_process() is not None:  # such children leave without atexit
         _finalize_child()
 
 
 @functools.cache
 def _finalize_child() -> None:
-    multiprocessing.util.Finalize(None, land, exitpriority=20)
+    multiprocessing.util.Finalize(None, drain, exitpriority=20)
 
 
-def _forget() -> None:
+def _forget_queue() -> None:
     """In a forked child: its parent sees to them, and a GPU is out of reach here."""
     global _lock
     _lock = threading.RLock()
-    _on_their_way.clear()
+    _queue.clear()
 
 
 _lock = threading.RLock()
-_on_their_way: deque[tuple[Copy, list[Keep]]] = deque()  # the oldest first
-os.register_at_fork(after_in_child=_forget)
+_queue: deque[tuple[HostCopy, list[Write]]] = deque()  # the oldest first
+os.register_at_fork(after_in_child=_forget_queue)

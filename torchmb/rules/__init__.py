@@ -11,7 +11,7 @@ from typing import Any
 
 from torch.overrides import TorchFunctionMode
 
-from ..functorch import current_level
+from ..torch_private import current_level
 from . import (
     activation,
     attention,

@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _NormBase
 
 from ..functorch import Batched, Dim, batch_size, is_batched, lift, models_first, split_dim
 
@@ -24,7 +23,7 @@ DEFAULTS: dict[Convolution, dict[str, Any]] = {
     **{f: {"stride": 1, "padding": 0, "output_padding": 0, "groups": 1, "dilation": 1} for f in TRANSPOSED.values()},
 }
 
-_channels_last = ContextVar("_channels_last", default=False)
+_channels_last = ContextVar("channels_last", default=False)
 
 
 @contextmanager
@@ -35,12 +34,18 @@ def channels_last(modules: Iterable[nn.Module], x: Tensor | None) -> Iterator[No
     keeps the order. But sums over the rows lose two digits in it (torch 2.13: a gradient of batch_norm over 7,168 rows
     is 6.5e-4 off, relative to the largest, instead of 1.2e-5).
     """
-    statistics = any(isinstance(m, _NormBase) and (m.training or m.running_mean is None) for m in modules)
+    statistics = any(map(_takes_statistics, modules))
     token = _channels_last.set(x is not None and x.device.type == "cpu" and not statistics)
     try:
         yield
     finally:
         _channels_last.reset(token)
+
+
+def _takes_statistics(module: nn.Module) -> bool:
+    """Whether it is one of torch's batch or instance norms, and normalises by statistics of its input."""
+    is_norm = hasattr(module, "track_running_stats")
+    return is_norm and (module.training or getattr(module, "running_mean", None) is None)
 
 
 def convolve(

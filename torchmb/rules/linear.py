@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..functorch import Batched, Dim, batch_size, current_level, is_batched, lift, models_first, reshaped, split_dim
+from ..functorch import Batched, Dim, batch_size, is_batched, lift, models_first, split_dim
+from ..torch_private import current_level, unsafe_view, weight_norm
 from .autocast import as_autocast
 
 
@@ -62,7 +63,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None, columns: bool = False
         out = _product(rows, weight, bias)
     else:
         out = _Linear.apply(rows, weight, bias, columns and x.dim() == 3)  # type: ignore[no-untyped-call]
-    return out if x.dim() == 3 else reshaped(out, (*x.shape[:-1], out.shape[-1]))
+    return out if x.dim() == 3 else unsafe_view(out, (*x.shape[:-1], out.shape[-1]))
 
 
 def linear_of_shared(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -97,9 +98,7 @@ def _weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
     return v * (g / torch.norm_except_dim(v, 2, dim))
 
 
-# The last two only spell out in parts what vmap would otherwise compute model by model.
-RULES: dict[Callable[..., Any], Callable[..., Any]] = {
-    F.linear: _rule,
-    F.bilinear: _bilinear,
-    torch._weight_norm: _weight_norm,
-}
+# vmap would compute the last two model by model; in parts it can batch them.
+RULES: dict[Callable[..., Any], Callable[..., Any]] = {F.linear: _rule, F.bilinear: _bilinear}
+if weight_norm is not None:
+    RULES[weight_norm] = _weight_norm

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
@@ -9,12 +10,21 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.functional import _verify_batch_size, _verify_spatial_size  # type: ignore[attr-defined]
 
 from ..functorch import Batched, Dim, batch_size, is_batched, lift, models_first, split_dim
 from .autocast import autocasts
 
 Norm = Callable[..., Tensor]  # F.batch_norm, or F.instance_norm, which takes the same
+
+
+def _check_batch_size(size: Sequence[int]) -> None:
+    if math.prod((size[0], *size[2:])) == 1:
+        raise ValueError(f"Expected more than 1 value per channel when training, got input size {size}")
+
+
+def _check_spatial_size(size: Sequence[int]) -> None:
+    if math.prod(size[2:]) == 1:
+        raise ValueError(f"Expected more than 1 spatial element when training, got input size {size}")
 
 
 def _half(x: Tensor) -> bool:
@@ -35,11 +45,11 @@ def batch_norm(
     """x (B, M, C, …), all others (M, C) or None → (B, M, C, …). Running statistics are updated in place.
 
     function: batch_norm or instance_norm, to which `training` says whether to take statistics of x.
-    ValueError, torch's own, where that is of one value.
+    ValueError with torch's own message where a channel has one value.
     """
     if training:
-        verify = _verify_batch_size if function is F.batch_norm else _verify_spatial_size
-        verify(x[:, 0].shape)
+        check = _check_batch_size if function is F.batch_norm else _check_spatial_size
+        check(x[:, 0].shape)
     mean, var = (None if t is None else t.view(-1) for t in (running_mean, running_var))
     scale, shift = (None if t is None else t.flatten() for t in (weight, bias))
     channels = x.flatten(1, 2)
@@ -74,7 +84,7 @@ def _scaled(
 def group_norm(x: Tensor, groups: int, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
     """x (M, B, C, …), weight and bias (M, C) or None → the same shape as x."""
 
-    _verify_batch_size([x.shape[1] * x.shape[2] // groups, groups, *x.shape[3:]])  # of one model
+    _check_batch_size([x.shape[1] * x.shape[2] // groups, groups, *x.shape[3:]])  # of one model
 
     def normalise(x: Tensor) -> Tensor:
         return split_dim(F.group_norm(x.flatten(0, 1), groups, eps=eps), 0, len(x))

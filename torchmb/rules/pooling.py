@@ -12,10 +12,10 @@ from torch import Tensor
 from ..functorch import Batched, Dim, folded, is_batched, lift, split_dim, unfolded
 
 POOLS: dict[Callable[..., Any], int] = {
-    getattr(F, f"{kind}_pool{n}d"): n
-    for kind in ("max", "avg", "lp", "adaptive_max", "adaptive_avg")
+    getattr(F, f"{kind}{n}d"): n
+    for kind in ("max_pool", "avg_pool", "lp_pool", "adaptive_max_pool", "adaptive_avg_pool")
     for n in (1, 2, 3)
-    if hasattr(F, f"{kind}_pool{n}d")
+    if hasattr(F, f"{kind}{n}d")
 }
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import partial
+from functools import cache, partial
 from typing import Any, NamedTuple
 
 import torch
@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..functorch import Batched, Dim, batch_size, is_batched, lift_all, models_first
-from .autocast import as_autocast
+from .autocast import as_autocast, autocasts
 from .linear import linear
 
 
@@ -95,6 +95,19 @@ def recur(
     return x, tuple(torch.stack(parts, 1) for parts in zip(*last))
 
 
+@cache
+@torch.no_grad()
+def _check_onednn(dtype: torch.dtype, train: bool, enabled: bool) -> None:
+    """RuntimeError, torch's own, if this CPU cannot run an LSTM under autocast to `dtype`.
+
+    One step of the smallest LSTM tells: torch hands an LSTM to oneDNN, which refuses it on a CPU without instructions
+    for the dtype. `enabled` is part of the cache's key only.
+    """
+    x = torch.ones(1, 1, 1)
+    weight = torch.ones(4, 1)
+    torch.lstm(x, (x, x), [weight, weight], False, 1, 0.0, train, False, False)
+
+
 def _rule(
     cell: Cell,
     input: Tensor,
@@ -113,6 +126,8 @@ def _rule(
         return NotImplemented
     count, directions = len(states), num_layers * (2 if bidirectional else 1)
     projects = len(params) // directions in (3, 5)
+    if cell is _lstm_cell and not projects and input.is_cpu and autocasts(input):
+        _check_onednn(torch.get_autocast_dtype("cpu"), train, torch.backends.mkldnn.enabled)
 
     def kernel(x: tuple[Tensor, Dim], *given: tuple[Tensor, Dim]) -> list[Batched]:
         batch = batch_size(x, *given)

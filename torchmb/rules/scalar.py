@@ -7,9 +7,9 @@ from functools import partial
 from typing import Any
 
 from torch import Tensor
-from torch._C._functorch import is_functorch_wrapped_tensor
 
-from ..functorch import current_level, is_batched, lift, unwrap
+from ..functorch import is_batched, is_transformed, lift, unwrap
+from ..torch_private import current_level
 
 NUMBERS = (Tensor.item, Tensor.tolist, Tensor.__float__, Tensor.__int__, Tensor.__index__, Tensor.__bool__)
 
@@ -19,7 +19,7 @@ def _rule(function: Callable[[Tensor], Any], x: Tensor) -> Any:
     if not is_batched(x):
         return NotImplemented
     plain, dim = unwrap(x, current_level())
-    if is_functorch_wrapped_tensor(plain):  # by a transform around the whole batch
+    if is_transformed(plain):  # by a transform around the whole batch
         return NotImplemented
     assert dim is not None
     values = [function(one) for one in plain.detach().movedim(dim, 0).cpu()]

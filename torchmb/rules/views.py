@@ -9,9 +9,9 @@ from weakref import ref
 
 import torch
 from torch import Tensor
-from torch._C._functorch import is_functorch_wrapped_tensor
 
-from ..functorch import Batched, current_level, is_batched, lift, models_first, unwrap
+from ..functorch import Batched, is_batched, is_transformed, lift, models_first, unwrap
+from ..torch_private import current_level, version_of
 
 # Of one model's tensor these give a view, or may.
 VIEWING = frozenset(
@@ -38,7 +38,7 @@ class _Copy:
     versions: tuple[int, int]
 
     def edited(self) -> bool:
-        return self.versions != tuple(t._version for t in self.tensors)
+        return self.versions != tuple(map(version_of, self.tensors))
 
 
 class Views:
@@ -67,10 +67,10 @@ class Views:
 
     def _watch(self, x: Tensor, output: Tensor) -> None:
         tensors = tuple(unwrap(t, current_level())[0] for t in (x, output))
-        if any(is_functorch_wrapped_tensor(t) or t.is_inference() for t in tensors):
+        if any(is_transformed(t) or t.is_inference() for t in tensors):
             return
         if len({t.untyped_storage().data_ptr() for t in tensors}) == 2:
-            versions = tensors[0]._version, tensors[1]._version
+            versions = version_of(tensors[0]), version_of(tensors[1])
             self._copies.append(_Copy((ref(x), ref(output)), (tensors[0], tensors[1]), versions))
 
     def after_edit(self) -> None:

@@ -1,0 +1,53 @@
+// Native objects behind the integers that Python holds.
+#pragma once
+
+#include <cstdint>
+#include <memory>
+#include <mutex>
+#include <stdexcept>
+#include <string>
+#include <unordered_map>
+
+#include "core/fork.h"
+
+namespace torchcache::core {
+
+// Thread-safe. An object lives until it is removed and the last operation on it has ended.
+template <class T>
+class Handles {
+ public:
+  explicit Handles(const char* name) : name_(name) {}
+
+  int64_t add(std::shared_ptr<T> object) {
+    std::lock_guard lock(mutex_);
+    objects_.emplace(++last_, std::move(object));
+    return last_;
+  }
+
+  std::shared_ptr<T> get(int64_t id) {
+    std::lock_guard lock(mutex_);
+    const auto found = objects_.find(id);
+    if (found == objects_.end())
+      throw std::invalid_argument(std::string("no open ") + name_ + " has the id " + std::to_string(id));
+    return found->second;
+  }
+
+  // The caller's pointer dies after the lock is free: destructors may take locks of their own.
+  std::shared_ptr<T> remove(int64_t id) {
+    std::lock_guard lock(mutex_);
+    const auto found = objects_.find(id);
+    if (found == objects_.end()) return nullptr;
+    auto object = std::move(found->second);
+    objects_.erase(found);
+    return object;
+  }
+
+ private:
+  const char* name_;
+  std::mutex mutex_;
+  int64_t last_ = 0;
+  std::unordered_map<int64_t, std::shared_ptr<T>> objects_;
+  AtFork at_fork_{[this] { mutex_.lock(); }, [this](bool) { mutex_.unlock(); }};
+};
+
+}  // namespace torchcache::core

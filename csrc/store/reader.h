@@ -1,0 +1,16 @@
+// Rows out of the segments and the queue, into the caller's memory.
+#pragma once
+
+#include <cstdint>
+#include <string>
+#include <vector>
+
+#include "store/state.h"
+
+namespace torchcache::store {
+
+// As Store::read. Takes the mutex; the caller must not hold it.
+void read_rows(State& state, const Digest* keys, size_t n, const std::string& layout, const std::vector<Leaf>& out,
+               uint8_t* ok);
+
+}  // namespace torchcache::store

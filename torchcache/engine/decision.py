@@ -1,0 +1,183 @@
+"""The one place that says whether a call is cached, and if not, why."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+from torch import Tensor, nn
+
+from torchcache._native import ops
+from torchcache._native.ops import Digest
+from torchcache._utils.lazy import lazy
+from torchcache._utils.locks import lock
+from torchcache.engine import bypass
+from torchcache.engine.binding import Binder
+from torchcache.engine.call import Call
+from torchcache.engine.keys import CallVariant, Keys, autocast
+from torchcache.engine.mode import Mode
+from torchcache.identity.fingerprint import Fingerprint
+from torchcache.identity.state import State, Uninitialized, Unwatchable
+from torchcache.options import Options
+
+
+class Bypassed(NamedTuple):
+    """A call that is computed as if there were no cache.
+
+    Attributes:
+        reason: in words, after "calls are not cached: ".
+        is_silent: whether the caller asked for something that a cache cannot give, so that no warning is due.
+        details: of this call, after the reason.
+    """
+
+    reason: str
+    is_silent: bool = False
+    details: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.reason}: {self.details}" if self.details else self.reason
+
+
+class Request(NamedTuple):
+    """A call that is cached, and what its keys are made of."""
+
+    call: Call
+    variant: CallVariant
+    tensors: list[Tensor]  # to be hashed, row by row
+    digest: Digest  # of everything else
+    state: State | None  # of the module; None: it does not count
+
+    def keys(self) -> Tensor:
+        """int64 ``[B, 2]``."""
+        return ops.keys(self.tensors, self.digest)
+
+
+class Decider:
+    """Decides about the calls of one cache. Asking changes nothing that a later call would notice. Thread-safe.
+
+    Args:
+        target: the module, or the function itself.
+        forward: the undecorated forward of the module, or the function.
+        takes_self: whether the first parameter of `forward` is the module.
+        init: encoded init arguments.
+        options: gives the options in force.
+        refused: variants of calls whose forward was seen to do what a cache must not repeat, and why.
+    """
+
+    def __init__(
+        self,
+        target: nn.Module | Callable[..., Any],
+        forward: Callable[..., Any],
+        takes_self: bool,
+        init: bytes,
+        options: Callable[[], Options],
+        refused: Mapping[CallVariant, Bypassed],
+    ) -> None:
+        self._target = target
+        self._forward = forward
+        self._takes_self = takes_self
+        self._init = init
+        self._options_now = options
+        self._refused = refused
+        self._lock = lock(self)
+
+    @property
+    def name(self) -> str:
+        """Of the class or function, for messages."""
+        return type(self._target).__qualname__ if isinstance(self._target, nn.Module) else self._forward.__qualname__
+
+    @lazy
+    def options(self) -> Options:
+        return self._options_now()
+
+    @lazy
+    def fingerprint(self) -> Fingerprint:
+        return Fingerprint(self._target, self._forward, self._init, self.options)
+
+    @lazy
+    def state(self) -> State | None:
+        """The state of the module that belongs to its keys; None where that does not count."""
+        return self.fingerprint.state()
+
+    @lazy
+    def _binder(self) -> Binder:
+        return Binder(self._forward, self._takes_self)
+
+    @lazy
+    def _keys(self) -> Keys:
+        return Keys(self.options.subsample_count if self.options.subsample else None)
+
+    @lazy
+    def _mode(self) -> Mode:
+        return Mode(self.fingerprint.modules)
+
+    def forget_state(self) -> None:
+        """Has the next call look at every byte of the state again."""
+        with self._lock:
+            self.__dict__.pop("state", None)
+
+    def decide(self, args: tuple[Any, ...], kwargs: dict[str, Any], probe: bool = True) -> Request | Bypassed:
+        """Whether this call is cached.
+
+        Args:
+            args: of the forward.
+            kwargs: of the forward.
+            probe: look at the bytes of the weights, too; without, the caller does it (see `State.digest`).
+
+        Raises:
+            ValueError: the arguments are none that a cached forward may have (see `Binder.bind`).
+        """
+        reason = bypass.of_surroundings()
+        if reason is not None:
+            return Bypassed(reason, is_silent=True)
+        reason = bypass.of_hooks()
+        if reason is not None:
+            return Bypassed(reason)
+        call = self._binder.bind(args, kwargs)
+        if call is None:
+            return self._without_keys()
+        reason = bypass.of_call(call) if call.batch else "the batch is empty"
+        if reason is not None:
+            return Bypassed(reason, is_silent=True)
+        try:
+            return self.decide_bound(call, probe)
+        except Uninitialized as error:
+            return Bypassed(str(error), is_silent=True)
+        except Unwatchable as error:
+            return Bypassed(str(error))
+
+    def decide_bound(self, call: Call, probe: bool = True) -> Request | Bypassed:
+        """The same for a call whose arguments can be cached. Raises Unwatchable where the state has no bytes."""
+        request, reason = self._request(call, probe)
+        if reason is not None:
+            return Bypassed(reason)
+        return self._refused.get(request.variant, request)
+
+    def request(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Request:
+        """What the keys of a call are made of, whether it is cached or not.
+
+        Raises:
+            TypeError: it has no keys.
+            ValueError: the arguments are none that a cached forward may have.
+        """
+        call = self._binder.bind(args, kwargs)
+        if call is None:
+            raise TypeError(f"this call has no keys: {self._without_keys().reason}")
+        return self._request(call, probe=True)[0]
+
+    def _request(self, call: Call, probe: bool) -> tuple[Request, str | None]:
+        """And why calls in this mode are not cached, if they are not."""
+        with self._lock:
+            state = self.state
+            digest = b"" if state is None else state.digest(probe)
+            mode = self._mode.flags(0 if state is None else state.generation)
+            reason = self._mode.reason
+        variant = (call.template.description, mode, autocast(call.device_type))
+        return Request(call, variant, *self._keys.hash_request(call, variant, digest), state), reason
+
+    def _without_keys(self) -> Bypassed:
+        return Bypassed(
+            f"the arguments do not fit the signature of {self.fingerprint.name}, or one of them is a tensor subclass "
+            "or nested",
+            is_silent=True,
+        )
