@@ -5,6 +5,8 @@
 #   TORCH     the torch to install into an environment that has none
 #   CUDA_VENV, CUDA_TORCH the same for `make cuda` and `make bench-cuda`
 #   PIP_ARGS  more arguments for that one installation, e.g. --index-url and an address
+#   WORKERS   how many processes run the tests, by default one for each core
+#   PYTEST_ARGS more arguments for pytest; --cov says which branches of the packages the tests take
 #   FUZZ_RUNS, FUZZ_BYTES how many inputs `make fuzz` tries, and how long they may be
 PYTHON ?= python3
 VENV ?= .venv
@@ -12,11 +14,14 @@ TORCH ?= torch==2.13.0
 CUDA_VENV ?= .venv-cuda
 CUDA_TORCH ?= torch==2.14.1
 PIP_ARGS ?=
+WORKERS ?= auto
+PYTEST_ARGS ?=
 FUZZ_RUNS ?= 1000000
 FUZZ_BYTES ?= 4096
 
-TOOLS = setuptools==84.2.1 pytest==9.2.0 hypothesis==6.170.15 xxhash==4.1.0 zstandard==0.25.0 \
-  numpy==2.4.6 safetensors==0.8.0 tqdm==4.70.1 mypy==2.4.1 ruff==0.17.6 clang-format==23.1.5
+TOOLS = setuptools==84.2.1 pytest==9.2.0 pytest-xdist==3.8.0 pytest-cov==7.1.0 coverage==7.17.5 \
+  hypothesis==6.170.15 xxhash==4.1.0 zstandard==0.25.0 numpy==2.4.6 safetensors==0.8.0 tqdm==4.70.1 \
+  mypy==2.4.1 ruff==0.17.6 clang-format==23.1.5
 BENCH_TOOLS = lmdb==3.0.0
 DEMO_TOOLS = scikit-learn==1.9.1 matplotlib==3.11.2 tqdm==4.70.1
 # Without its dependencies: only a network and its weights are read from it.
@@ -39,7 +44,7 @@ export PYTHONSAFEPATH = 1
 .DELETE_ON_ERROR:
 
 test: $(VENV)/.torchcache-installed
-	$(BIN)/pytest
+	$(BIN)/pytest -n $(WORKERS) --dist loadfile $(PYTEST_ARGS)
 
 demo: $(VENV)/.torchcache-installed $(VENV)/.torchcache-demo
 	$(BIN)/python examples/digits.py
@@ -91,7 +96,7 @@ format: $(VENV)/.torchcache-tools
 	$(BIN)/clang-format -i $(CPP)
 
 clean:
-	rm -rf build dist *.egg-info .venv $(CUDA_VENV) demo-cache demo.png .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	rm -rf build dist *.egg-info .venv $(CUDA_VENV) demo-cache demo.png .hypothesis .mypy_cache .pytest_cache .ruff_cache .coverage*
 	find torchcache torchmb tests examples benchmarks -name __pycache__ -prune -exec rm -rf {} +
 
 # Each step leaves a stamp, written last, so that a step that broke off is done again.

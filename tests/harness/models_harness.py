@@ -90,7 +90,7 @@ class ResNet18(nn.Module):
         return self.linear(F.adaptive_avg_pool2d(x, 1).flatten(1))
 
 
-def separate(make: Make, models: int) -> list[nn.Module]:
+def separate(make: Make, models: int) -> list[Any]:
     """Models with other weights and other buffers each."""
     made = [make() for _ in range(models)]
     with torch.no_grad():
@@ -108,9 +108,10 @@ def tensors(value: Any) -> list[Tensor]:
     return [leaf for leaf in leaves if isinstance(leaf, Tensor)]
 
 
-def close(batched: Tensor, others: Sequence[Tensor], what: str, scale: float = 1e-4) -> None:
+def close(batched: Tensor | None, others: Sequence[Tensor | None], what: str, scale: float = 1e-4) -> None:
     """Equal to the others, stacked, up to rounding: relative to the largest value, as sums round."""
-    expected = torch.stack(list(others))
+    expected = torch.stack([other for other in others if other is not None])
+    assert batched is not None, what
     assert batched.shape == expected.shape, f"{what}: {tuple(batched.shape)} instead of {tuple(expected.shape)}"
     assert batched.dtype == expected.dtype, what
     size = float(expected.detach().nan_to_num().abs().max()) if expected.numel() else 0.0
@@ -148,14 +149,13 @@ def run_alike(
         model.zero_grad()
         weighted(out, [w if w is None else w[m] for w in weights]).backward()
     if own.grad is not None:
-        close(own.grad, [o.grad for o in others if o.grad is not None], "gradient of the input")
+        close(own.grad, [o.grad for o in others], "gradient of the input")
     for name, p in batch.named_parameters():
         grads = [model.get_parameter(name).grad for model in models]
         if grads[0] is None:
             assert p.grad is None or not p.grad.any(), name
         else:
-            assert p.grad is not None, name
-            close(p.grad, [grad for grad in grads if grad is not None], f"gradient of {name}")
+            close(p.grad, grads, f"gradient of {name}")
     compare_buffers(batch, models)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
@@ -85,7 +85,8 @@ def test_cross_entropy_is_what_separate_calls_give(name: str, reduction: str) ->
 def a_loss_with_a_branch(x: Tensor, y: Tensor, reduction: str) -> Tensor:
     errors = (x - y).abs()
     errors = errors if errors.max() > 2 else errors.square()
-    return {"mean": errors.mean, "sum": errors.sum, "none": lambda: errors}[reduction]()
+    reduced: dict[str, Callable[[], Tensor]] = {"mean": errors.mean, "sum": errors.sum, "none": lambda: errors}
+    return reduced[reduction]()
 
 
 @pytest.mark.filterwarnings("ignore:reduction. 'mean'")  # torch's, of kl_div
@@ -187,9 +188,9 @@ def test_bad_arguments_of_top_k_are_named() -> None:
     for k in (6, 0):
         with pytest.raises(ValueError, match=rf"k must be .*got {k}"):
             batch_topk(scores, targets, 3, (1, k))
-    for k, what in (((), "()"), ((True,), "True"), ((1.5,), "1.5")):
+    for bad, what in (((), "()"), ((True,), "True"), ((1.5,), "1.5")):
         with pytest.raises(ValueError, match=f"k must .*{re.escape(what)}"):
-            batch_topk(scores, targets, 3, k)  # type: ignore[arg-type]
+            batch_topk(scores, targets, 3, bad)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"\(3, 6, 5\).*\(3, 5\)"):
         batch_topk(scores, targets[:, :5], 3)
     with pytest.raises(ValueError, match="4"):

@@ -67,11 +67,12 @@ def test_hooks_may_change_inputs_and_outputs(models: list[nn.Module]) -> None:
 
 
 def test_backward_hooks_see_gradients_of_all_models(models: list[nn.Module]) -> None:
-    batch, seen = BatchModule.from_modules(models), []
+    batch = BatchModule.from_modules(models)
+    seen: list[Any] = []
     for module in (batch, *models):
-        linear(module, 1).register_full_backward_hook(lambda m, inputs, outputs: (inputs[0] * 3,))
-    linear(batch, 1).register_full_backward_hook(lambda m, i, o: seen.append((i[0].shape, o[0].shape)))
-    linear(batch, 1).register_full_backward_pre_hook(lambda m, o: seen.append(o[0].shape))
+        linear(module, 1).register_full_backward_hook(lambda m, inputs, outputs: (inputs[0] * 3,))  # type: ignore[index]
+    linear(batch, 1).register_full_backward_hook(lambda m, i, o: seen.append((i[0].shape, o[0].shape)))  # type: ignore[index]
+    linear(batch, 1).register_full_backward_pre_hook(lambda m, o: seen.append(o[0].shape))  # type: ignore[index]
     run_alike(batch, models, torch.randn(3, 6, 5))
     assert ((3, 6, 4), (3, 6, 2)) in seen and (3, 6, 2) in seen
 
@@ -92,7 +93,7 @@ def test_what_a_forward_keeps_in_attributes_is_alive() -> None:
 
     models = separate(lambda: Own(forward, l=nn.Linear(5, 4)), 3)
     for m in models:
-        m.listed = []  # type: ignore[assignment]
+        m.listed = []
     batch, x = BatchModule.from_modules(models), torch.randn(3, 6, 5)
     for _ in range(2):
         batch(x)
@@ -128,7 +129,7 @@ def test_pruned_models_stay_pruned() -> None:
 
 
 def test_an_own_forward_of_one_instance_is_used() -> None:
-    net = tree()
-    net[0].forward = lambda x: x[..., :4] * 2  # type: ignore[method-assign]
+    net: Any = tree()
+    net[0].forward = lambda x: x[..., :4] * 2
     batch, x = BatchModule(net, 3), torch.randn(3, 6, 5)
     close(batch(x), [net(one) for one in x], "output")

@@ -124,14 +124,14 @@ def test_weights_in_a_list_of_the_users_own_are_those_of_the_model() -> None:
         def __init__(self) -> None:
             super().__init__()
             self.l = nn.Linear(5, 5)
-            self.listed = [self.l.weight, {"bias": self.l.bias}]
+            self.listed: list[Any] = [self.l.weight, {"bias": self.l.bias}]
 
         def forward(self, x: Tensor) -> Tensor:
             return F.linear(x, self.listed[0], self.listed[1]["bias"])
 
     models = separate(Listed, 3)
     for m in models:
-        m.listed = [m.l.weight, {"bias": m.l.bias}]  # type: ignore[assignment]
+        m.listed = [m.l.weight, {"bias": m.l.bias}]
     run_alike(BatchModule.from_modules(models), models, torch.randn(3, 2, 5))
 
 
@@ -214,6 +214,8 @@ def test_a_forward_may_tie_weights() -> None:
 
 def test_a_custom_module_with_its_own_parameter_and_buffer() -> None:
     class Scale(nn.Module):
+        seen: Tensor
+
         def __init__(self) -> None:
             super().__init__()
             self.scale = nn.Parameter(torch.rand(4))

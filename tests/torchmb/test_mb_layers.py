@@ -181,7 +181,7 @@ def test_an_embedding_is_right(padding: int | None, wrap: Callable[[nn.Module], 
     for models in (1, 3, 17):
         assert_alike(lambda: wrap(nn.Embedding(7, 4, padding)), 3, models=models, draw=indices(7))
     for options in ({"scale_grad_by_freq": True}, {"max_norm": 0.5}, {"max_norm": 2.0, "norm_type": 1.0}):
-        assert_alike(lambda o=options: wrap(nn.Embedding(7, 4, padding, **o)), 3, draw=indices(7))
+        assert_alike(lambda o=options: wrap(nn.Embedding(7, 4, padding, **o)), 3, draw=indices(7))  # type: ignore[misc]
 
 
 @pytest.mark.parametrize("wrap", [lambda m: m, Wrapped], ids=["native", "vmap"])
@@ -349,8 +349,8 @@ def test_a_layer_under_autocast_casts_forward_and_backward_as_separate_models(
     for i, own in enumerate(ours):
         plain, reference = (torch.stack([one[i] for one in each]) for each in (theirs, precise))
         assert own.dtype == plain.dtype and own.shape == plain.shape, i
-        error, usual = ((t.float() - reference).abs().max() for t in (own, plain))
-        assert error <= 3 * usual + 1e-2 * reference.abs().max(), f"{i}: {error} off, separate models {usual}"
+        off, usual = ((t.float() - reference).abs().max() for t in (own, plain))
+        assert off <= 3 * usual + 1e-2 * reference.abs().max(), f"{i}: {off} off, separate models {usual}"
 
 
 def results(model: nn.Module, x: torch.Tensor, autocast: bool) -> list[torch.Tensor]:
@@ -358,7 +358,7 @@ def results(model: nn.Module, x: torch.Tensor, autocast: bool) -> list[torch.Ten
     x = x.clone().requires_grad_()
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
         outputs = tensors(model(x))
-    sum(t.float().square().sum() for t in outputs).backward()
+    sum((t.float().square().sum() for t in outputs), torch.zeros(())).backward()
     grads = [t.grad for t in (x, *model.parameters()) if t.grad is not None]
     return [t.detach() for t in (*outputs, *grads, *model.buffers())]
 

@@ -32,7 +32,7 @@ def test_a_data_dependent_branch_is_right_and_batch_norm_is_updated_once() -> No
     with pytest.warns(UserWarning, match="one by one"):
         for _ in range(3):
             run_alike(batch, models, torch.randn(7, 6, 5))
-    assert batch.n.num_batches_tracked.tolist() == [3] * 7  # type: ignore[union-attr]
+    assert batch.n.num_batches_tracked.tolist() == [3] * 7
 
 
 def test_one_warning_names_module_and_reason_and_is_not_repeated() -> None:
@@ -98,7 +98,7 @@ def test_an_error_of_the_model_is_raised_as_it_is_and_not_remembered() -> None:
         warnings.simplefilter("error")
         with pytest.raises(RuntimeError, match="mat1 and mat2"):
             batch(torch.randn(3, 6, 9))
-    assert batch.n.num_batches_tracked.tolist() == [0, 0, 0]  # type: ignore[union-attr]
+    assert batch.n.num_batches_tracked.tolist() == [0, 0, 0]
 
 
 def test_counters_and_lists_of_a_forward_count_once() -> None:
@@ -125,7 +125,8 @@ def test_what_a_forward_keeps_for_the_next_is_each_models_own() -> None:
     class Recurrent(nn.Module):
         def __init__(self, branch: bool) -> None:
             super().__init__()
-            self.l, self.branch, self.state = nn.Linear(4, 4), branch, None
+            self.l, self.branch = nn.Linear(4, 4), branch
+            self.state: Tensor | None = None
 
         def forward(self, x: Tensor) -> Tensor:
             if self.branch and x.sum() > 0:
@@ -141,7 +142,8 @@ def test_what_a_forward_keeps_for_the_next_is_each_models_own() -> None:
             warnings.simplefilter("ignore" if branch else "error")
             for _ in range(3):
                 run_alike(batch, models, torch.randn(5, 6, 4))
-        close(batch.unstack(1).state.unsqueeze(0), [models[1].state], "state")
+        alone: Any = batch.unstack(1)
+        close(alone.state.unsqueeze(0), [models[1].state], "state")
 
 
 class Remembering(nn.Module):
@@ -149,10 +151,11 @@ class Remembering(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.l, self.scale, self.peak = nn.Linear(4, 3), 1.0, torch.zeros(())
+        self.l = nn.Linear(4, 3)
+        self.scale, self.peak = 1.0, torch.zeros(())
         self.log: list[float] = []
         self.nested: dict[str, list[float]] = {"log": []}
-        self.l.log = self.log
+        self.l.log = self.log  # type: ignore[assignment]
 
     def forward(self, x: Tensor) -> Tensor:
         if x.sum() > 0:
@@ -163,7 +166,7 @@ class Remembering(nn.Module):
             if hasattr(self, "once"):
                 del self.once
             else:
-                self.once = x.mean().item()
+                self.once: float = x.mean().item()
         return self.l(x) * self.scale + self.peak + sum(self.nested["log"]) + len(self.l.log)  # type: ignore[arg-type]
 
 
@@ -193,7 +196,8 @@ def test_a_tensor_in_an_attribute_that_a_forward_edits_in_place_is_each_models_o
         def __init__(self) -> None:
             super().__init__()
             self.calls, self.count, self.peak, self.fixed = 0, torch.zeros(()), torch.zeros(4), torch.ones(4)
-            self.also_count, self.state = self.count, None
+            self.also_count = self.count
+            self.state: Tensor | None = None
 
         def forward(self, x: Tensor) -> Tensor:
             self.calls += 1
@@ -212,7 +216,7 @@ def test_a_tensor_in_an_attribute_that_a_forward_edits_in_place_is_each_models_o
         warnings.simplefilter("ignore")
         for signs in ([1, -1, 1], [-1, 1, 1], [1, -1, 1], [-1, -1, 1]):
             run_alike(batch, models, torch.rand(3, 6, 4) * torch.tensor(signs)[:, None, None])
-    close(batch.peak, [m.peak for m in models], "peak")  # type: ignore[misc]
+    close(batch.peak, [m.peak for m in models], "peak")
     assert batch.fixed.shape == (4,)
 
 
@@ -266,7 +270,9 @@ def test_an_error_leaves_buffers_and_attributes_as_they_were() -> None:
     class Failing(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.n, self.state, self.log = nn.BatchNorm1d(4), None, []
+            self.n: Any = nn.BatchNorm1d(4)
+            self.state: Tensor | None = None
+            self.log: list[int] = []
 
         def forward(self, x: Tensor, fail: bool = False) -> Tensor:
             y = self.n(x if self.state is None else x + self.state)

@@ -39,6 +39,8 @@ def registry() -> Iterator[None]:
 
 
 class Scale(nn.Module):
+    calls: Tensor
+
     def __init__(self, size: int) -> None:
         super().__init__()
         self.size = size
@@ -52,6 +54,7 @@ class Scale(nn.Module):
 
 class BatchScale(AbstractBatchModule):
     base_class = Scale
+    calls: Tensor
     seen: ClassVar[list[tuple[int, ...]]] = []
 
     @classmethod
@@ -113,7 +116,7 @@ def test_arguments_of_a_registered_module_are_merged_wherever_they_stand() -> No
     batch, x, s = BatchModule.from_modules(models), torch.randn(3, 6, 4), torch.randn(3, 6, 1)
     close(batch(x, s), [m(a, b) for m, a, b in zip(models, x, s)], "output")
     close(batch(shared(x[0]), s), [m(x[0], b) for m, b in zip(models, s)], "shared")
-    root = BatchModule.from_modules([m.scale for m in models])  # type: ignore[misc]
+    root = BatchModule.from_modules([m.scale for m in models])
     close(root(shared(x[0]), shift=s), [m.scale(x[0], b) for m, b in zip(models, s)], "root")
 
 
@@ -290,7 +293,8 @@ def test_the_size_that_a_transposed_convolution_puts_out_can_be_chosen(spatial: 
 
 
 def test_layers_of_a_batch_are_initialised_one_by_one() -> None:
-    assert len(torchmb.BatchLinear(5, 4, True, 17).weight.unique(dim=0)) == 17
+    layer = torchmb.BatchLinear(5, 4, True, 17)
+    assert len(layer.get_parameter("weight").unique(dim=0)) == 17
 
 
 def test_layers_name_the_shapes_that_they_cannot_take() -> None:

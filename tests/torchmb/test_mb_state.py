@@ -167,7 +167,7 @@ def test_a_copy_computes_the_same_and_trains_on_its_own(how: Any, wrap: Any) -> 
 
 
 def test_dtype_requires_grad_and_mode_are_kept() -> None:
-    net = make().double().eval()
+    net: Any = make().double().eval()
     net[0].requires_grad_(False)
     batch = BatchModule(net, 3)
     assert not batch.training and not batch.get_submodule("1").training
@@ -336,6 +336,7 @@ def test_what_is_no_module_and_what_are_no_seeds_is_named() -> None:
 
 
 def test_the_number_of_models_may_be_any_integer() -> None:
+    three: Any
     for three in (np.int64(3), torch.tensor(3)):
         assert BatchModule(nn.Linear(5, 2), three)(torch.randn(3, 6, 5)).shape == (3, 6, 2)
         assert BatchLinear(5, 2, True, three).batch == 3

@@ -102,7 +102,8 @@ def test_models_run_one_by_one_without(path: str, monkeypatch: pytest.MonkeyPatc
 
 
 def test_convolutions_pad_alike_without_the_padding_that_torch_stores(monkeypatch: pytest.MonkeyPatch) -> None:
-    for layer in layers()[:2]:
+    layer: Any
+    for layer in [*layers().children()][:2]:
         stored = list(layer._reversed_padding_repeated_twice)
         del layer._reversed_padding_repeated_twice
         assert list(torch_private.reversed_padding(layer)) == stored
