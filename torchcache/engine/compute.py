@@ -10,8 +10,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from torchcache.engine.bypass import Bypassed
 from torchcache.engine.call import Call, Indivisible
-from torchcache.engine.decision import Bypassed, Request
+from torchcache.engine.decision import Request
 from torchcache.engine.keys import CallVariant
 from torchcache.engine.outputs import UnsupportedOutput, split
 from torchcache.identity.randomness import Generators, GeneratorStates
