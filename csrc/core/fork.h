@@ -3,6 +3,8 @@
 
 #include <functional>
 
+#include "core/mutex.h"
+
 namespace torchcache::core {
 
 // True in a process that was forked after this library was loaded.
@@ -14,6 +16,8 @@ class AtFork {
  public:
   // before: take every lock. after: release them; with true, in the child, also forget what belongs to the parent.
   AtFork(std::function<void()> before, std::function<void(bool)> after);
+  // For an object with one lock.
+  explicit AtFork(Mutex& mutex);
   ~AtFork();
   AtFork(const AtFork&) = delete;
   AtFork& operator=(const AtFork&) = delete;

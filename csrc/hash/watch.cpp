@@ -87,7 +87,7 @@ HostProbe Watch::probe_host() const {
     }
   }
   if (on_devices.empty()) return {mix.value, {}};
-  std::lock_guard lock(mutex_);
+  core::MutexLock lock(mutex_);
   if (lists_.empty() || listed_ != mix.value) lists_ = upload(on_devices), listed_ = mix.value;
   return {mix.value, lists_};
 }

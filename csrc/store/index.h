@@ -51,9 +51,14 @@ class Index {
 
   // Brings the slots and entries of these keys into the processor's cache.
   void prefetch(const Digest* keys, size_t n) const;
-  // The first live entry of this key, in order of insertion, that `accept` takes; null if none.
+  // The first live entry of this key, in order of insertion, for which accept(entry) is true; null if none.
   template <class Accept>
   const Entry* find(uint64_t low, Accept accept) const;
+  // The same for accept(block of the entry).
+  template <class Accept>
+  const Entry* find_by_block(uint64_t low, Accept accept) const {
+    return find(low, [&](const Entry& entry) { return accept(blocks_[entry.block]); });
+  }
 
   // Makes this row of this block dead. False if it was not here.
   bool drop(uint64_t low, uint32_t block, uint32_t row);

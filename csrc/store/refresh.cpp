@@ -21,18 +21,18 @@ std::string path_of(const State& state, const SegmentId& id) { return segment_pa
 // ---- the set of segments
 
 uint32_t number_of(State& state, const SegmentId& id) {
-  std::lock_guard lock(state.mutex);
+  core::MutexLock lock(state.mutex);
   const auto number = state.segments.find(id);
   return number ? *number : state.segments.add(id);
 }
 
 bool lacks_a_segment(State& state, const std::vector<SegmentId>& listed) {
-  std::lock_guard lock(state.mutex);
+  core::MutexLock lock(state.mutex);
   return !state.segments.missing_from(listed).empty();
 }
 
 void remove_missing(State& state, const std::vector<SegmentId>& listed) {
-  std::lock_guard lock(state.mutex);
+  core::MutexLock lock(state.mutex);
   for (const uint32_t number : state.segments.missing_from(listed)) state.remove_segment(number);
 }
 
@@ -60,7 +60,7 @@ Error list_all(State& state, std::vector<SegmentId>* ids) {
 void add_block(State& state, uint32_t number, const BlockHeader& header, const uint8_t* table) {
   const Table parts = split_table(header, table);
   const std::string layout(reinterpret_cast<const char*>(parts.layout), header.layout_bytes);
-  std::lock_guard lock(state.mutex);
+  core::MutexLock lock(state.mutex);
   if (state.closed) return;
   Block block = to_block(header, number, state.index.intern(layout));
   const uint32_t block_number = state.index.add_block(block);
@@ -107,7 +107,7 @@ uint64_t read_index(State& state, uint32_t number, const SegmentId& id, uint64_t
   if (!file.open(state.options.directory, id, size)) return kHeaderBytes;
   uint32_t first_block = 0;
   {
-    std::lock_guard lock(state.mutex);
+    core::MutexLock lock(state.mutex);
     if (state.closed) return kHeaderBytes;
     state.index.reserve(file.rows());
     first_block = state.index.blocks();
@@ -115,14 +115,14 @@ uint64_t read_index(State& state, uint32_t number, const SegmentId& id, uint64_t
       state.index.add_block(to_block(block.header, number, state.index.intern(file.layouts()[block.layout])));
   }
   const bool whole = file.read([&](const std::vector<Entry>& entries) {
-    std::lock_guard lock(state.mutex);
+    core::MutexLock lock(state.mutex);
     if (state.closed) return;
     state.index.insert(entries.data(), entries.size(), first_block);
   });
   return whole ? std::max(kHeaderBytes, file.covered()) : kHeaderBytes;
 }
 
-void count_damage(State& state, Segment& segment) {
+void count_damage(State& state, Segment& segment) TORCHCACHE_REQUIRES(state.mutex) {
   if (segment.holes.empty()) return;
   state.damaged_rows += segment.holes.size();
   segment.holes.clear();
@@ -139,7 +139,7 @@ class RefreshScope {
  public:
   explicit RefreshScope(State& state) : state_(state), begin_(Clock::now()) {}
   ~RefreshScope() {
-    std::lock_guard lock(state_.mutex);
+    core::MutexLock lock(state_.mutex);
     const Clock::time_point now = Clock::now();
     const Clock::duration cost = now - begin_ - first_scans_;
     state_.refreshing = false;
@@ -155,7 +155,7 @@ class RefreshScope {
 };
 
 void warn_of(State& state, const SegmentId& id, Error error) {
-  std::lock_guard lock(state.mutex);
+  core::MutexLock lock(state.mutex);
   state.warn("cannot read " + path_of(state, id) + ": " + error_text(error));
 }
 
@@ -168,7 +168,7 @@ void scan_new_blocks(State& state, uint32_t number, const File& file, const File
   std::vector<Hole> holes = scan_holes(state, number, file, known.id, known.holes, now.size);
   known.position = scan(state, number, file, known.id, known.position, now.size, &holes);
   const bool sealed = !holes.empty() && has_index(state, known.id);
-  std::lock_guard lock(state.mutex);
+  core::MutexLock lock(state.mutex);
   Segment& segment = state.segments[number];
   if (!known.scanned || !(segment.state == now)) segment.changed = Clock::now();
   segment.scanned = true;
@@ -179,8 +179,8 @@ void scan_new_blocks(State& state, uint32_t number, const File& file, const File
   if (sealed || Clock::now() - segment.changed > kSettled) count_damage(state, segment);
 }
 
-// Whether this refresh may pass over a segment. The caller holds the mutex.
-bool may_skip(const State& state, uint32_t number) {
+// Whether this refresh may pass over a segment.
+bool may_skip(const State& state, uint32_t number) TORCHCACHE_REQUIRES(state.mutex) {
   const Segment& segment = state.segments[number];
   const bool sealed = segment.sealed && segment.holes.empty();
   return segment.own || (sealed && (number + state.refreshes) % kSealedEvery != 0);
@@ -192,7 +192,7 @@ Error refresh_changed(State& state, uint32_t number, const Segment& known) {
   if (const Error error = path_state(path_of(state, known.id), &now)) return error;
   if (known.scanned && now == known.state && known.holes.empty()) {
     const bool sealed = known.sealed || has_index(state, known.id);
-    std::lock_guard lock(state.mutex);
+    core::MutexLock lock(state.mutex);
     state.segments[number].sealed = sealed;
     return 0;
   }
@@ -213,7 +213,7 @@ void refresh_segment(State& state, const SegmentId& id, RefreshScope* scope) {
   const uint32_t number = number_of(state, id);
   Segment known;
   {
-    std::lock_guard lock(state.mutex);
+    core::MutexLock lock(state.mutex);
     if (may_skip(state, number)) return;
     known = state.segments[number];
   }
@@ -230,7 +230,7 @@ void refresh_all(State& state, RefreshScope* scope) {
     remove_missing(state, ids);
     return;
   }
-  std::lock_guard lock(state.mutex);
+  core::MutexLock lock(state.mutex);
   state.warn("cannot read the cache directory", error);
 }
 
@@ -242,7 +242,7 @@ bool refresh_is_due(const State& state) {
 
 bool refresh(State& state) {
   {
-    std::lock_guard lock(state.mutex);
+    core::MutexLock lock(state.mutex);
     if (state.refreshing || state.closed) return false;
     state.refreshing = true;
     ++state.refreshes;

@@ -320,6 +320,16 @@ def _compile_commands(csrc: Path, torch: Torch) -> dict[str, list[str]]:
     return commands
 
 
+def compilation_database(csrc: Path) -> list[dict[str, str | list[str]]]:
+    """How each source is compiled, as editors and clang-tidy read it from compile_commands.json."""
+    commands = _compile_commands(csrc, installed_torch())
+    return [
+        {"directory": str(csrc), "file": str(source), "arguments": [*command, "-c", str(source)]}
+        for suffix, command in commands.items()
+        for source in sorted(csrc.rglob(f"*{suffix}"))
+    ]
+
+
 def _link_flags() -> list[str]:
     return [*_words("LDFLAGS"), *(f"-l{name}" for name in LIBRARIES)]
 
