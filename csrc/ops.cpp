@@ -26,6 +26,8 @@
 namespace torchcache {
 namespace {
 
+// NOLINTBEGIN(performance-unnecessary-value-param): TORCH_BOX passes arguments by value
+
 using core::Handles;
 using core::new_int64;
 using hash::Digest;
@@ -234,6 +236,7 @@ store::SegmentId as_id(const std::string& name) {
 
 std::vector<store::SegmentId> as_ids(const std::vector<std::string>& names) {
   std::vector<store::SegmentId> ids;
+  ids.reserve(names.size());
   for (const std::string& name : names) ids.push_back(as_id(name));
   return ids;
 }
@@ -274,6 +277,8 @@ std::string compact_finish(int64_t compaction) {
 }
 
 void compact_close(int64_t compaction) { compactions().remove(compaction); }
+
+// NOLINTEND(performance-unnecessary-value-param)
 
 }  // namespace
 }  // namespace torchcache

@@ -65,6 +65,7 @@ struct TensorSamples {
 
 std::vector<std::shared_ptr<const SampleList>> upload(const std::map<int32_t, std::vector<Sample>>& samples) {
   std::vector<std::shared_ptr<const SampleList>> lists;
+  lists.reserve(samples.size());
   for (const auto& [device, list] : samples) lists.push_back(device_hasher()->upload_samples(device, list));
   return lists;
 }

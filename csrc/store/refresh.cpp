@@ -59,14 +59,13 @@ Error list_all(State& state, std::vector<SegmentId>* ids) {
 
 void add_block(State& state, uint32_t number, const BlockHeader& header, const uint8_t* table) {
   const Table parts = split_table(header, table);
-  const std::string layout(reinterpret_cast<const char*>(parts.layout), header.layout_bytes);
+  const std::string layout = layout_of(header, table);
   core::MutexLock lock(state.mutex);
   if (state.closed) return;
   Block block = to_block(header, number, state.index.intern(layout));
   const uint32_t block_number = state.index.add_block(block);
   for (uint32_t row = 0; row < header.rows; ++row)
-    state.index.insert(
-        {from_canonical(parts.keys + 16 * row).low, load<uint64_t>(parts.checks + 8 * row), block_number, row});
+    state.index.insert({parts.key(row).low, parts.check(row), block_number, row});
 }
 
 // Scans from `position`; adds the blocks that it finds. Where a later scan goes on.

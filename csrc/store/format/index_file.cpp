@@ -30,14 +30,13 @@ struct Contents {
 void add_block(const BlockHeader& header, const uint8_t* table, std::unordered_map<std::string, uint32_t>* numbers,
                Contents* contents) {
   const Table parts = split_table(header, table);
-  const std::string layout(reinterpret_cast<const char*>(parts.layout), header.layout_bytes);
+  const std::string layout = layout_of(header, table);
   const auto [place, added] = numbers->emplace(layout, static_cast<uint32_t>(contents->layouts.size()));
   if (added) contents->layouts.push_back(layout);
   const uint32_t block = static_cast<uint32_t>(contents->blocks.size());
   contents->blocks.emplace_back(header, place->second);
   for (uint32_t row = 0; row < header.rows; ++row)
-    contents->entries.push_back(
-        {from_canonical(parts.keys + 16 * row).low, load<uint64_t>(parts.checks + 8 * row), block, row});
+    contents->entries.push_back({parts.key(row).low, parts.check(row), block, row});
 }
 
 Error collect(const std::string& directory, const SegmentId& id, Contents* contents) {

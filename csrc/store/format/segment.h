@@ -6,6 +6,7 @@
 #include <cstdint>
 #include <memory>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "store/format/format.h"
@@ -81,7 +82,7 @@ class SegmentWriter {
   const std::shared_ptr<File>& file() const { return file_; }
 
  private:
-  SegmentWriter(const SegmentId& id, std::shared_ptr<File> file) : id_(id), file_(file) {}
+  SegmentWriter(const SegmentId& id, std::shared_ptr<File> file) : id_(id), file_(std::move(file)) {}
 
   const SegmentId id_;
   const std::shared_ptr<File> file_;

@@ -56,10 +56,6 @@ BlockCursor::BlockCursor(const std::string& directory, const SegmentId& id, uint
   check_version(*file_, id, path_);
 }
 
-std::string BlockCursor::layout() const {
-  return {reinterpret_cast<const char*>(scanner_.table()), scanner_.header().layout_bytes};
-}
-
 bool BlockCursor::next() {
   const size_t holes = scanner_.holes().size();
   const bool found = scanner_.next();
@@ -90,7 +86,7 @@ RowCursor::RowCursor(const BlockCursor& blocks)
     : blocks_(blocks), header_(blocks.header()), table_(blocks.table()), offset_(header_.payload_offset()) {}
 
 uint64_t RowCursor::length(uint32_t row) const {
-  return table_.lengths == nullptr ? header_.row_bytes : load<uint32_t>(table_.lengths + 4 * uint64_t{row});
+  return table_.lengths == nullptr ? header_.row_bytes : table_.length(row);
 }
 
 void RowCursor::read_next() {
@@ -105,7 +101,7 @@ void RowCursor::read_next() {
 bool RowCursor::next(StoredRow* row) {
   if (row_ == header_.rows) return false;
   if (row_ == end_) read_next();
-  const uint64_t size = length(row_), check = load<uint64_t>(table_.checks + 8 * uint64_t{row_});
+  const uint64_t size = length(row_), check = table_.check(row_);
   *row = {row_, offset_, bytes_.data() + used_, size, blocks_.key(row_), check, false};
   row->valid = is_valid(*row);
   ++row_;

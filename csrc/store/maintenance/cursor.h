@@ -24,8 +24,8 @@ class BlockCursor {
   bool next();
   const BlockHeader& header() const { return scanner_.header(); }
   Table table() const { return split_table(scanner_.header(), scanner_.table()); }
-  std::string layout() const;
-  Digest key(uint32_t row) const { return from_canonical(table().keys + 16 * uint64_t{row}); }
+  std::string layout() const { return layout_of(scanner_.header(), scanner_.table()); }
+  Digest key(uint32_t row) const { return table().key(row); }
 
   const std::vector<Hole>& holes() const { return scanner_.holes(); }
   uint64_t position() const { return scanner_.position(); }

@@ -16,7 +16,7 @@
 namespace torchcache::store {
 namespace {
 
-constexpr int64_t kUntouched = 24 * 3600;  // seconds
+constexpr int64_t kUntouched = int64_t{24} * 3600;  // seconds
 
 bool header_is_valid(const File& file, const SegmentId& id, const std::string& path) {
   uint8_t header[kHeaderBytes], expected[kHeaderBytes];
