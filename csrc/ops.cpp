@@ -1,5 +1,5 @@
 // The table of contents of everything native: the schema block at the end lists every operation of
-// torch.ops.torchcache. Above it stand the adaptors between torch's tensors and the parts that know nothing of torch.
+// torch.ops.torchcache. Above it stand the adaptors between torch's tensors and the parts that do not use torch.
 // std::invalid_argument arrives in Python as ValueError, std::out_of_range as IndexError, anything else as
 // RuntimeError.
 #include <torch/csrc/stable/library.h>
@@ -295,9 +295,9 @@ STABLE_TORCH_LIBRARY(torchcache, m) {
   m.def("watch_probe(int watch) -> int");
   m.def("watch_close(int watch) -> ()");
 
-  // Memory tier. lookup gives slots [B], distinct missing rows [M], layout; find gives layout, slot. take gives true
-  // and the leaves [B, …] of a batch of which every row is there, else false and keys [B, 2], slots, missing rows; then
-  // the layout and the watch's probe.
+  // Memory tier. lookup gives slots [B], distinct missing rows [M], layout; find gives layout, slot. hash_and_read
+  // gives true and the leaves [B, …] of a batch of which every row is there, else false and keys [B, 2], slots, missing
+  // rows; then the layout and the watch's probe.
   m.def("table_open() -> int");
   m.def("table_lookup(int table, Tensor keys) -> (Tensor, Tensor, int)");
   m.def("table_hash_and_read(int table, Tensor[] rows, int low, int high, int watch) -> (bool, Tensor[], int, int)");
@@ -308,7 +308,8 @@ STABLE_TORCH_LIBRARY(torchcache, m) {
   m.def("table_low_keys(int table) -> Tensor");
   m.def("table_close(int table) -> ()");
 
-  // Disk tier. find gives present [B] and the layout; read gives verified [B]; put gives the number of rows admitted.
+  // Disk tier. lookup gives present [B] and the layout; read gives verified [B]; write gives the number of rows
+  // admitted.
   m.def(
       "store_open(str directory, int max_bytes, bool zstd, int level, int threads, bool mmap, int queue_bytes) -> int");
   m.def("store_lookup(int store, Tensor keys) -> (Tensor, str)");

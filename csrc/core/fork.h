@@ -14,7 +14,7 @@ bool in_forked_child();
 // goes before any other part of it. Thread-safe.
 class AtFork {
  public:
-  // before: take every lock. after: release them; with true, in the child, also forget what belongs to the parent.
+  // before: acquire every lock. after: release them; with true, in the child, also drop what belongs to the parent.
   AtFork(std::function<void()> before, std::function<void(bool)> after);
   // For an object with one lock.
   explicit AtFork(Mutex& mutex);

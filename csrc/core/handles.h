@@ -26,19 +26,19 @@ class Handles {
 
   std::shared_ptr<T> get(int64_t id) {
     MutexLock lock(mutex_);
-    const auto found = objects_.find(id);
-    if (found == objects_.end())
+    const auto position = objects_.find(id);
+    if (position == objects_.end())
       throw std::invalid_argument(std::string("no open ") + name_ + " has the id " + std::to_string(id));
-    return found->second;
+    return position->second;
   }
 
-  // The caller's pointer dies after the lock is free: destructors may take locks of their own.
+  // The caller's pointer dies after the lock is free: destructors may lock other mutexes.
   std::shared_ptr<T> remove(int64_t id) {
     MutexLock lock(mutex_);
-    const auto found = objects_.find(id);
-    if (found == objects_.end()) return nullptr;
-    auto object = std::move(found->second);
-    objects_.erase(found);
+    const auto position = objects_.find(id);
+    if (position == objects_.end()) return nullptr;
+    auto object = std::move(position->second);
+    objects_.erase(position);
     return object;
   }
 

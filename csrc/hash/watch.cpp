@@ -23,9 +23,10 @@ int64_t offset_of(int64_t position, const Tensor& t) {
 
 // The samples that a probe reads of a tensor, none if it has no bytes. Mixes in the tensor's address and shape.
 struct TensorSamples {
-  static constexpr int64_t kLine = Sample::kMost;  // what the processor fetches at once costs as much as a part of it
-  static constexpr int64_t kWhole = 4 * kLine;     // bytes of a tensor that is read in full
-  static constexpr int64_t kApart = 16;            // elements of one that does not lie together
+  static constexpr int64_t kLine =
+      Sample::kMaxBytes;                        // what the processor fetches at once costs as much as a part of it
+  static constexpr int64_t kWhole = 4 * kLine;  // bytes of a tensor that is read in full
+  static constexpr int64_t kApart = 16;         // elements of one that does not lie together
 
   std::array<Sample, kApart> list;
   size_t count = 0;

@@ -27,7 +27,7 @@ struct HostProbe {
 };
 
 // Keeps the tensors alive. A probe is the same number as long as nothing that it reads changed.
-// It sees replaced storage, changed shapes and updates of whole tensors that no version counter records
+// It detects replaced storage, changed shapes and updates of whole tensors that no version counter records
 // (`p.data.mul_(0.99)`); an edit of single elements of a large tensor it may miss. Thread-safe.
 class Watch {
  public:

@@ -11,7 +11,7 @@ namespace torchcache::store {
 namespace {
 
 constexpr size_t kLarge = 64 << 10;
-constexpr size_t kUnit = 16 << 10;  // so that batches of about one size can take each other's place
+constexpr size_t kUnit = 16 << 10;  // so that batches of about one size can reuse each other's memory
 
 }  // namespace
 

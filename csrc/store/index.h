@@ -25,7 +25,7 @@ struct Block {
 Block to_block(const BlockHeader& header, uint32_t segment, uint32_t layout);
 
 // Not thread-safe: guarded by the store's mutex. A dropped entry stays as a dead one until its key
-// comes again. The high half of a key is not kept: the row check knows it.
+// comes again. The high half of a key is not stored: it is part of the row check.
 class Index {
  public:
   static constexpr uint32_t kNone = 0xffffffff;
@@ -104,8 +104,8 @@ template <class Accept>
 const Entry* Index::find(uint64_t low, Accept accept) const {
   if (slot_count_ == 0) return nullptr;
   for (size_t s = slot(low); slots()[s] != 0; s = next(s)) {
-    const Entry& found = entry(slots()[s] - 1);
-    if (found.low == low && found.block != kNone && accept(found)) return &found;
+    const Entry& candidate = entry(slots()[s] - 1);
+    if (candidate.low == low && candidate.block != kNone && accept(candidate)) return &candidate;
   }
   return nullptr;
 }

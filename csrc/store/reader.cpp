@@ -128,8 +128,8 @@ void RowReader::locate(RowRead* read) {
   std::shared_ptr<const std::vector<uint32_t>> ends;
   {
     core::MutexLock lock(state_.mutex);
-    const auto known = state_.row_ends.find(read->entry.block);
-    if (known != state_.row_ends.end()) ends = known->second;
+    const auto cached = state_.row_ends.find(read->entry.block);
+    if (cached != state_.row_ends.end()) ends = cached->second;
   }
   if (ends == nullptr) {
     auto new_ends = std::make_shared<std::vector<uint32_t>>();

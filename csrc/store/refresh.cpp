@@ -43,7 +43,7 @@ Error list_sorted(const State& state, std::vector<SegmentId>* ids) {
   return error;
 }
 
-// A listing beside a compaction may pass over the new segment, which came after it had begun, and over the old ones,
+// A listing during a compaction may miss the new segment, which came after it had begun, and over the old ones,
 // which went before it ended. So one that lacks a segment is made again, until two in a row agree.
 Error list_all(State& state, std::vector<SegmentId>* ids) {
   Error error = list_sorted(state, ids);
@@ -158,22 +158,22 @@ void warn_of(State& state, const SegmentId& id, Error error) {
   state.warn("cannot read " + path_of(state, id) + ": " + error_text(error));
 }
 
-// Scans what is new in a segment, of which `known` is a copy, and records where the scan ended.
-void scan_new_blocks(State& state, uint32_t number, const File& file, const FileState& now, Segment known) {
-  if (!known.scanned) {
-    known.position = read_index(state, number, known.id, now.size);
-    known.sealed = known.position > kHeaderBytes;
+// Scans what is new in a segment, of which `record` is a copy, and records where the scan ended.
+void scan_new_blocks(State& state, uint32_t number, const File& file, const FileState& now, Segment record) {
+  if (!record.scanned) {
+    record.position = read_index(state, number, record.id, now.size);
+    record.sealed = record.position > kHeaderBytes;
   }
-  std::vector<Hole> holes = scan_holes(state, number, file, known.id, known.holes, now.size);
-  known.position = scan(state, number, file, known.id, known.position, now.size, &holes);
-  const bool sealed = !holes.empty() && has_index(state, known.id);
+  std::vector<Hole> holes = scan_holes(state, number, file, record.id, record.holes, now.size);
+  record.position = scan(state, number, file, record.id, record.position, now.size, &holes);
+  const bool sealed = !holes.empty() && has_index(state, record.id);
   core::MutexLock lock(state.mutex);
   Segment& segment = state.segments[number];
-  if (!known.scanned || !(segment.state == now)) segment.changed = Clock::now();
+  if (!record.scanned || !(segment.state == now)) segment.changed = Clock::now();
   segment.scanned = true;
-  segment.sealed = known.sealed;
+  segment.sealed = record.sealed;
   segment.state = now;
-  segment.position = known.position;
+  segment.position = record.position;
   segment.holes = std::move(holes);
   if (sealed || Clock::now() - segment.changed > kSettled) count_damage(state, segment);
 }
@@ -185,12 +185,12 @@ bool may_skip(const State& state, uint32_t number) TORCHCACHE_REQUIRES(state.mut
   return segment.own || (sealed && (number + state.refreshes) % kSealedEvery != 0);
 }
 
-// Scans a segment if its file has changed since the last scan; `known` is a copy of its record.
-Error refresh_changed(State& state, uint32_t number, const Segment& known) {
+// Scans a segment if its file has changed since the last scan; `record` is a copy of what the registry has on it.
+Error refresh_changed(State& state, uint32_t number, const Segment& record) {
   FileState now;
-  if (const Error error = path_state(path_of(state, known.id), &now)) return error;
-  if (known.scanned && now == known.state && known.holes.empty()) {
-    const bool sealed = known.sealed || has_index(state, known.id);
+  if (const Error error = path_state(path_of(state, record.id), &now)) return error;
+  if (record.scanned && now == record.state && record.holes.empty()) {
+    const bool sealed = record.sealed || has_index(state, record.id);
     core::MutexLock lock(state.mutex);
     state.segments[number].sealed = sealed;
     return 0;
@@ -200,7 +200,7 @@ Error refresh_changed(State& state, uint32_t number, const Segment& known) {
   if (file != nullptr) error = file->state(&now);
   if (error != 0) return error;
   try {
-    scan_new_blocks(state, number, *file, now, known);
+    scan_new_blocks(state, number, *file, now, record);
   } catch (const std::bad_alloc&) {  // what was read of it stays, the rest is read when there is memory
     return ENOMEM;
   }
@@ -210,15 +210,15 @@ Error refresh_changed(State& state, uint32_t number, const Segment& known) {
 void refresh_segment(State& state, const SegmentId& id, RefreshScope* scope) {
   const Clock::time_point begin = Clock::now();
   const uint32_t number = number_of(state, id);
-  Segment known;
+  Segment record;
   {
     core::MutexLock lock(state.mutex);
     if (may_skip(state, number)) return;
-    known = state.segments[number];
+    record = state.segments[number];
   }
-  const Error error = refresh_changed(state, number, known);
+  const Error error = refresh_changed(state, number, record);
   if (error != 0 && !is_gone(error)) warn_of(state, id, error);
-  if (!known.scanned && (error == 0 || error == ENOMEM)) scope->leave_out(Clock::now() - begin);
+  if (!record.scanned && (error == 0 || error == ENOMEM)) scope->leave_out(Clock::now() - begin);
 }
 
 void refresh_all(State& state, RefreshScope* scope) {

@@ -27,7 +27,7 @@ struct State {
   explicit State(Options o) : options(std::move(o)), buffers(options.queue_bytes / 4) {}
 
   const Options options;  // the directory is absolute
-  RowBuffers buffers;     // has its own mutex, which may be taken under the one below
+  RowBuffers buffers;     // has its own mutex, which may be locked under the one below
 
   core::Mutex mutex;
   Index index TORCHCACHE_GUARDED_BY(mutex);

@@ -14,7 +14,7 @@
 namespace torchcache::store {
 namespace {
 
-// While it lives, a thread that is started takes no signals: those are the application's, and
+// While it lives, a thread that is started handles no signals: those are the application's, and
 // SIGXFSZ becomes an error of the write.
 class SignalsBlocked {
  public:

@@ -170,7 +170,7 @@ bool IndexFile::parse_page(const uint8_t* page, uint64_t number, uint64_t rows, 
                      [&](const Entry& e) { return e.block < block_rows_.size() && e.row < block_rows_[e.block]; });
 }
 
-bool IndexFile::read(const std::function<void(const std::vector<Entry>&)>& take) const {
+bool IndexFile::read(const std::function<void(const std::vector<Entry>&)>& consume) const {
   const uint64_t all = pages_bytes(footer_.rows);
   std::vector<uint8_t> bytes;
   std::vector<Entry> entries;
@@ -183,7 +183,7 @@ bool IndexFile::read(const std::function<void(const std::vector<Entry>&)>& take)
       const uint64_t rows = std::min(kPageRows, entries.size() - row);
       if (!parse_page(&bytes[page], (at + page) / kPageBytes, rows, &entries[row])) return false;
     }
-    take(entries);
+    consume(entries);
   }
   return true;
 }

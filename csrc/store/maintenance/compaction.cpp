@@ -24,7 +24,7 @@ void sync_directory(const std::string& directory) {
   ::close(fd);
 }
 
-// Rows are as old as before: what was written when is what pruning by age asks.
+// Rows are as old as before, for pruning by age.
 void set_modified(const std::string& path, int64_t nanoseconds) {
   const struct timespec modified = {nanoseconds / 1000000000, nanoseconds % 1000000000};
   const struct timespec times[2] = {modified, modified};

@@ -1,4 +1,4 @@
-// Many segments into few, without duplicates and damage, beside readers and writers.
+// Many segments into few, without duplicates and damage, while others read and write.
 #pragma once
 
 #include <map>

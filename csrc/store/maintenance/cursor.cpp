@@ -28,7 +28,7 @@ uint64_t size_of(const File& file, const std::string& path) {
   return std::min(state.size, kMaxSegmentBytes);
 }
 
-// What a later version wrote must not be taken for damage.
+// What a later version wrote must not count as damage.
 void check_version(const File& file, const SegmentId& id, const std::string& path) {
   uint8_t header[kHeaderBytes], expected[kHeaderBytes];
   encode_segment_header(id, expected);
@@ -58,7 +58,7 @@ BlockCursor::BlockCursor(const std::string& directory, const SegmentId& id, uint
 
 bool BlockCursor::next() {
   const size_t holes = scanner_.holes().size();
-  const bool found = scanner_.next();
+  const bool at_block = scanner_.next();
   std::vector<uint8_t> bytes;
   for (size_t hole = holes == 0 ? 0 : holes - 1; hole < scanner_.holes().size(); ++hole) {
     const Hole& range = scanner_.holes()[hole];
@@ -67,8 +67,8 @@ bool BlockCursor::next() {
       throw_on_error(file_->read(bytes.data(), bytes.size(), at), "cannot read", path_);
     }
   }
-  if (!found) check_end();
-  return found;
+  if (!at_block) check_end();
+  return at_block;
 }
 
 // A scanner also stops where it cannot read.

@@ -16,7 +16,7 @@ namespace torchcache::store {
 void throw_on_error(Error error, const std::string& what, const std::string& path);
 
 // Walks over the blocks of a segment like a Scanner, but bytes that are there and cannot be read are an error: they
-// must not be taken for damage, nor for the end.
+// must not count as damage, nor as the end.
 class BlockCursor {
  public:
   BlockCursor(const std::string& directory, const SegmentId& id, uint64_t position = kHeaderBytes);
@@ -51,7 +51,7 @@ struct StoredRow {
   uint64_t length;
   Digest key;
   uint64_t check;
-  bool valid;  // what a reader would take
+  bool valid;  // a reader would accept it
 };
 
 // The rows of the block at which a BlockCursor stands, read about 1 MiB at a time.

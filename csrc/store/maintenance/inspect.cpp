@@ -79,10 +79,10 @@ bool is_idle(const std::string& path) {
   struct stat s;
   struct flock lock = {};
   lock.l_type = F_WRLCK;
-  const bool known = ::fstat(fd, &s) == 0 && S_ISREG(s.st_mode);
+  const bool is_file = ::fstat(fd, &s) == 0 && S_ISREG(s.st_mode);
   const bool locks_work = ::fcntl(fd, F_OFD_GETLK, &lock) == 0;
   ::close(fd);
-  if (!known) return false;
+  if (!is_file) return false;
   if (!locks_work) return ::time(nullptr) - s.st_mtim.tv_sec > kUntouched;
   return s.st_size > 0 && lock.l_type == F_UNLCK;
 }
@@ -110,7 +110,7 @@ Summary inspect(const std::string& directory, const SegmentId& id) {
 Verification verify(const std::string& directory, const SegmentId& id, uint64_t position, uint64_t bytes) {
   Verification out;
   const std::string path = segment_path(directory, id);
-  const bool idle = is_idle(path);  // asked first: what a finished writer wrote is all there
+  const bool idle = is_idle(path);  // checked first: what a finished writer wrote is all there
   BlockCursor blocks(directory, id, position);
   if (position == kHeaderBytes && blocks.bytes() >= kHeaderBytes && !header_is_valid(blocks.file(), id, path))
     out.damage.push_back({"segment header", 0, kHeaderBytes, {}});

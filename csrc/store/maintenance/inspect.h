@@ -1,4 +1,4 @@
-// What maintenance asks of a store's files, beside readers and writers: what is in them, whether every check holds,
+// Inspects the files of a store while others read and write: what is in them, whether every check holds,
 // whether some process still writes them. What cannot be read is a std::runtime_error that names the path and the
 // cause.
 #pragma once
