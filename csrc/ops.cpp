@@ -6,7 +6,9 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <algorithm>
 #include <cstring>
+#include <memory>
 #include <string>
 #include <tuple>
 #include <vector>
@@ -144,6 +146,24 @@ void table_insert(int64_t table, Tensor keys, int64_t layout, int64_t first) {
   tables().get(table)->keys.insert(data, count, layout, first);
 }
 
+// Rows that are new are copied to slots from `first` on, and only then found, in one operation as above. A lookup and
+// an insertion are two steps: the caller lets one thread write at a time.
+std::tuple<int64_t, int64_t> table_write(int64_t table, Tensor keys, int64_t layout, int64_t first,
+                                         std::vector<Tensor> leaves, int64_t most) {
+  const std::shared_ptr<MemoryTable> memory = tables().get(table);
+  const auto [data, count] = as_keys(keys);
+  std::vector<int64_t> slots(count);
+  std::vector<int64_t> rows = memory->keys.lookup(data, count, slots.data()).missing;
+  const auto found = static_cast<int64_t>(rows.size());
+  rows.resize(std::min(found, most));
+  if (rows.empty()) return {0, found};
+  if (!memory->arenas.write(layout, first, leaves, rows)) return {-1, found};
+  std::vector<Digest> written;
+  for (const int64_t row : rows) written.push_back(data[row]);
+  memory->keys.insert(written.data(), written.size(), layout, first);
+  return {static_cast<int64_t>(rows.size()), found};
+}
+
 void table_add_chunk(int64_t table, int64_t layout, int64_t first, std::vector<Tensor> leaves) {
   tables().get(table)->arenas.add(layout, first, leaves);
 }
@@ -198,10 +218,70 @@ Tensor store_read(int64_t store, Tensor keys, std::string layout, std::vector<Te
   return verified;
 }
 
-int64_t store_write(int64_t store, Tensor keys, std::string layout, std::vector<Tensor> leaves) {
+// Leaves and positions without the rows that did not verify.
+void drop_rows(const std::vector<uint8_t>& verified, const std::vector<core::RowShape>& shapes,
+               std::vector<int64_t>* positions, std::vector<Tensor>* leaves) {
+  const auto left = std::count(verified.begin(), verified.end(), 1);
+  if (left == static_cast<int64_t>(verified.size())) return;
+  for (size_t k = 0; k < leaves->size(); ++k) {
+    const Tensor all = (*leaves)[k];
+    const auto* from = static_cast<const uint8_t*>(all.const_data_ptr());
+    (*leaves)[k] = shapes[k].empty(left, core::kCpu, /*pinned=*/false);
+    auto* to = static_cast<uint8_t*>((*leaves)[k].mutable_data_ptr());
+    const auto bytes = static_cast<size_t>(shapes[k].row_bytes());
+    for (size_t i = 0; i < verified.size(); ++i, from += bytes) {
+      if (!verified[i] || bytes == 0) continue;
+      memcpy(to, from, bytes);
+      to += bytes;
+    }
+  }
+  size_t next = 0;
+  for (size_t i = 0; i < verified.size(); ++i)
+    if (verified[i]) (*positions)[next++] = (*positions)[i];
+  positions->resize(next);
+  if (next == 0) leaves->clear();
+}
+
+// What to ask the store for after an operation, so that it need not be asked every time.
+int64_t alerts_of(const store::Store& store) {
+  constexpr int64_t kWarnings = 1, kFull = 2;
+  const store::Alerts alerts = store.alerts();
+  return (alerts.warnings ? kWarnings : 0) | (alerts.full ? kFull : 0);
+}
+
+// A read from disk in one operation, as table_hash_and_read is one for memory.
+std::tuple<Tensor, std::vector<Tensor>, std::string, int64_t> store_lookup_and_read(int64_t store, Tensor keys,
+                                                                                    std::string layout, bool only,
+                                                                                    std::vector<Tensor> like,
+                                                                                    bool pinned) {
+  const std::shared_ptr<store::Store> object = stores().get(store);
   const auto [data, count] = as_keys(keys);
-  return static_cast<int64_t>(
-      stores().get(store)->write(data, count, layout, as_leaves<store::ConstLeaf>(leaves, count)));
+  std::vector<uint8_t> present(count);
+  const std::string found = object->lookup(data, count, present.data(), only ? layout : "");
+  std::vector<int64_t> positions;
+  std::vector<Digest> wanted;
+  for (size_t i = 0; i < count && found == layout; ++i) {
+    if (!present[i]) continue;
+    positions.push_back(static_cast<int64_t>(i));
+    wanted.push_back(data[i]);
+  }
+  std::vector<Tensor> leaves;
+  if (!wanted.empty()) {
+    const std::vector<core::RowShape> shapes(like.begin(), like.end());
+    for (const core::RowShape& shape : shapes)
+      leaves.push_back(shape.empty(static_cast<int64_t>(wanted.size()), core::kCpu, pinned));
+    std::vector<uint8_t> verified(wanted.size());
+    object->read(wanted.data(), wanted.size(), layout, as_leaves<store::Leaf>(leaves, wanted.size()), verified.data());
+    drop_rows(verified, shapes, &positions, &leaves);
+  }
+  return {int64_tensor(positions), std::move(leaves), found, alerts_of(*object)};
+}
+
+std::tuple<int64_t, int64_t> store_write(int64_t store, Tensor keys, std::string layout, std::vector<Tensor> leaves) {
+  const std::shared_ptr<store::Store> object = stores().get(store);
+  const auto [data, count] = as_keys(keys);
+  const size_t admitted = object->write(data, count, layout, as_leaves<store::ConstLeaf>(leaves, count));
+  return {static_cast<int64_t>(admitted), alerts_of(*object)};
 }
 
 void store_flush(int64_t store) { stores().get(store)->flush(); }
@@ -314,6 +394,7 @@ STABLE_TORCH_LIBRARY(torchcache, m) {
   m.def("table_hash_and_read(int table, Tensor[] rows, int low, int high, int watch) -> (bool, Tensor[], int, int)");
   m.def("table_read(int table, Tensor keys) -> (Tensor[], int)");
   m.def("table_add_chunk(int table, int layout, int first, Tensor[] leaves) -> ()");
+  m.def("table_write(int table, Tensor keys, int layout, int first, Tensor[] leaves, int most) -> (int, int)");
   m.def("table_insert(int table, Tensor keys, int layout, int first) -> ()");
   m.def("table_find(int table, int low) -> (int, int)");
   m.def("table_low_keys(int table) -> Tensor");
@@ -324,7 +405,10 @@ STABLE_TORCH_LIBRARY(torchcache, m) {
       "store_open(str directory, int max_bytes, bool zstd, int level, int threads, bool mmap, int queue_bytes) -> int");
   m.def("store_lookup(int store, Tensor keys) -> (Tensor, str)");
   m.def("store_read(int store, Tensor keys, str layout, Tensor(a!)[] leaves) -> Tensor");
-  m.def("store_write(int store, Tensor keys, str layout, Tensor[] leaves) -> int");
+  m.def(
+      "store_lookup_and_read(int store, Tensor keys, str layout, bool only, Tensor[] like, bool pinned) -> "
+      "(Tensor, Tensor[], str, int)");
+  m.def("store_write(int store, Tensor keys, str layout, Tensor[] leaves) -> (int, int)");
   m.def("store_flush(int store) -> ()");
   m.def("store_stats(int store) -> int[]");
   m.def("store_warnings(int store) -> str[]");
@@ -358,6 +442,7 @@ STABLE_TORCH_LIBRARY_IMPL(torchcache, CompositeImplicitAutograd, m) {
   m.impl("table_hash_and_read", TORCH_BOX(&torchcache::table_hash_and_read));
   m.impl("table_read", TORCH_BOX(&torchcache::table_read));
   m.impl("table_add_chunk", TORCH_BOX(&torchcache::table_add_chunk));
+  m.impl("table_write", TORCH_BOX(&torchcache::table_write));
   m.impl("table_insert", TORCH_BOX(&torchcache::table_insert));
   m.impl("table_find", TORCH_BOX(&torchcache::table_find));
   m.impl("table_low_keys", TORCH_BOX(&torchcache::table_low_keys));
@@ -365,6 +450,7 @@ STABLE_TORCH_LIBRARY_IMPL(torchcache, CompositeImplicitAutograd, m) {
   m.impl("store_open", TORCH_BOX(&torchcache::store_open));
   m.impl("store_lookup", TORCH_BOX(&torchcache::store_lookup));
   m.impl("store_read", TORCH_BOX(&torchcache::store_read));
+  m.impl("store_lookup_and_read", TORCH_BOX(&torchcache::store_lookup_and_read));
   m.impl("store_write", TORCH_BOX(&torchcache::store_write));
   m.impl("store_flush", TORCH_BOX(&torchcache::store_flush));
   m.impl("store_stats", TORCH_BOX(&torchcache::store_stats));

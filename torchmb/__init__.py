@@ -1,4 +1,16 @@
-"""Many small models of one architecture, trained as one batched model."""
+"""Many small models of one architecture, trained as one batched model.
+
+Example:
+    >>> net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
+    >>> models = torchmb.BatchModule(net, seeds=range(100))
+    >>> optimizer = torch.optim.SGD(models.parameters(), lr=0.1)
+    >>> x, classes = torch.randn(32, 4), torch.randint(2, (32,))
+    >>> loss = torchmb.batch_loss(models(torchmb.shared(x)), torchmb.shared(classes))
+    >>> loss.shape
+    torch.Size([100])
+    >>> loss.sum().backward()
+    >>> optimizer.step()
+"""
 
 from .base import AbstractBatchModule, inner_batch_size, merge_batch, register_batch_module, split_batch
 from .batch_module import BatchModule

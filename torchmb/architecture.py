@@ -1,4 +1,4 @@
-"""Whether modules are models of one architecture, which differ in the values of parameters and buffers only."""
+"""Whether modules have the same architecture, and so differ only in the values of parameters and buffers."""
 
 from __future__ import annotations
 
@@ -11,43 +11,45 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 from torch.nn.utils.parametrize import type_before_parametrizations
 
-from .pytree import same
+from .pytree import equal
 from .state import Absent, named_tensors, plain_attributes
 
 _ATOMS = (int, float, complex, str, bytes, type(None), torch.dtype, torch.device, Enum)
 
 
-def check_alike(modules: Sequence[nn.Module]) -> None:
-    """ValueError that names the first difference.
+def check_same_architecture(modules: Sequence[nn.Module]) -> None:
+    """Compares types of submodules, properties of tensors, and attributes that are numbers, strings or tuples of them.
 
-    Compared are the types of all submodules, names, shapes, dtypes, devices, ties and requires_grad of tensors, and the
-    numbers, strings, tuples and so on that submodules have as attributes; not other attributes, nor the mode.
+    Other attributes and the mode may differ.
+
+    Raises:
+        ValueError: Two modules differ. The message names the first difference.
     """
-    first = _described(modules[0])
+    first = _describe(modules[0])
     for i, module in enumerate(modules):
-        other = _described(module)
-        for what in first | other:
-            a, b = first.get(what, Absent), other.get(what, Absent)
-            if not same(a, b) and (_is_compared(a) or _is_compared(b)):
-                raise ValueError(_difference(what, a, b, i))
+        other = _describe(module)
+        for name in first | other:
+            a, b = first.get(name, Absent), other.get(name, Absent)
+            if not equal(a, b) and (_is_compared(a) or _is_compared(b)):
+                raise ValueError(_difference(name, a, b, i))
 
 
 class _Kind:
-    """The value of an attribute of which only the type is known."""
+    """Stands for the value of an attribute that is not compared."""
 
     def __init__(self, value: Any) -> None:
         self.type = type(value)
 
 
-def _described(root: nn.Module) -> dict[str, Any]:
-    """What is to be the same → its value; the type of the root has the name ""."""
+def _describe(root: nn.Module) -> dict[str, Any]:
+    """Name of each property to compare → its value; the type of the root has the name ""."""
     modules = dict(root.named_modules(remove_duplicate=False))
     found: dict[str, Any] = {name: type_before_parametrizations(module) for name, module in modules.items()}
     names: dict[int, str] = {}
-    for name, tensor in named_tensors(root, lambda _: False).items():
+    for name, tensor in named_tensors(root).items():
         found[name] = "lazy" if is_lazy(tensor) else tuple(tensor.shape)
         found |= {f"{name}.{key}": getattr(tensor, key) for key in ("dtype", "device", "requires_grad")}
-        found[f"what {name} is tied to"] = names.get(id(tensor))
+        found[f"the tensor that {name} is tied to"] = names.get(id(tensor))
         names.setdefault(id(tensor), name)
     for path, module in modules.items():
         for name, value in plain_attributes(module).items():
@@ -63,20 +65,20 @@ def _is_compared(value: Any) -> bool:
     return value is not Absent and not isinstance(value, _Kind)
 
 
-def _difference(what: str, first: Any, other: Any, i: int) -> str:
-    a, b = _named(first), _named(other)
+def _difference(name: str, first: Any, other: Any, i: int) -> str:
+    a, b = _show(first), _show(other)
     if a == b and isinstance(first, type) and isinstance(other, type):
         a, b = (f"a {cls.__module__}.{cls.__qualname__}" for cls in (first, other))
         a = f"{a} of an earlier definition" if a == b else a
-    if not what:
+    if not name:
         return f"module {i} is {b}, module 0 {a}"
     if first is Absent or other is Absent:
         without, present, value = (0, i, b) if first is Absent else (i, 0, a)
-        return f"module {without} has no {what}, which is {value} in module {present}"
-    return f"{what} is {a} in module 0, {b} in module {i}"
+        return f"module {without} has no {name}, which is {value} in module {present}"
+    return f"{name} is {a} in module 0, {b} in module {i}"
 
 
-def _named(value: Any) -> str:
+def _show(value: Any) -> str:
     if isinstance(value, _Kind):
         return f"a {value.type.__name__}"
     return f"a {value.__name__}" if isinstance(value, type) else repr(value)

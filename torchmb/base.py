@@ -1,7 +1,7 @@
-"""What a batch of models is: merged data, state with a leading dimension of models, and the registry of batch modules.
+"""The contract of batch modules: merged data, state with a leading dimension M, and their registry.
 
-M is the number of models, B the size of the batch that each of them sees. Batched data is (M, B, …), merged data
-(B · M, …) in the order (image, model): row b * M + m is image b of model m.
+M is the number of models, B the number of rows of each. Batched data is (M, B, …), merged data (B · M, …): its row
+b * M + m is row b of model m.
 """
 
 from __future__ import annotations
@@ -15,46 +15,79 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from .pytree import same, take
+from .pytree import equal, extract_tensors
 from .torch_private import EXTRA_STATE, copy_metadata
 
 StateDict = Mapping[str, Any]
 BatchClass = TypeVar("BatchClass", bound=type[nn.Module])
 
 
-def integer(name: str, value: Any) -> int:
-    """`value`, or ValueError if it is no integer; True is none."""
+def as_integer(name: str, value: Any) -> int:
+    """`value` as an int. ValueError if it is not an integer, or a bool."""
     with suppress(TypeError):
         if not isinstance(value, bool):
             return operator.index(value)
     raise ValueError(f"{name} must be an integer, got {value!r}")
 
 
-def number_of_models(batch: Any) -> int:
-    """`batch`, or ValueError if it is no integer of at least 1."""
-    number = integer("batch, the number of models,", batch)
+def check_number_of_models(batch: Any) -> int:
+    """`batch` as an int. ValueError if it is not an integer of at least 1."""
+    number = as_integer("batch, the number of models,", batch)
     if number < 1:
         raise ValueError(f"batch, the number of models, must be at least 1, got {number}")
     return number
 
 
 def inner_batch_size(x: Tensor, batch: int) -> int:
-    """B of merged data (B · batch, …). ValueError if the first dimension is no multiple of `batch`."""
-    number_of_models(batch)
+    """Returns B of merged data.
+
+    Args:
+        x: Merged data (B · M, …).
+        batch: M, the number of models.
+
+    Raises:
+        ValueError: The first dimension is not a multiple of `batch`.
+
+    Example:
+        >>> torchmb.inner_batch_size(torch.zeros(15, 4), batch=3)
+        5
+    """
+    check_number_of_models(batch)
     if x.dim() < 1 or x.shape[0] % batch:
         raise ValueError(f"merged data of {batch} models needs a first dimension of B * {batch}, got {tuple(x.shape)}")
     return x.shape[0] // batch
 
 
 def merge_batch(x: Tensor) -> Tensor:
-    """(M, B, …) → (B · M, …), index b * M + m."""
+    """Merges data of all models: (M, B, …) → (B · M, …), index b * M + m.
+
+    Raises:
+        ValueError: `x` has fewer than two dimensions.
+
+    Example:
+        >>> torchmb.merge_batch(torch.tensor([[1, 2, 3], [10, 20, 30]]))
+        tensor([ 1, 10,  2, 20,  3, 30])
+    """
     if x.dim() < 2:
-        raise ValueError(f"data to merge must be (models, images, ...), got {tuple(x.shape)}")
+        raise ValueError(f"data to merge must be (models, rows, ...), got {tuple(x.shape)}")
     return x.transpose(0, 1).flatten(0, 1)
 
 
 def split_batch(x: Tensor, batch: int) -> Tensor:
-    """(B · M, …) → (M, B, …) for M = `batch`, a view."""
+    """Splits merged data: (B · M, …) → (M, B, …), a view.
+
+    Args:
+        x: Merged data, index b * M + m.
+        batch: M, the number of models.
+
+    Raises:
+        ValueError: The first dimension is not a multiple of `batch`.
+
+    Example:
+        >>> torchmb.split_batch(torch.tensor([1, 10, 2, 20, 3, 30]), batch=2)
+        tensor([[ 1,  2,  3],
+                [10, 20, 30]])
+    """
     return x.view(inner_batch_size(x, batch), batch, *x.shape[1:]).transpose(0, 1)
 
 
@@ -67,21 +100,22 @@ def check_state_dicts(given: StateDict | Sequence[StateDict], batch: int) -> Seq
 
 
 def check_names(name: str, expected: set[str], given: set[str]) -> None:
+    """ValueError if the names of a state dict are not the expected ones."""
     missing, unexpected = sorted(expected - given), sorted(given - expected)
     if missing or unexpected:
         raise ValueError(f"{name} does not fit: missing {missing}, unexpected {unexpected}; strict=False ignores that")
 
 
-Shapes = Mapping[str, tuple[int, ...] | None]  # of one model's entries; None for what is no tensor
+Shapes = Mapping[str, tuple[int, ...] | None]  # of one model's entries; None for an entry that is not a tensor
 
 
 def is_extra_state(name: str) -> bool:
-    """Whether an entry of a state dict is what a module's get_extra_state gives."""
+    """Whether an entry of a state dict is the result of a module's get_extra_state."""
     return name.rpartition(".")[2] == EXTRA_STATE
 
 
 def entry_shapes(state: StateDict, models: bool) -> dict[str, tuple[int, ...] | None]:
-    """The shapes of one model's entries, from those of all `models` (M, …) or from its own."""
+    """The shapes of one model's entries; with `models`, from entries (M, …) of all models."""
     return {
         name: tuple(value.shape[models:]) if isinstance(value, Tensor) and not is_extra_state(name) else None
         for name, value in state.items()
@@ -89,10 +123,11 @@ def entry_shapes(state: StateDict, models: bool) -> dict[str, tuple[int, ...] | 
 
 
 def check_entries(shapes: Shapes, dicts: Sequence[StateDict], strict: bool) -> None:
-    """Whether a state dict for each model fits.
+    """Checks a state dict for each model.
 
-    ValueError if a shape differs, or, when `strict`, a name, or an extra state between the models, of which there is
-    one for all; TypeError if a tensor is none.
+    Raises:
+        TypeError: An entry for a tensor is not a tensor.
+        ValueError: A shape differs, or, when `strict`, a name, or an extra state between the models: a batch has one.
     """
     for i, state in enumerate(dicts):
         if strict:
@@ -100,7 +135,7 @@ def check_entries(shapes: Shapes, dicts: Sequence[StateDict], strict: bool) -> N
         for name in state.keys() & shapes.keys():
             value, expected = state[name], shapes[name]
             if expected is not None and not isinstance(value, Tensor):
-                raise TypeError(f"{name} of state dict {i} is a {type(value).__name__}, no tensor")
+                raise TypeError(f"{name} of state dict {i} is a {type(value).__name__}, not a tensor")
             if expected is not None and tuple(value.shape) != expected:
                 raise ValueError(f"{name} of state dict {i} has shape {tuple(value.shape)}, expected {expected}")
     for name in filter(is_extra_state, shapes):
@@ -110,9 +145,9 @@ def check_entries(shapes: Shapes, dicts: Sequence[StateDict], strict: bool) -> N
 
 
 def _equal(a: Any, b: Any) -> bool:
-    (tensors, rest), (others, other_rest) = take(a), take(b)
+    (tensors, rest), (others, other_rest) = extract_tensors(a), extract_tensors(b)
     return a is b or (
-        same(rest, other_rest)
+        equal(rest, other_rest)
         and len(tensors) == len(others)
         and all(t.shape == o.shape and bool((t == o).all()) for t, o in zip(tensors, others))
     )
@@ -120,7 +155,7 @@ def _equal(a: Any, b: Any) -> bool:
 
 @torch.no_grad()
 def load_entries(module: nn.Module, own: StateDict, dicts: Sequence[StateDict]) -> None:
-    """Copies entry `name` of the i-th dict, all of which fit, into own[name][i]; extra states go to their modules."""
+    """Copies entry `name` of state dict i into own[name][i]; modules of extra states get those of the first."""
     for i, state in enumerate(dicts):
         for name, value in state.items():
             if name in own and isinstance(own[name], Tensor) and not is_extra_state(name):
@@ -130,8 +165,8 @@ def load_entries(module: nn.Module, own: StateDict, dicts: Sequence[StateDict]) 
             module.get_submodule(name.rpartition(".")[0]).set_extra_state(value)
 
 
-def unstacked(state: StateDict, index: int) -> OrderedDict[str, Any]:
-    """The state dict of one model, copied: a view would be saved to a file with all models behind it."""
+def model_state_dict(state: StateDict, index: int) -> OrderedDict[str, Any]:
+    """The state dict of one model, copied: torch.save would write a view with the tensor of all models."""
     one = OrderedDict(
         (k, v[index].clone() if isinstance(v, Tensor) and not is_extra_state(k) else v) for k, v in state.items()
     )
@@ -140,40 +175,89 @@ def unstacked(state: StateDict, index: int) -> OrderedDict[str, Any]:
 
 
 class AbstractBatchModule(nn.Module):
-    """`batch` models of `base_class` as one module that runs on merged data.
+    """The base class of modules that run `batch` models of `base_class` at once, on merged data.
 
-    A subclass names its `base_class`, makes itself from one in `from_module`, and computes in `forward` from tensors
-    (B · M, …), index b * M + m, tensors in the same order. Parameters and buffers that carry the names of the base
-    class and a leading dimension M need nothing more; others need their own `load_state_dicts` and `state_dicts`.
+    A subclass sets `base_class`, overrides `from_module`, and has a `forward` from tensors (B · M, …), index b * M + m,
+    to tensors in the same order. If its parameters and buffers have the names of the base class and a leading dimension
+    M, it inherits the rest; otherwise it overrides `load_state_dicts` and `state_dicts`.
+
+    Args:
+        batch: M, the number of models.
+
+    Raises:
+        ValueError: `batch` is not an integer of at least 1.
+
+    Example:
+        >>> class Scale(nn.Module):
+        ...     def __init__(self):
+        ...         super().__init__()
+        ...         self.factor = nn.Parameter(torch.ones(1))
+        ...
+        ...     def forward(self, x):
+        ...         return x * self.factor
+        >>> class BatchScale(torchmb.AbstractBatchModule):
+        ...     base_class = Scale
+        ...
+        ...     def __init__(self, batch):
+        ...         super().__init__(batch)
+        ...         self.factor = nn.Parameter(torch.ones(batch, 1))
+        ...
+        ...     def forward(self, x):
+        ...         return x * self.factor.repeat(len(x) // self.batch, 1)
+        >>> torchmb.register_batch_module(BatchScale).__name__
+        'BatchScale'
+        >>> batch = torchmb.BatchModule(nn.Sequential(Scale(), nn.Linear(4, 2)), batch=3)
+        >>> batch(torch.zeros(3, 5, 4)).shape
+        torch.Size([3, 5, 2])
     """
 
     base_class: type[nn.Module] = nn.Module
 
     @classmethod
     def from_module(cls, module: nn.Module, batch: int) -> AbstractBatchModule:
-        """A batch of modules like `module`. Its state is loaded by the caller, not here."""
+        """Returns a batch of modules like `module`. The caller loads the state.
+
+        Args:
+            module: A module of the base class.
+            batch: M, the number of models.
+        """
         return cls(batch)
 
     def __init__(self, batch: int) -> None:
         super().__init__()
-        self.batch = number_of_models(batch)
+        self.batch = check_number_of_models(batch)
 
     def load_state_dicts(self, state_dicts: StateDict | Sequence[StateDict], strict: bool = True) -> None:
-        """Loads state dicts of `base_class`, one for each model or one for all.
+        """Loads state dicts of `base_class`; if one does not fit, none is loaded.
 
-        Nothing is loaded if one does not fit: ValueError if their number, a shape or an extra state differs, or, when
-        `strict`, a name; TypeError if a tensor is none.
+        Args:
+            state_dicts: One for each model, or one for all.
+            strict: Whether every state dict must have exactly the names of this module's own.
+
+        Raises:
+            TypeError: An entry for a tensor is not a tensor.
+            ValueError: Their number, a shape or an extra state differs, or, when `strict`, a name.
+
+        Example:
+            >>> layer = torchmb.BatchLinear(4, 2, batch=3)
+            >>> layer.load_state_dicts([nn.Linear(4, 2).state_dict() for _ in range(3)])
         """
         dicts, own = check_state_dicts(state_dicts, self.batch), self.state_dict()
         check_entries(entry_shapes(own, models=True), dicts, strict)
         load_entries(self, own, dicts)
 
     def state_dicts(self) -> list[OrderedDict[str, Any]]:
-        """State dicts of the models, copies, each of which loads into `base_class`."""
+        """Returns a state dict for each model, copied, that loads into `base_class`.
+
+        Example:
+            >>> nn.Linear(4, 2).load_state_dict(torchmb.BatchLinear(4, 2, batch=3).state_dicts()[0])
+            <All keys matched successfully>
+        """
         state = self.state_dict()
-        return [unstacked(state, i) for i in range(self.batch)]
+        return [model_state_dict(state, i) for i in range(self.batch)]
 
     def extra_repr(self) -> str:
+        """The number of models."""
         return f"batch={self.batch}"
 
 
@@ -181,10 +265,25 @@ _REGISTERED: dict[type[nn.Module], type[AbstractBatchModule]] = {}
 
 
 def register_batch_module(cls: BatchClass) -> BatchClass:
-    """Runs modules of exactly the base class by their batch class wherever they occur in a BatchModule.
+    """Lets every BatchModule made from now on run modules of exactly the base class by their batch class.
 
-    `cls` is the batch class, or the base class whose batch class has been defined last. Also a decorator.
-    ValueError if no batch class is known.
+    Args:
+        cls: The batch class, or the base class, which then gets the batch class that was defined last. So it can be
+            used as a decorator of either.
+
+    Returns:
+        `cls`.
+
+    Raises:
+        ValueError: There is no batch class for `cls`.
+
+    Example:
+        >>> @torchmb.register_batch_module
+        ... class BatchIdentity(torchmb.AbstractBatchModule):
+        ...     base_class = nn.Identity
+        ...
+        ...     def forward(self, x):
+        ...         return x
     """
     batch_class = cls if issubclass(cls, AbstractBatchModule) else _latest_batch_class(cls)
     if batch_class is None or batch_class.base_class is nn.Module:
@@ -204,6 +303,6 @@ def _subclasses(cls: type[AbstractBatchModule]) -> Iterator[type[AbstractBatchMo
         yield from _subclasses(sub)
 
 
-def registered(module: nn.Module) -> type[AbstractBatchModule] | None:
-    """The batch class that was registered for exactly this type of module."""
+def batch_class_of(module: nn.Module) -> type[AbstractBatchModule] | None:
+    """The batch class registered for exactly this type of module, or None."""
     return _REGISTERED.get(type(module))

@@ -1,8 +1,8 @@
-"""Leaving torch.func.vmap for one operation: what lies beneath the rules and the hooks.
+"""Leaves torch.func.vmap for one operation: the basis of rules and hooks.
 
-Inside vmap a tensor of M models is a wrapper around (…, M, …), the dimension of models being anywhere. `lift` takes
-the wrappers off, runs a kernel on the tensors themselves, where autograd records it as usual, and wraps its outputs.
-torch does the same for an autograd.Function with a `vmap` method, at six times the cost (126 instead of 20 µs).
+Within vmap a tensor of M models is a wrapper around (…, M, …), with the models at any dimension. `lift` removes the
+wrappers, runs a kernel on the tensors themselves, where autograd records it as usual, and wraps its outputs. The `vmap`
+method of an autograd.Function does the same at six times the cost (126 instead of 20 µs).
 """
 
 from __future__ import annotations
@@ -30,14 +30,14 @@ from .torch_private import (
     vmap_level,
 )
 
-Dim = int | None  # where the models are; None: the same tensor for all of them
+Dim = int | None  # the dimension of models; None: the same tensor for all of them
 Batched = tuple[Tensor, Dim]
 
 
 class _Quiet:
-    """Without the fused attention of eval mode, which vmap cannot run, and without remarks on slow operations.
+    """Turns off fused attention in eval mode, which vmap cannot run, and warnings of operations that vmap loops over.
 
-    Both are switches of the process: the first run of all threads turns them off, the last one on again.
+    Both are settings of the process: the first of all concurrent runs turns them off, the last one on again.
     """
 
     def __init__(self) -> None:
@@ -48,17 +48,17 @@ class _Quiet:
             self._runs += 1
             if self._runs == 1:
                 self._fused = torch.backends.mha.get_fastpath_enabled()
-                self._turn(False, remarks=False)
+                self._turn(False, warnings=False)
 
     def __exit__(self, *error: object) -> None:
         with self._lock:
             self._runs -= 1
             if not self._runs:
-                self._turn(self._fused, remarks=True)  # as torch has it; there is no way to ask
+                self._turn(self._fused, warnings=True)  # torch's default; there is no getter
 
-    def _turn(self, fused: bool, remarks: bool) -> None:
+    def _turn(self, fused: bool, warnings: bool) -> None:
         torch.backends.mha.set_fastpath_enabled(fused)
-        set_vmap_fallback_warning(remarks)
+        set_vmap_fallback_warning(warnings)
 
 
 quiet = _Quiet()
@@ -66,7 +66,7 @@ quiet = _Quiet()
 
 @contextmanager
 def under_vmap(batch: int) -> Iterator[int]:
-    """torch.func.vmap by its parts, for tensors that `wrap` has wrapped, without 100 µs of flattening → its level."""
+    """Opens a level of vmap, for tensors that `wrap` has wrapped → the level. torch.func.vmap takes 100 µs longer."""
     _load_decompositions()
     with quiet, vmap_level(batch) as level:
         yield level
@@ -74,17 +74,17 @@ def under_vmap(batch: int) -> Iterator[int]:
 
 @cache
 def _load_decompositions() -> None:
-    """torch.func.vmap itself registers decompositions of losses, when it first runs."""
+    """Runs torch.func.vmap once, which then registers its decompositions of losses."""
     torch.func.vmap(lambda x: x)(torch.zeros(1))
 
 
 def wrap(x: Tensor, level: int) -> Tensor:
-    """(M, …) → what one model sees of it."""
+    """(M, …) → a tensor with the shape of one model's."""
     return add_batch_dim(x, 0, level)
 
 
-def models_of(x: Tensor, level: int, batch: int) -> Tensor:
-    """What one model sees → (M, …)."""
+def unwrap_output(x: Tensor, level: int, batch: int) -> Tensor:
+    """A tensor with the shape of one model's → (M, …)."""
     return remove_batch_dim(x, level, batch, 0)
 
 
@@ -94,6 +94,7 @@ def is_batched(x: Any, level: int | None = None) -> bool:
 
 
 def unwrap(x: Any, level: int) -> tuple[Any, Dim]:
+    """A tensor of the level without its wrapper, and its dimension of models; any other value and None."""
     if isinstance(x, Tensor) and maybe_get_level(x) == level:
         return get_unwrapped(x), maybe_get_bdim(x)
     return x, None
@@ -105,7 +106,7 @@ def is_transformed(x: Tensor) -> bool:
 
 
 def lift(kernel: Callable[..., Batched], *operands: Any) -> Tensor:
-    """kernel((tensor, dim), …) → (tensor, dim) outside the innermost vmap; what is no tensor arrives with dim None."""
+    """Runs kernel((tensor, dim), …) → (tensor, dim) outside the innermost vmap; other operands have dim None."""
     return lift_all(lambda *given: [kernel(*given)], *operands)[0]
 
 
@@ -122,33 +123,33 @@ def lift_all(kernel: Callable[..., list[Batched]], *operands: Any) -> list[Tenso
 
 
 def models_first(x: Tensor, dim: Dim, batch: int) -> Tensor:
-    """(M, …), a view or x itself."""
+    """A tensor with the models first, (M, …): a view, or x itself."""
     if dim is None:
         return x.expand(batch, *x.shape)
     return x.movedim(dim, 0) if dim else x
 
 
-def in_order(x: Tensor) -> Tensor:
-    """x in the order of its dimensions, as a model's output lies in memory; not where one row stands for many."""
+def as_contiguous(x: Tensor) -> Tensor:
+    """The contiguous tensor, like a single model's output; an expanded tensor stays as it is."""
     return x if 0 in x.stride() else x.contiguous()
 
 
 def batch_size(*given: tuple[Any, Dim]) -> int:
-    """M, of operands at least one of which is batched."""
+    """M, from operands of which at least one is batched."""
     return next(int(x.shape[dim]) for x, dim in given if dim is not None)
 
 
 def split_dim(x: Tensor, dim: int, batch: int) -> Tensor:
-    """x, that nobody else holds, with `dim` split into (batch, rest)."""
+    """Splits `dim` into (batch, rest). Nobody else may hold x, since autograd does not know of the view."""
     return unsafe_view(x, (*x.shape[:dim], batch, x.shape[dim] // batch, *x.shape[dim + 1 :]))
 
 
-def folded(x: Tensor, dim: int) -> tuple[Tensor, int]:
-    """Models and images in one first dimension, in the order in which they lie in memory → that, and the place of M."""
+def fold_models(x: Tensor, dim: int) -> tuple[Tensor, int]:
+    """Joins models and rows into one dimension, in the order of memory → the result, and the former place of M."""
     place = 0 if x.stride(dim) >= x.stride(0 if dim else 1) else 1
     return x.movedim(dim, place).flatten(0, 1), place
 
 
-def unfolded(x: Tensor, place: int, batch: int) -> Batched:
-    """The inverse of `folded`: (M, B, …) or (B, M, …)."""
+def unfold_models(x: Tensor, place: int, batch: int) -> Batched:
+    """Reverses `fold_models` → (M, B, …) or (B, M, …), and the place of M."""
     return split_dim(x, 0, batch if place == 0 else x.shape[0] // batch), place

@@ -1,4 +1,4 @@
-"""torch's own layers, by exact type: which inputs each takes, and how it runs for all models at once."""
+"""Torch's own layers, by exact type: the inputs that each accepts, and its kernel for all models at once."""
 
 from __future__ import annotations
 
@@ -15,10 +15,12 @@ from .torch_private import reversed_padding
 
 Layer = Any  # a module with the attributes of the layer in question, and with weights (M, …)
 Run = Callable[[Layer, Tensor, Dim, int], Batched]
-Fits = Callable[[Layer, int], int | None]  # dimensions of one model's input → of its output; None: not here
+Fits = Callable[[Layer, int], int | None]  # dimensions of one model's input → of its output; None: not accepted
 
 
-class Exact(NamedTuple):
+class LayerKernel(NamedTuple):
+    """The inputs that a type of layer accepts, and how it runs."""
+
     fits: Fits
     run: Run
 
@@ -26,12 +28,12 @@ class Exact(NamedTuple):
 def run_layer(layer: Layer, kind: type[nn.Module], x: Tensor, dim: int, batch: int) -> Batched:
     """Runs `layer`, which has the attributes of a `kind`, on x with the models at `dim`.
 
-    ValueError if the layer cannot take x.
+    ValueError if the layer does not accept x.
     """
-    exact = LAYERS[kind]
+    exact = LAYER_KERNELS[kind]
     if exact.fits(layer, x.dim() - 1) is None:
         shape = (x.shape[0] * x.shape[1], *x.shape[2:])
-        raise ValueError(f"{type(layer).__name__} with these options does not take tensors of shape {shape}")
+        raise ValueError(f"{type(layer).__name__} with these options does not accept tensors of shape {shape}")
     return exact.run(layer, x, dim, batch)
 
 
@@ -49,11 +51,12 @@ def _elementwise(layer: Layer, x: Tensor, dim: Dim, batch: int) -> Batched:
 
 def _random(layer: Layer, x: Tensor, dim: Dim, batch: int) -> Batched:
     if dim is None and layer.training:
-        x, dim = x.expand(batch, *x.shape).clone(), 0  # numbers of its own for each model
+        x, dim = x.expand(batch, *x.shape).clone(), 0  # each model draws different numbers
     return layer.forward(x), dim
 
 
 def linear_layer(layer: Layer, x: Tensor, dim: Dim, batch: int, columns: bool = False) -> Batched:
+    """A linear layer; with `columns`, features come before rows in memory."""
     return linear.kernel((x, dim), (layer.weight, 0), (layer.bias, 0), columns)
 
 
@@ -62,7 +65,7 @@ def _convolution(layer: Layer, x: Tensor, dim: Dim, batch: int) -> Batched:
     if layer.padding_mode == "zeros":
         return _convolve(function, layer, x, dim)
     pads, mode = reversed_padding(layer), layer.padding_mode
-    x, dim = pooling.each_image(lambda images: F.pad(images, pads, mode=mode), x, dim)
+    x, dim = pooling.map_images(lambda images: F.pad(images, pads, mode=mode), x, dim)
     return _convolve(function, layer, x, dim, padding=0)
 
 
@@ -80,7 +83,7 @@ def _batch_norm(layer: Layer, x: Tensor, dim: Dim, batch: int) -> Batched:
     if layer.training and layer.track_running_stats and layer.num_batches_tracked is not None:
         layer.num_batches_tracked.add_(1)
     own: list[Any] = [layer.running_mean, layer.running_var] if tracks or not layer.training else [None, None]
-    averages = tracks and layer.momentum is None and x.numel() > 0  # no row changes nothing
+    averages = tracks and layer.momentum is None and x.numel() > 0  # without rows nothing changes
     stats = [torch.zeros_like(s) for s in own] if averages else own
     output = normalisation.kernel(
         layer.training or layer.running_mean is None,
@@ -89,7 +92,7 @@ def _batch_norm(layer: Layer, x: Tensor, dim: Dim, batch: int) -> Batched:
         (x, dim),
         *((s, 0) for s in (*stats, layer.weight, layer.bias)),
     )
-    if averages:  # over each model's own number of batches
+    if averages:  # over the number of batches of each model
         share = layer.num_batches_tracked.to(stats[0].dtype).reciprocal().unsqueeze(1)
         for running, new in zip(own, stats, strict=True):
             running.lerp_(new, share)
@@ -107,7 +110,7 @@ def _group_norm(layer: Layer, x: Tensor, dim: Dim, batch: int) -> Batched:
 
 
 def _pool(layer: Layer, x: Tensor, dim: Dim, batch: int) -> Batched:
-    return pooling.each_image(layer.forward, x, dim)
+    return pooling.map_images(layer.forward, x, dim)
 
 
 def _pool_fits(spatial: int) -> Fits:
@@ -150,35 +153,35 @@ ELEMENTWISE = frozenset(
         *(nn.Hardshrink, nn.Hardtanh, nn.Hardswish, nn.Hardsigmoid, nn.Threshold, nn.Dropout, nn.RReLU),
     }
 )
-LAYERS: dict[type[nn.Module], Exact] = {kind: Exact(_any, _elementwise) for kind in ELEMENTWISE}
-LAYERS |= {
-    nn.Dropout: Exact(_any, _random),
-    nn.RReLU: Exact(_any, _random),
-    nn.Linear: Exact(lambda layer, dims: dims or None, linear_layer),
-    nn.Conv1d: Exact(_dimensions(3), _convolution),
-    nn.Conv2d: Exact(_dimensions(4), _convolution),
-    nn.Conv3d: Exact(_dimensions(5), _convolution),
-    nn.ConvTranspose1d: Exact(_dimensions(3), _transposed_convolution),
-    nn.ConvTranspose2d: Exact(_dimensions(4), _transposed_convolution),
-    nn.ConvTranspose3d: Exact(_dimensions(5), _transposed_convolution),
-    nn.BatchNorm1d: Exact(_dimensions(2, 3), _batch_norm),
-    nn.BatchNorm2d: Exact(_dimensions(4), _batch_norm),
-    nn.BatchNorm3d: Exact(_dimensions(5), _batch_norm),
-    nn.LayerNorm: Exact(lambda layer, dims: dims if dims >= len(layer.normalized_shape) else None, _layer_norm),
-    nn.GroupNorm: Exact(lambda layer, dims: dims if dims >= 2 else None, _group_norm),
-    nn.Flatten: Exact(_flatten_fits, _flatten),
-    nn.Softmax: Exact(_softmax_fits, _softmax(torch.softmax)),
-    nn.LogSoftmax: Exact(_softmax_fits, _softmax(torch.log_softmax)),
-    nn.Embedding: Exact(lambda layer, dims: dims + 1, _embedding),
+LAYER_KERNELS: dict[type[nn.Module], LayerKernel] = {kind: LayerKernel(_any, _elementwise) for kind in ELEMENTWISE}
+LAYER_KERNELS |= {
+    nn.Dropout: LayerKernel(_any, _random),
+    nn.RReLU: LayerKernel(_any, _random),
+    nn.Linear: LayerKernel(lambda layer, dims: dims or None, linear_layer),
+    nn.Conv1d: LayerKernel(_dimensions(3), _convolution),
+    nn.Conv2d: LayerKernel(_dimensions(4), _convolution),
+    nn.Conv3d: LayerKernel(_dimensions(5), _convolution),
+    nn.ConvTranspose1d: LayerKernel(_dimensions(3), _transposed_convolution),
+    nn.ConvTranspose2d: LayerKernel(_dimensions(4), _transposed_convolution),
+    nn.ConvTranspose3d: LayerKernel(_dimensions(5), _transposed_convolution),
+    nn.BatchNorm1d: LayerKernel(_dimensions(2, 3), _batch_norm),
+    nn.BatchNorm2d: LayerKernel(_dimensions(4), _batch_norm),
+    nn.BatchNorm3d: LayerKernel(_dimensions(5), _batch_norm),
+    nn.LayerNorm: LayerKernel(lambda layer, dims: dims if dims >= len(layer.normalized_shape) else None, _layer_norm),
+    nn.GroupNorm: LayerKernel(lambda layer, dims: dims if dims >= 2 else None, _group_norm),
+    nn.Flatten: LayerKernel(_flatten_fits, _flatten),
+    nn.Softmax: LayerKernel(_softmax_fits, _softmax(torch.softmax)),
+    nn.LogSoftmax: LayerKernel(_softmax_fits, _softmax(torch.log_softmax)),
+    nn.Embedding: LayerKernel(lambda layer, dims: dims + 1, _embedding),
 }
 _POOLS = {
     1: (nn.MaxPool1d, nn.AvgPool1d, nn.AdaptiveAvgPool1d, nn.AdaptiveMaxPool1d),
     2: (nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d),
     3: (nn.MaxPool3d, nn.AvgPool3d, nn.AdaptiveAvgPool3d, nn.AdaptiveMaxPool3d),
 }
-LAYERS |= {kind: Exact(_pool_fits(spatial), _pool) for spatial, kinds in _POOLS.items() for kind in kinds}
-# What these put out is new, and their backward does not look at it: what follows may edit it in place.
-FRESH = frozenset(
+LAYER_KERNELS |= {kind: LayerKernel(_pool_fits(spatial), _pool) for spatial, kinds in _POOLS.items() for kind in kinds}
+# Layers whose output is new memory that their backward does not read: the next layer may edit it in place.
+OVERWRITABLE = frozenset(
     {
         nn.Linear,
         *(nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d),

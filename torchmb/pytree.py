@@ -1,4 +1,4 @@
-"""Tensors in tuples, lists, dicts, dataclasses and whatever else is a pytree: take them out, put others in."""
+"""Extracts and replaces the tensors in tuples, lists, dicts, dataclasses and other pytrees."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from torch import Tensor, nn
 from .torch_private import map_children
 
 
-class Place(NamedTuple):
-    """Where a tensor was."""
+class Placeholder(NamedTuple):
+    """Stands for a tensor that was extracted."""
 
     number: int
 
 
 def map_leaves(function: Callable[[Any], Any], value: Any) -> Any:
-    """`value` with each leaf replaced. Leaves are what pytrees and dataclasses are made of in the end."""
+    """`value` with function(leaf) for each leaf: whatever is not a pytree or dataclass."""
     kind = type(value)
-    if kind in _PLAIN:  # by far the most frequent, and ten times faster than as a pytree
+    if kind in _PLAIN:  # most frequent, and ten times faster than by torch's pytrees
         return function(value)
     if kind is tuple:
         return tuple([map_leaves(function, x) for x in value])
@@ -36,7 +36,7 @@ def map_leaves(function: Callable[[Any], Any], value: Any) -> Any:
     return function(value) if mapped is NotImplemented else mapped
 
 
-_PLAIN = {Tensor, nn.Parameter, Place, int, float, bool, str, type(None)}
+_PLAIN = {Tensor, nn.Parameter, Placeholder, int, float, bool, str, type(None)}
 
 
 def _map_fields(function: Callable[[Any], Any], value: Any) -> Any:
@@ -48,49 +48,50 @@ def _map_fields(function: Callable[[Any], Any], value: Any) -> Any:
 
 
 def map_tensors(function: Callable[[Tensor], Any], value: Any) -> Any:
+    """`value` with function(tensor) for each tensor."""
     return map_leaves(lambda x: function(x) if isinstance(x, Tensor) else x, value)
 
 
-def take(value: Any) -> tuple[list[Tensor], Any]:
-    """The tensors of `value`, and what remains, for `put`."""
+def extract_tensors(value: Any) -> tuple[list[Tensor], Any]:
+    """The tensors of `value`, and `value` with placeholders for them."""
     tensors: list[Tensor] = []
 
-    def out(x: Tensor) -> Place:
+    def out(x: Tensor) -> Placeholder:
         tensors.append(x)
-        return Place(len(tensors) - 1)
+        return Placeholder(len(tensors) - 1)
 
     return tensors, map_tensors(out, value)
 
 
-def put(rest: Any, tensors: Sequence[Any]) -> Any:
-    """The inverse of `take`, with other tensors."""
-    return map_leaves(lambda x: tensors[x.number] if isinstance(x, Place) else x, rest)
+def insert_tensors(rest: Any, tensors: Sequence[Any]) -> Any:
+    """Reverses `extract_tensors`, with other tensors."""
+    return map_leaves(lambda x: tensors[x.number] if isinstance(x, Placeholder) else x, rest)
 
 
 def stack(values: Sequence[Any]) -> tuple[Any, bool]:
-    """One value for each model → one whose tensors have a leading dimension of models, and True.
+    """One value for each model → one value with tensors (M, …), and True.
 
-    If tensors of different shapes, or other leaves that differ, forbid that: the list of all values, and False.
+    If shapes of tensors or other leaves differ, the list of all values, and False.
     """
-    taken = [take(v) for v in values]
-    first, rest = taken[0]
-    for tensors, other in taken[1:]:
+    extracted = [extract_tensors(v) for v in values]
+    first, rest = extracted[0]
+    for tensors, other in extracted[1:]:
         if (
             len(tensors) != len(first)
-            or not same(other, rest)
-            or any(_kind(a) != _kind(b) for a, b in zip(tensors, first))
+            or not equal(other, rest)
+            or any(_signature(a) != _signature(b) for a, b in zip(tensors, first))
         ):
             return list(values), False
-    return put(rest, [torch.stack(column) for column in zip(*(tensors for tensors, _ in taken))]), True
+    return insert_tensors(rest, [torch.stack(column) for column in zip(*(tensors for tensors, _ in extracted))]), True
 
 
-def _kind(tensor: Tensor) -> tuple[Any, ...]:
+def _signature(tensor: Tensor) -> tuple[Any, ...]:
     return tensor.shape, tensor.dtype, tensor.device
 
 
-def same(a: Any, b: Any) -> bool:
-    """Whether two values without tensors are equal; not if they cannot say."""
+def equal(a: Any, b: Any) -> bool:
+    """Whether two values without tensors are equal; False if their comparison fails."""
     try:
         return a is b or bool(a == b)
-    except Exception:  # whatever a foreign __eq__ raises
+    except Exception:  # any error of a user's __eq__
         return False

@@ -1,4 +1,4 @@
-"""Different initialisations of one module."""
+"""Initialises copies of one module from seeds."""
 
 from __future__ import annotations
 
@@ -8,21 +8,21 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
-from .state import copied
+from .state import copy_module
 from .torch_private import RESETS
 
 
-def initialised(module: nn.Module, seeds: Sequence[int]) -> list[nn.Module]:
-    """A copy of `module` for each seed, drawn anew; the generators are left as they were.
+def initialised_copies(module: nn.Module, seeds: Sequence[int]) -> list[nn.Module]:
+    """A copy of `module` for each seed, initialised again; the states of the random generators do not change.
 
-    Each submodule that has a reset_parameters draws its parameters, inner ones first: the order in which they were
-    drawn when it was made, so that ordinary modules get the weights that a new one gets after torch.manual_seed(seed).
-    Warns of a parameter that was drawn in some other way and so is the same in all copies.
+    reset_parameters() of each submodule draws its parameters, inner submodules first. Constructors draw in the same
+    order, so most modules get the weights that a new one has after torch.manual_seed(seed). A warning names parameters
+    that no reset_parameters() draws, which are equal in all copies.
     """
     copies = []
     with torch.random.fork_rng(range(torch.cuda.device_count())):
         for seed in seeds:
-            one = copied(module)
+            one = copy_module(module)
             torch.manual_seed(seed)
             one.apply(_reset)
             copies.append(one)
@@ -48,7 +48,7 @@ def _warn_of_equals(copies: Sequence[nn.Module]) -> None:
     ]
     if equal:
         warnings.warn(
-            f"no reset_parameters() draws {', '.join(equal)}: the same in all models; BatchModule.from_modules takes "
-            "models that were made one by one",
+            f"no reset_parameters() draws {', '.join(equal)}: equal in all models; build the models one by one and "
+            "pass them to BatchModule.from_modules",
             stacklevel=4,
         )

@@ -6,15 +6,23 @@ from typing import Any
 
 
 class Shared:
-    """See `shared`."""
+    """An argument that all models share: the result of `shared`."""
 
     def __init__(self, value: Any) -> None:
         self.value = value
 
 
 def shared(value: Any) -> Any:
-    """An argument that all models see: a tensor as one model takes it, (B, …), or a nest of them.
+    """Marks an argument of a BatchModule that is the same for all models.
 
-    It is not copied M times; a linear layer on it is one matrix product for all models.
+    The argument is not copied M times; a linear layer computes one matrix product with it for all models.
+
+    Args:
+        value: A tensor with the shape for one model (B, …), or a nested value that contains such tensors.
+
+    Example:
+        >>> batch = torchmb.BatchModule(nn.Linear(4, 2), batch=3)
+        >>> batch(torchmb.shared(torch.zeros(5, 4))).shape
+        torch.Size([3, 5, 2])
     """
     return Shared(value)

@@ -1,9 +1,9 @@
-"""The models' parameters, buffers and other attributes as one module's: stacked, and swapped in for a run."""
+"""Parameters, buffers and other attributes of modules: stacked, exchanged for a run, compared and restored."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -12,8 +12,13 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from .base import AbstractBatchModule
-from .pytree import map_tensors, take
+from .pytree import extract_tensors, map_tensors
 from .torch_private import FLAT_WEIGHTS, buffers_of, children_of, mark_as_parameter, parameters_of
+
+AttributeName = tuple[int, str]  # the number of the module, and the name in it
+TensorsOf = Callable[[nn.Module], dict[str, Any]]  # parameters_of or buffers_of
+Stop = Callable[[nn.Module], Any]
+_CONTAINERS = (list, tuple, dict)
 
 
 class Slot(NamedTuple):
@@ -24,18 +29,16 @@ class Slot(NamedTuple):
 
     @property
     def tensor(self) -> Tensor | None:
+        """The tensor that is there now."""
         return self.tensors[self.name]
 
     def put(self, tensor: Tensor | None) -> None:
+        """Replaces the tensor."""
         self.tensors[self.name] = tensor
 
 
-Stop = Callable[[nn.Module], Any]
-TensorsOf = Callable[[nn.Module], dict[str, Any]]  # parameters_of or buffers_of
-
-
 def walk(root: nn.Module, stop: Stop, name: str = "") -> Iterator[tuple[str, nn.Module]]:
-    """(name, module) of each place in the tree, without what lies below modules for which `stop` is true."""
+    """(name, module) of each place in the tree, without those below modules for which `stop` is true."""
     yield name, root
     if not stop(root):
         for child, module in children_of(root).items():
@@ -43,22 +46,28 @@ def walk(root: nn.Module, stop: Stop, name: str = "") -> Iterator[tuple[str, nn.
                 yield from walk(module, stop, f"{name}.{child}" if name else child)
 
 
+def unique_modules(root: nn.Module, stop: Stop) -> list[nn.Module]:
+    """The modules that `walk` visits, each once."""
+    return list({id(m): m for _, m in walk(root, stop)}.values())
+
+
 def is_batch_module(module: nn.Module) -> bool:
+    """Whether the module runs on merged data."""
     return isinstance(module, AbstractBatchModule)
 
 
-def plain_modules(root: nn.Module, stop: Stop = is_batch_module) -> list[nn.Module]:
-    """The modules that run on one model's shapes: all but batch modules and what is in them."""
-    return [m for m in {id(m): m for _, m in walk(root, stop)}.values() if not stop(m)]
+def plain_modules(root: nn.Module) -> list[nn.Module]:
+    """The modules that run on one model's shapes: all but batch modules and those inside them."""
+    return [m for m in unique_modules(root, is_batch_module) if not is_batch_module(m)]
 
 
-def slots(modules: Iterable[nn.Module], tensors_of: TensorsOf) -> list[Slot]:
+def slots_of(modules: Iterable[nn.Module], tensors_of: TensorsOf) -> list[Slot]:
     """Each place of a tensor or None; a tied parameter has several."""
     return [Slot(tensors_of(m), name) for m in modules for name in tensors_of(m)]
 
 
-def named_tensors(root: nn.Module, stop: Stop) -> dict[str, Tensor]:
-    """Name → parameter or buffer; a tied tensor has several names."""
+def named_tensors(root: nn.Module, stop: Stop = lambda _: False) -> dict[str, Tensor]:
+    """Name → parameter or buffer, also of non-persistent ones; a tied tensor has several names."""
     return {
         f"{name}.{own}" if name else own: tensor
         for name, module in walk(root, stop)
@@ -69,78 +78,98 @@ def named_tensors(root: nn.Module, stop: Stop) -> dict[str, Tensor]:
     }
 
 
-def stack_tensors(modules: Sequence[nn.Module], stop: Stop) -> dict[int, Tensor]:
-    """id of each tensor of the first module → that of all modules, (M, …); they are alike. ValueError if it is lazy."""
+def stack_tensors(modules: Sequence[nn.Module], stop: Stop = lambda _: False) -> dict[int, Tensor]:
+    """Maps the id of each tensor of the first module to those of all modules of one architecture, stacked: (M, …).
+
+    Raises:
+        ValueError: A parameter is lazy and has no shape yet.
+    """
     all_tensors = [named_tensors(m, stop) for m in modules]
-    found: dict[int, Tensor] = {}
+    stacked: dict[int, Tensor] = {}
     for name, tensor in all_tensors[0].items():
         if is_lazy(tensor):
             raise ValueError(f"{name} has no shape yet: run the lazy module once before it is batched")
-        if id(tensor) not in found:
-            found[id(tensor)] = _stacked([tensors[name] for tensors in all_tensors])
-    return found
+        if id(tensor) not in stacked:
+            stacked[id(tensor)] = _stack([tensors[name] for tensors in all_tensors])
+    return stacked
 
 
-def _stacked(tensors: Sequence[Tensor]) -> Tensor:
+def _stack(tensors: Sequence[Tensor]) -> Tensor:
     values = torch.stack([t.detach() for t in tensors])
     return nn.Parameter(values, tensors[0].requires_grad) if isinstance(tensors[0], nn.Parameter) else values
 
 
-def copied(root: nn.Module, instead: dict[int, Any] | None = None) -> nn.Module:
-    """A deep copy, with other objects in the place of those with these ids."""
-    memo = dict(instead or {})
+def copy_module(root: nn.Module, substitutes: Mapping[int, Any] | None = None) -> nn.Module:
+    """A deep copy, with `substitutes` for the objects with these ids."""
+    memo = dict(substitutes or {})
     for module in root.modules():
         for value in vars(module).values():
-            if isinstance(value, Tensor) and not value.is_leaf:  # as weight_norm leaves one; torch copies leaves alone
+            if isinstance(value, Tensor) and not value.is_leaf:  # weight_norm leaves one; deepcopy refuses it
                 memo.setdefault(id(value), value.detach())
     return copy.deepcopy(root, memo)
 
 
 @contextmanager
-def swapped(modules: Sequence[nn.Module], places: Sequence[Slot], tensors: Sequence[Tensor | None]) -> Iterator[None]:
-    """`tensors` in `places`, and in lists, dicts and attributes that hold the same, as recurrent layers do.
+def swapped_tensors(
+    modules: Sequence[nn.Module], slots: Sequence[Slot], tensors: Sequence[Tensor | None]
+) -> Iterator[None]:
+    """Puts `tensors` into `slots`, and wherever an attribute of a module refers to the same tensor.
 
-    They pass for parameters where those before are some. Afterwards what was there before is there again, whatever
-    forward has put there. What it has registered is gone, but for another name of what was there before.
+    They count as parameters where the tensors before them do. Afterwards the tensors from before are in place again,
+    whatever a forward has put there; what it has registered is gone, except further names of those tensors.
     """
-    registered: list[tuple[dict[str, Any], frozenset[str]]] = [
-        (own, frozenset(own)) for m in modules for own in (parameters_of(m), buffers_of(m))
-    ]
-    before = [slot.tensor for slot in places]
-    for old, new in zip(before, tensors, strict=True):
-        if new is not None and isinstance(old, nn.Parameter):
+    originals = [slot.tensor for slot in slots]
+    pairs = [(old, new) for old, new in zip(originals, tensors, strict=True) if old is not None and new is not None]
+    for old, new in pairs:
+        if isinstance(old, nn.Parameter):
             mark_as_parameter(new)
-    now = {id(old): new for old, new in zip(before, tensors, strict=True) if old is not None}
-    aliases = [
-        (m, name, value)
-        for m in modules
-        for name, value in vars(m).items()
-        if name not in _REGISTRIES and _mentions(value, now)
-    ]
+    names = [(own, frozenset(own)) for m in modules for own in (parameters_of(m), buffers_of(m))]
+    references = _references(modules, {id(old): new for old, new in pairs})
     try:
-        for slot, tensor in zip(places, tensors, strict=True):
-            slot.put(tensor)
-        for module, name, value in aliases:
-            module.__dict__[name] = map_tensors(lambda t: now.get(id(t), t), value)
+        _fill(slots, tensors)
+        _set_all((module, name, new) for module, name, _, new in references)
         yield
     finally:
-        for slot, old in zip(places, before, strict=True):
-            slot.put(old)
-        for module, name, value in aliases:
-            module.__dict__[name] = value
-        was = {id(new): old for old, new in zip(before, tensors) if new is not None}
-        for own, known in registered:
-            for name in own.keys() - known:
-                if (tied := was.get(id(own.pop(name)))) is not None:
-                    own[name] = tied
+        _fill(slots, originals)
+        _set_all((module, name, old) for module, name, old, _ in references)
+        _unregister(names, {id(new): old for old, new in pairs})
 
 
-def _mentions(value: Any, tensors: dict[int, Any]) -> bool:
+def _references(
+    modules: Sequence[nn.Module], substitutes: Mapping[int, Tensor]
+) -> list[tuple[nn.Module, str, Any, Any]]:
+    """Attributes that refer to tensors with substitutes: module, name, value, and the value with the substitutes."""
+    return [
+        (module, name, value, map_tensors(lambda t: substitutes.get(id(t), t), value))
+        for module in modules
+        for name, value in vars(module).items()
+        if name not in _REGISTRIES and not substitutes.keys().isdisjoint(map(id, tensors_in(value)))
+    ]
+
+
+def tensors_in(value: Any) -> list[Tensor]:
+    """The value itself if it is a tensor; the tensors in it if it is a list, tuple or dict."""
     if isinstance(value, Tensor):
-        return id(value) in tensors
-    if type(value) not in (list, tuple, dict) or not value:
-        return False
-    return any(id(t) in tensors for t in take(value)[0])
+        return [value]
+    return extract_tensors(value)[0] if isinstance(value, _CONTAINERS) and value else []
+
+
+def _fill(slots: Sequence[Slot], tensors: Sequence[Tensor | None]) -> None:
+    for slot, tensor in zip(slots, tensors, strict=True):
+        slot.put(tensor)
+
+
+def _set_all(attributes: Iterable[tuple[nn.Module, str, Any]]) -> None:
+    for module, name, value in attributes:
+        vars(module)[name] = value
+
+
+def _unregister(names: Sequence[tuple[dict[str, Any], frozenset[str]]], originals: Mapping[int, Tensor]) -> None:
+    """Removes tensors that a forward has registered; a further name of a swapped tensor gets the original."""
+    for tensors, known in names:
+        for name in tensors.keys() - known:
+            if (original := originals.get(id(tensors.pop(name)))) is not None:
+                tensors[name] = original
 
 
 _REGISTRIES = frozenset(vars(nn.Module()))
@@ -148,7 +177,7 @@ _TORCHS_OWN = _REGISTRIES | FLAT_WEIGHTS
 
 
 def plain_attributes(module: nn.Module) -> dict[str, Any]:
-    """What a module holds besides parameters, buffers, modules and what torch itself keeps."""
+    """A module's attributes besides parameters, buffers, submodules and those that torch itself sets."""
     return {name: value for name, value in vars(module).items() if name not in _TORCHS_OWN}
 
 
@@ -156,82 +185,91 @@ class Absent:
     """Stands, as a class, for the value of an attribute that a module does not have."""
 
 
-class Attributes:
-    """What modules hold besides parameters, buffers and modules, as it was: to see and undo what a forward does."""
+def set_attributes(modules: Sequence[nn.Module], values: Mapping[AttributeName, Any]) -> None:
+    """Sets attributes, and removes those whose value is `Absent`."""
+    for (i, name), value in values.items():
+        if value is Absent:
+            vars(modules[i]).pop(name, None)
+        else:
+            vars(modules[i])[name] = value
+
+
+class AttributeSnapshot:
+    """The attributes of modules as they are now, to find and to undo what a forward changes."""
 
     def __init__(self, modules: Sequence[nn.Module]) -> None:
         self._owners = modules
-        self._before = [dict(m.__dict__) for m in modules]
+        self._before = [dict(vars(m)) for m in modules]
         self.plain = {(i, n): value for i, m in enumerate(modules) for n, value in plain_attributes(m).items()}
         self._contents = {
-            id(part): (part, copy.copy(part))
+            id(container): (container, copy.copy(container))
             for value in self.plain.values()
-            if type(value) in (list, tuple, dict)
-            for part in _containers(value)
+            if type(value) in _CONTAINERS
+            for container in _containers(value)
         }
 
     def restore(self) -> None:
+        """Gives the modules the attributes, and lists and dicts the contents, that they had."""
         for module, before in zip(self._owners, self._before, strict=True):
-            for name in module.__dict__.keys() - before.keys():
-                del module.__dict__[name]
-            module.__dict__.update(before)
-        for part, content in self._contents.values():
-            refill(part, content)
+            for name in vars(module).keys() - before.keys():
+                del vars(module)[name]
+            vars(module).update(before)
+        for container, content in self._contents.values():
+            replace_contents(container, content)
 
-    def changed(self) -> dict[tuple[int, str], Any]:
-        """(number of the module, name) → value, of attributes that are new or replaced or have other contents.
+    def changed(self) -> dict[AttributeName, Any]:
+        """Values of attributes that are new, replaced or have other contents; Absent for those that are gone.
 
-        Absent for those that are gone. Lists and dicts are copies: the contents of the others are about to go.
+        Lists and dicts are copies, since `restore` changes the contents of the originals.
         """
         copies: dict[int, Any] = {}
-        found = {}
+        changes: dict[AttributeName, Any] = {}
         for i, (module, before) in enumerate(zip(self._owners, self._before, strict=True)):
-            now = plain_attributes(module)
-            for name, value in now.items():
-                if name not in before or before[name] is not value or any(map(self._differs, _containers(value))):
-                    found[i, name] = separated(value, copies)
-            found.update(((i, name), Absent) for name in before.keys() - vars(module).keys())
-        return found
+            for name, value in plain_attributes(module).items():
+                if before.get(name, Absent) is not value or any(map(self._differs, _containers(value))):
+                    changes[i, name] = copy_containers(value, copies)
+            changes.update({(i, name): Absent for name in before.keys() - vars(module).keys()})
+        return changes
 
-    def _differs(self, part: Any) -> bool:
+    def _differs(self, container: Any) -> bool:
         """Whether a list or dict holds other objects than before."""
-        if id(part) not in self._contents:
+        if id(container) not in self._contents:
             return True
-        before = self._contents[id(part)][1]
-        if isinstance(part, dict):
-            return before.keys() != part.keys() or any(before[k] is not v for k, v in part.items())
-        return len(before) != len(part) or any(a is not b for a, b in zip(before, part))
+        before = self._contents[id(container)][1]
+        if isinstance(container, dict):
+            return before.keys() != container.keys() or any(before[k] is not v for k, v in container.items())
+        return len(before) != len(container) or any(a is not b for a, b in zip(before, container))
 
 
-def _parts(value: Any) -> Iterable[Any]:
-    """What is directly in a list, tuple or dict."""
+def _children(value: Any) -> Iterable[Any]:
+    """The values directly in a list, tuple or dict."""
     if type(value) is dict:
         return value.values()
-    return value if type(value) in (list, tuple) else ()
+    return value if type(value) in _CONTAINERS else ()
 
 
 def _containers(value: Any) -> Iterator[Any]:
     """The lists and dicts of a value, outer ones first."""
     if type(value) in (list, dict):
         yield value
-    for part in _parts(value):
-        yield from _containers(part)
+    for child in _children(value):
+        yield from _containers(child)
 
 
-def separated(value: Any, copies: dict[int, Any] | None = None) -> Any:
-    """The same objects in lists and dicts of their own. `copies`: those made before, by the id of what they are of."""
+def copy_containers(value: Any, copies: dict[int, Any] | None = None) -> Any:
+    """The same objects in new lists and dicts. `copies`: id → copy of those that were copied before."""
     copies = {} if copies is None else copies
     kind = type(value)
-    if kind not in (list, tuple, dict):
+    if kind not in _CONTAINERS:
         return value
     if id(value) not in copies:
-        parts = [separated(part, copies) for part in _parts(value)]
-        copies[id(value)] = dict(zip(value, parts)) if kind is dict else kind(parts)
+        children = [copy_containers(child, copies) for child in _children(value)]
+        copies[id(value)] = dict(zip(value, children)) if kind is dict else kind(children)
     return copies[id(value)]
 
 
-def refill(value: Any, content: Any) -> None:
-    """Gives a list or dict other contents, for all who hold it."""
+def replace_contents(container: Any, content: Any) -> None:
+    """Gives a list or dict other contents, for everybody who refers to it."""
     content = copy.copy(content)
-    value.clear()
-    (value.extend if isinstance(value, list) else value.update)(content)
+    container.clear()
+    (container.extend if isinstance(container, list) else container.update)(content)

@@ -1,12 +1,15 @@
 // Tensors through the stable ABI: the one list of dtypes, where a tensor is, whether there is memory behind it.
 #pragma once
 
+#include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
 #include <cstddef>
 #include <cstdint>
+#include <optional>
 #include <stdexcept>
 #include <string>
+#include <vector>
 
 namespace torchcache::core {
 
@@ -81,5 +84,40 @@ inline torch::stable::Tensor new_int64(size_t n, int64_t columns = 0) {
                                                   aoti_torch_device_type_cpu(), 0, &handle));
   return torch::stable::Tensor(handle);
 }
+
+// The shape of leaves [n, …] of which n is still open.
+class RowShape {
+ public:
+  // That of a contiguous tensor [any, …].
+  explicit RowShape(const torch::stable::Tensor& like)
+      : sizes_(like.sizes().begin(), like.sizes().end()), strides_(sizes_.size(), 1), dtype_(like.scalar_type()) {
+    if (sizes_.empty()) throw std::invalid_argument("leaves must be tensors [rows, ...]");
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(like.get(), &dtype_code_));
+    row_bytes_ = item_size(like);
+    for (size_t d = sizes_.size(); d-- > 1; row_bytes_ *= sizes_[d]) strides_[d - 1] = strides_[d] * sizes_[d];
+  }
+
+  int64_t row_bytes() const { return row_bytes_; }
+
+  // An uninitialized tensor [n, …] on a device (see device_of), on the CPU in pinned memory if wanted.
+  torch::stable::Tensor empty(int64_t n, int32_t device, bool pinned) const {
+    std::vector<int64_t> sizes = sizes_;
+    sizes[0] = n;
+    if (device == kCpu && pinned)
+      return torch::stable::empty(sizes, dtype_, std::nullopt,
+                                  torch::stable::Device(torch::headeronly::DeviceType::CPU), /*pin_memory=*/true);
+    const int32_t type = device == kCpu ? aoti_torch_device_type_cpu() : aoti_torch_device_type_cuda();
+    AtenTensorHandle handle;  // not through the dispatcher, which would cost a microsecond
+    TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.data(), strides_.data(),
+                                                    dtype_code_, type, device == kCpu ? 0 : device, &handle));
+    return torch::stable::Tensor(handle);
+  }
+
+ private:
+  std::vector<int64_t> sizes_, strides_;
+  torch::headeronly::ScalarType dtype_;
+  int32_t dtype_code_ = 0;
+  int64_t row_bytes_ = 0;
+};
 
 }  // namespace torchcache::core

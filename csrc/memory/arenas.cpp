@@ -23,67 +23,61 @@ void fetch(const uint8_t* from, int64_t bytes) {
 
 }  // namespace
 
-Arena::Arena(const Tensor& chunk)
-    : device_(core::device_of(chunk)),
-      row_bytes_(core::item_size(chunk)),
-      sizes_(chunk.sizes().begin(), chunk.sizes().end()),
-      strides_(sizes_.size(), 1) {
-  if (sizes_.empty()) throw std::invalid_argument("chunks must be tensors [rows, ...]");
-  TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(chunk.get(), &dtype_));
-  for (size_t d = sizes_.size(); d-- > 1; row_bytes_ *= sizes_[d]) strides_[d - 1] = strides_[d] * sizes_[d];
-  add(0, chunk);
-}
+Arena::Arena(const Tensor& chunk) : device_(core::device_of(chunk)), shape_(chunk) { add(0, chunk); }
 
 void Arena::add(int64_t first, const Tensor& chunk) {
   if (!chunk.is_contiguous() || core::device_of(chunk) != device_)
     throw std::invalid_argument("chunks must be contiguous, and on one device");
-  chunks_.push_back({first, static_cast<const uint8_t*>(chunk.const_data_ptr()), chunk});
+  chunks_.push_back({first, chunk.size(0), static_cast<uint8_t*>(chunk.mutable_data_ptr()), chunk});
+}
+
+const Arena::Chunk& Arena::chunk_of(int64_t slot) const {
+  if (chunks_.size() == 1) return chunks_[0];
+  return *--std::upper_bound(chunks_.begin(), chunks_.end(), slot,
+                             [](int64_t wanted, const Chunk& c) { return wanted < c.first; });
 }
 
 const uint8_t* Arena::row(int64_t slot) const {
-  const Chunk* chunk = &chunks_[0];
-  if (chunks_.size() > 1)
-    chunk = &*--std::upper_bound(chunks_.begin(), chunks_.end(), slot,
-                                 [](int64_t wanted, const Chunk& c) { return wanted < c.first; });
-  return chunk->rows + (slot - chunk->first) * row_bytes_;
+  const Chunk& chunk = chunk_of(slot);
+  return chunk.rows + (slot - chunk.first) * shape_.row_bytes();
 }
 
 bool Arena::is_readable() const { return device_ == kCpu || device_gather() != nullptr; }
 
 torch::stable::Tensor Arena::gather(const int64_t* slots, int64_t n, bool pinned) const {
-  Tensor result = device_ == kCpu && pinned ? new_pinned(n) : new_rows(n);
+  const int64_t row_bytes = shape_.row_bytes();
+  Tensor result = shape_.empty(n, device_, pinned);
   auto* out = static_cast<uint8_t*>(result.mutable_data_ptr());
   if (device_ != kCpu) {
     std::vector<const uint8_t*> rows(n);
     for (int64_t i = 0; i < n; ++i) rows[i] = row(slots[i]);
-    device_gather()(device_, rows, row_bytes_, out);
+    device_gather()(device_, rows, row_bytes, out);
     return result;
   }
-  core::parallel(n, kBytesPerThread / std::max<int64_t>(1, row_bytes_), [&](int64_t begin, int64_t end) {
+  core::parallel(n, kBytesPerThread / std::max<int64_t>(1, row_bytes), [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
-      if (i + kAhead < end) fetch(row(slots[i + kAhead]), std::min(row_bytes_, kFetched));
-      memcpy(out + i * row_bytes_, row(slots[i]), row_bytes_);
+      if (i + kAhead < end) fetch(row(slots[i + kAhead]), std::min(row_bytes, kFetched));
+      memcpy(out + i * row_bytes, row(slots[i]), row_bytes);
     }
   });
   return result;
 }
 
-torch::stable::Tensor Arena::new_rows(int64_t n) const {
-  std::vector<int64_t> shape = sizes_;
-  shape[0] = n;
-  const int32_t type = device_ == kCpu ? aoti_torch_device_type_cpu() : aoti_torch_device_type_cuda();
-  AtenTensorHandle handle;  // not through the dispatcher, which would cost a microsecond
-  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(shape.size()), shape.data(), strides_.data(),
-                                                  dtype_, type, device_ == kCpu ? 0 : device_, &handle));
-  return Tensor(handle);
+bool Arena::is_writable(const Tensor& rows, int64_t first, int64_t n) const {
+  if (device_ != kCpu || !rows.is_cpu() || !rows.is_contiguous() || rows.dim() == 0) return false;
+  if (core::RowShape(rows).row_bytes() != shape_.row_bytes() || !core::has_bytes(rows)) return false;
+  const Chunk& chunk = chunk_of(first);
+  return first + n <= chunk.first + chunk.count;
 }
 
-torch::stable::Tensor Arena::new_pinned(int64_t n) const {
-  std::vector<int64_t> shape = sizes_;
-  shape[0] = n;
-  using torch::headeronly::DeviceType;
-  return torch::stable::empty(shape, chunks_[0].owner.scalar_type(), std::nullopt,
-                              torch::stable::Device(DeviceType::CPU), /*pin_memory=*/true);
+void Arena::write(const Tensor& rows, const std::vector<int64_t>& positions, int64_t first) const {
+  const auto* from = static_cast<const uint8_t*>(rows.const_data_ptr());
+  const Chunk& chunk = chunk_of(first);
+  const int64_t bytes = shape_.row_bytes(), n = static_cast<int64_t>(positions.size());
+  uint8_t* to = chunk.rows + (first - chunk.first) * bytes;
+  core::parallel(n, kBytesPerThread / std::max<int64_t>(1, bytes), [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) memcpy(to + i * bytes, from + positions[i] * bytes, bytes);
+  });
 }
 
 void Arenas::add(int64_t layout, int64_t first, const std::vector<Tensor>& leaves) {
@@ -110,6 +104,17 @@ std::vector<torch::stable::Tensor> Arenas::gather(int64_t layout, const int64_t*
   result.reserve(leaves->size());
   for (const Arena& arena : *leaves) result.push_back(arena.gather(slots, static_cast<int64_t>(n), pinned));
   return result;
+}
+
+bool Arenas::write(int64_t layout, int64_t first, const std::vector<Tensor>& leaves,
+                   const std::vector<int64_t>& positions) const {
+  const auto arenas = of(layout);
+  const auto n = static_cast<int64_t>(positions.size());
+  if (arenas == nullptr || arenas->size() != leaves.size()) return false;
+  for (size_t i = 0; i < leaves.size(); ++i)
+    if (!(*arenas)[i].is_writable(leaves[i], first, n)) return false;
+  for (size_t i = 0; i < leaves.size(); ++i) (*arenas)[i].write(leaves[i], positions, first);
+  return true;
 }
 
 }  // namespace torchcache::memory

@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "core/fork.h"
+#include "core/tensors.h"
 
 namespace torchcache::memory {
 
@@ -31,22 +32,27 @@ class Arena {
   // wanted.
   Tensor gather(const int64_t* slots, int64_t n, bool pinned) const;
 
+  // Whether `write` can copy rows of such a tensor to the slots first, …, first + n - 1: both are on the CPU, and these
+  // slots lie in one chunk.
+  bool is_writable(const Tensor& rows, int64_t first, int64_t n) const;
+
+  // Copies rows of a tensor, those at these positions, to the slots from `first` on.
+  void write(const Tensor& rows, const std::vector<int64_t>& positions, int64_t first) const;
+
  private:
   struct Chunk {
     int64_t first;  // slot
-    const uint8_t* rows;
+    int64_t count;  // rows
+    uint8_t* rows;
     Tensor owner;
   };
 
+  const Chunk& chunk_of(int64_t slot) const;
   const uint8_t* row(int64_t slot) const;
-  Tensor new_rows(int64_t n) const;
-  Tensor new_pinned(int64_t n) const;
 
   std::vector<Chunk> chunks_;
   int32_t device_;  // see device_of
-  int64_t row_bytes_;
-  int32_t dtype_;
-  std::vector<int64_t> sizes_, strides_;
+  core::RowShape shape_;
 };
 
 // Layout → one arena for each leaf. Thread-safe. A row must not be written any more once its slot can be looked up.
@@ -59,6 +65,11 @@ class Arenas {
 
   // The rows of these slots as fresh leaves [n, …], see Arena; no leaves for a layout that is unknown or not readable.
   std::vector<Tensor> gather(int64_t layout, const int64_t* slots, size_t n, bool pinned) const;
+
+  // Copies the rows at these positions of leaves to the slots from `first` on; false, and nothing is copied, where one
+  // of them cannot be written by Arena::write.
+  bool write(int64_t layout, int64_t first, const std::vector<Tensor>& leaves,
+             const std::vector<int64_t>& positions) const;
 
  private:
   using Leaves = std::vector<Arena>;

@@ -40,4 +40,10 @@ struct Stats {
   bool full = false;          // max_bytes kept rows out
 };
 
+// What a caller should look at next.
+struct Alerts {
+  bool warnings = false;  // there are some to be drained
+  bool full = false;      // as in Stats
+};
+
 }  // namespace torchcache::store

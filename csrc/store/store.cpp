@@ -87,17 +87,22 @@ Store::~Store() { close(); }
 
 // ---- lookup and read
 
-std::string Store::lookup(const Digest* keys, size_t n, uint8_t* present) {
-  memset(present, 0, n);
+std::string Store::lookup(const Digest* keys, size_t n, uint8_t* present, const std::string& wanted) {
+  std::fill_n(present, n, 0);
   uint32_t layout = Index::kNone;
   Lock lock(state_->mutex);
-  if (find_missing(keys, n, present, &layout) > 0 && refresh_is_due(*state_)) {
+  const auto missing = [&] {
+    if (!wanted.empty()) layout = state_->index.layout_number(wanted);
+    return !wanted.empty() && layout == Index::kNone ? n : find_missing(keys, n, present, &layout);
+  };
+  if (missing() > 0 && refresh_is_due(*state_)) {
     lock.unlock();
     refresh(*state_);
     lock.lock();
-    find_missing(keys, n, present, &layout);
+    missing();
   }
-  return layout == Index::kNone || state_->closed ? "" : state_->index.layout(layout);
+  const bool any = std::find(present, present + n, 1) != present + n;
+  return any && !state_->closed ? state_->index.layout(layout) : "";
 }
 
 // Marks those not yet present that are here in this layout, or, if that is kNone, in the layout of
@@ -309,6 +314,11 @@ void Store::become_child() {
   if (writer_->file() != nullptr) writer_->file()->abandon();
   new std::shared_ptr<Writer>(std::move(writer_));  // leaked: see Writer
   writer_.reset();
+}
+
+Alerts Store::alerts() const {
+  std::lock_guard lock(state_->mutex);
+  return {!state_->warnings.empty(), state_->full};
 }
 
 Stats Store::stats() const {

@@ -33,9 +33,10 @@ class Store {
   Store(const Store&) = delete;
   Store& operator=(const Store&) = delete;
 
-  // Which rows are here, in files or in the queue: present[i] = 1 or 0. The layout of the first
-  // that is, "" if none is; rows of other layouts count as absent.
-  std::string lookup(const Digest* keys, size_t n, uint8_t* present);
+  // Which rows of one layout are here, in files or in the queue: present[i] = 1 or 0. The layout is
+  // the wanted one, or, if that is "", that of the first row that is here. Returns it, or "" if no
+  // row is here.
+  std::string lookup(const Digest* keys, size_t n, uint8_t* present, const std::string& wanted = "");
 
   // Copies rows of that layout into out, verified: ok[i] = 1, or 0 and the row is unspecified.
   void read(const Digest* keys, size_t n, const std::string& layout, const std::vector<Leaf>& out, uint8_t* ok);
@@ -52,6 +53,7 @@ class Store {
   void close();
 
   Stats stats() const;
+  Alerts alerts() const;
   // What went wrong since the last call, with cause and directory; each thing once in a lifetime.
   std::vector<std::string> drain_warnings();
 

@@ -17,7 +17,7 @@ Draw = Callable[..., Tensor]  # shape → one model's input
 
 
 class Own(nn.Module):
-    """An own forward, forward(self, *args), on layers that it finds as attributes."""
+    """A custom forward, forward(self, *args), on layers that are attributes."""
 
     def __init__(self, function: Callable[..., Any], **layers: nn.Module) -> None:
         super().__init__()

@@ -23,7 +23,7 @@ class Store:
         self.id = ops.store_open(str(directory), limit, zstd, 3, 1, mmap, 64 << 20)
 
     def put(self, keys: Tensor, rows: Tensor) -> int:
-        return ops.store_write(self.id, keys, LAYOUT, [rows])
+        return ops.store_write(self.id, keys, LAYOUT, [rows])[0]
 
     def found(self, keys: Tensor) -> int:
         return int(ops.store_lookup(self.id, keys)[0].sum())

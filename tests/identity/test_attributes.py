@@ -70,7 +70,7 @@ VALUES: dict[str, tuple[str, Any, Any]] = {
 @pytest.mark.parametrize(
     ("what", "inside"), [(what, inside) for what in VALUES for inside in (False, True) if inside or what != "forward"]
 )
-def test_an_attribute_that_is_set_anew_counts_and_its_way_back_too(what: str, inside: bool) -> None:
+def test_an_attribute_that_is_set_again_counts_and_its_way_back_too(what: str, inside: bool) -> None:
     name, first, second = VALUES[what]
     module: Any = torchcache()(Whole() if inside else Part())
     part = module.part if inside else module
@@ -159,7 +159,7 @@ class Scale(nn.Module):
         return x * self.factor
 
 
-def test_what_the_forward_of_a_replaced_part_set_says_nothing_of_its_successors() -> None:
+def test_what_the_forward_of_a_replaced_part_set_does_not_count_for_its_successors() -> None:
     module = torchcache()(nn.Sequential(Scale(0)))
     for factor in range(1, 200):
         module[0] = Scale(factor)  # soon at the address of one that is gone

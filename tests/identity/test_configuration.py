@@ -1,4 +1,4 @@
-"""What modules hold beside tensors belongs to their keys: structure, objects, methods of objects, configurations."""
+"""What modules hold besides tensors belongs to their keys: structure, objects, methods of objects, configurations."""
 
 from __future__ import annotations
 
@@ -122,10 +122,10 @@ HOLDERS: dict[str, Callable[[float], Any]] = {
     "a callable object": Times,
     "a partial": lambda by: functools.partial(function, by=Times(by)),
     "a function that closes over an object": lambda by: closing_over(Times(by)),
-    "an object beside a lock": lambda by: [Times(by), threading.Lock()],
-    "an object beside a logger": lambda by: {"log": logging.getLogger("x"), "by": Times(by)},
+    "an object next to a lock": lambda by: [Times(by), threading.Lock()],
+    "an object next to a logger": lambda by: {"log": logging.getLogger("x"), "by": Times(by)},
     "an operator": lambda by: torch.ops.aten.relu if by == 2 else torch.ops.aten.sigmoid,
-    "an object beside something for each thread": lambda by: [Times(by), threading.local()],
+    "an object next to something for each thread": lambda by: [Times(by), threading.local()],
     "a configuration": Settings,
     "the order of a dict": lambda by: {"a": 0, "b": 0} if by == 2 else {"b": 0, "a": 0},
     "the kind of a dict": lambda by: {"a": 0} if by == 2 else collections.OrderedDict(a=0),
@@ -156,7 +156,7 @@ def test_an_attribute_that_cannot_be_told_apart_is_not_shared_and_named_once(
     ]
 
 
-def test_tensors_beside_what_cannot_be_told_apart_are_watched(tmp_path: Path) -> None:
+def test_tensors_next_to_what_cannot_be_told_apart_are_watched(tmp_path: Path) -> None:
     with open(tmp_path / "file", "w") as file:
         tensor = torch.ones(1)
         module = cached(Scale([tensor, file]))
@@ -186,7 +186,7 @@ class Lazy:
 
 
 @pytest.mark.parametrize("kind", [AttrDict, Raising, NeedsArguments, Lazy])
-def test_objects_that_raise_when_they_are_looked_at_do_no_harm(kind: type) -> None:
+def test_objects_that_raise_when_they_are_described_do_no_harm(kind: type) -> None:
     value = kind()
     module = cached(nn.Sequential(nn.ReLU()))
     module.inside = [value]
@@ -259,7 +259,7 @@ class Global(nn.Module):
         return x * ROW_FACTORS[0]
 
 
-def test_rehash_sees_edits_of_lists_in_attributes_and_globals() -> None:
+def test_rehash_finds_edits_of_lists_in_attributes_and_globals() -> None:
     module = cached(nn.Sequential(Scale([2.0]), Global()))
     before = keys(module)
     for values in (module[0].by, ROW_FACTORS):

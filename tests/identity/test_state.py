@@ -185,7 +185,7 @@ def test_instances_of_different_weights_or_configuration_share_no_rows() -> None
     assert len({tuple(a), tuple(c), tuple(d)}) == 3
 
 
-def test_parameters_that_require_grad_are_looked_at_in_full() -> None:
+def test_parameters_that_require_grad_are_digested_in_full() -> None:
     module = torchcache()(Net())
     module.requires_grad_(True)
     before = keys(module)
@@ -193,7 +193,7 @@ def test_parameters_that_require_grad_are_looked_at_in_full() -> None:
     assert keys(module) != before
 
 
-def test_a_fused_optimizer_is_seen() -> None:
+def test_a_fused_optimizer_is_noticed() -> None:
     module = torchcache()(Net())
     module.requires_grad_(True)
     optimizer = torch.optim.Adam(module.parameters(), lr=0.1, fused=True)
@@ -203,7 +203,7 @@ def test_a_fused_optimizer_is_seen() -> None:
     assert keys(module) != before
 
 
-def test_rehash_sees_edits_of_single_elements() -> None:
+def test_rehash_finds_edits_of_single_elements() -> None:
     module = torchcache()(Net())
     before = keys(module)
     module.linear.weight.numpy()[1, 5] += 1

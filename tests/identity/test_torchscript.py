@@ -76,7 +76,7 @@ def test_programs_that_compute_different_things_share_no_rows() -> None:
     assert torch.equal(modules[0](X), X + 1) and torch.equal(modules[1](X), X - 1)
 
 
-def test_packed_weights_that_are_loaded_later_are_seen_by_rehash() -> None:
+def test_packed_weights_that_are_loaded_later_are_noticed_by_rehash() -> None:
     module, other = torchcache()(quantized(1)), torchcache()(quantized(2))
     before = keys(module)
     module.load_state_dict(other.state_dict())

@@ -50,7 +50,7 @@ def test_an_independent_reader_reads_what_the_store_wrote(
     directory = tmp_path_factory.mktemp("store")
     store = open_store(directory, zstd=zstd)
     keys, data = [key(low) for low in rows], as_bytes(list(rows.values()))
-    assert ops.store_write(store, as_tensor(keys), layout, [data]) == len(keys)
+    assert ops.store_write(store, as_tensor(keys), layout, [data])[0] == len(keys)
     ops.store_close(store)
     read = {row.key: (row.layout, row.data) for row in read_store(directory)}
     assert read == {key(low): (layout.encode(), row) for low, row in rows.items()}

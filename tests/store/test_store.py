@@ -60,7 +60,7 @@ def test_rows_of_another_layout_are_absent(tmp_path: Path) -> None:
     keys, rows = batch(10, 1)
     store = Store(tmp_path)
     store.put(keys[:4], rows[:4])
-    assert ops.store_write(store.id, keys[4:], "other", [rows[4:]]) == 6
+    assert ops.store_write(store.id, keys[4:], "other", [rows[4:]])[0] == 6
     present, layout = ops.store_lookup(store.id, keys)
     assert layout == LAYOUT and present.tolist() == [True] * 4 + [False] * 6
     present, layout = ops.store_lookup(store.id, keys.flip(0))

@@ -103,7 +103,7 @@ def test_rows_are_gathered_from_chunks_by_torch_too(slots: list[int]) -> None:
     layout = Layout("*", (Leaf(rows.dtype, rows.dtype, (9,), None),))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(arenas, "_CHUNK_BYTES", 100)
-        arena = RowArena(layout, GPU, 1 << 20, lambda first, chunk: None)
+        arena = RowArena(layout, GPU, 1 << 20, None)
         for start in range(0, 50, 7):
             arena.append([rows[start : start + 7]], len(rows[start : start + 7]))
     assert torch.equal(arena.gather(torch.tensor(slots))[0], rows[slots])

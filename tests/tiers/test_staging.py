@@ -180,7 +180,7 @@ def test_rows_on_their_way_are_on_disk_after_a_normal_exit(leave: str, tmp_path:
     script = f"""
 import os
 import sys
-sys.path[:] = {[str(Path(__file__).parent), *sys.path]!r}
+sys.path[:0] = [{str(Path(__file__).parent)!r}, {str(Path(__file__).parents[1] / "harness")!r}]
 from test_staging import Backbone, SlowCopy, X, cached, staging
 staging.HostCopy, staging.is_needed = SlowCopy, lambda leaves: True
 module = cached({str(tmp_path)!r})

@@ -158,8 +158,10 @@ def test_describe_may_come_before_any_row(tier: Tier) -> None:
 
 def test_stats_grow_with_the_rows(tier: Tier) -> None:
     write(tier, [1, 2, 3])
+    tier.flush()
     before = tier.stats()
     write(tier, [4])
+    tier.flush()
     assert tier.stats().rows > before.rows >= 3 and tier.stats().bytes > before.bytes > 0
 
 
@@ -214,7 +216,7 @@ def test_any_sequence_of_operations_is_that_of_a_dictionary(
         names = [name + 100 * number for name in names] if operation == "write" else names + [n + 100 for n in names]
         if operation == "write":
             write(tier, list(dict.fromkeys(names)), LAYOUTS[number])
-            right.update({name: number for name in names})
+            right.update(dict.fromkeys(names, number))
         elif operation == "lookup":
             assert tier.lookup(keys_of(names)).tolist() == [name in right for name in names]
         elif operation == "read":

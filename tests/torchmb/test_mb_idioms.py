@@ -189,7 +189,7 @@ def test_a_parameter_that_the_first_forward_makes_is_named_and_taken_back() -> N
 
     batch = BatchModule(Own(forward, l=nn.Linear(5, 3)), 3)
     for _ in range(2):
-        with pytest.raises(RuntimeError, match="late is made by the first forward"):
+        with pytest.raises(RuntimeError, match="late is created by the first forward"):
             batch(torch.randn(3, 6, 5))
     assert [name for name, _ in batch.named_parameters()] == ["l.weight", "l.bias"]
 

@@ -47,6 +47,27 @@ def test_one_warning_names_module_and_reason_and_is_not_repeated() -> None:
     assert "differs between the models" in str(warning.message) and warning.filename == __file__
 
 
+def test_a_buffer_that_only_some_models_replace_is_kept_by_the_others() -> None:
+    def forward(m: Any, x: Tensor) -> Tensor:
+        if x.flatten()[0] > 0:
+            m.seen = m.seen + 1
+        else:
+            m.seen += 2
+        return m.l(x) + m.seen
+
+    def make() -> nn.Module:
+        model = Own(forward, l=nn.Linear(5, 5))
+        model.register_buffer("seen", torch.zeros(5))
+        return model
+
+    models = separate(make, 3)
+    batch, x = BatchModule.from_modules(models), torch.randn(3, 6, 5)
+    x[:, 0, 0] = torch.tensor([1.0, -1.0, 1.0])
+    with pytest.warns(UserWarning, match="one by one"):
+        for _ in range(2):
+            run_alike(batch, models, x)
+
+
 def test_a_branch_that_all_models_take_alike_needs_no_loop() -> None:
     def forward(m: Any, x: Tensor) -> Tensor:
         return m.l(x) if x.shape[0] > 1 and bool(x.isfinite().all()) else x

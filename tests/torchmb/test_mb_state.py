@@ -108,7 +108,7 @@ def test_what_is_no_tensor_is_not_loaded_but_named(value: Any) -> None:
     batch, state = BatchModule(make(), 3), separate(make, 1)[0].state_dict()
     before = {k: v.clone() for k, v in batch.state_dict().items()}
     for strict in (True, False):
-        with pytest.raises(TypeError, match=rf"2\.0\.weight of state dict 1 is a {type(value).__name__}, no tensor"):
+        with pytest.raises(TypeError, match=rf"2\.0\.weight of state dict 1 is a {type(value).__name__}, not a tensor"):
             batch.load_state_dicts([state, state | {"2.0.weight": value}, state], strict=strict)
     assert all(torch.equal(v, before[k]) for k, v in batch.state_dict().items())
 
@@ -244,8 +244,8 @@ def scaled(factor: Any) -> Any:
         (nn.Sequential(nn.ReLU()), nn.Sequential(nn.Tanh()), "0 is a ReLU in module 0, a Tanh in module 1"),
         (linears(), nn.Sequential(*linears(), nn.ReLU()), "module 0 has no 2, which is a ReLU in module 1"),
         (linears(), linears()[:1], "module 1 has no 1, which is a Linear in module 0"),
-        (tied(), linears(), "what 1.weight is tied to is '0.weight' in module 0, None in module 1"),
-        (linears(), tied(), "what 1.weight is tied to is None in module 0, '0.weight' in module 1"),
+        (tied(), linears(), "the tensor that 1.weight is tied to is '0.weight' in module 0, None in module 1"),
+        (linears(), tied(), "the tensor that 1.weight is tied to is None in module 0, '0.weight' in module 1"),
         (linears(), frozen(), "0.weight.requires_grad is True in module 0, False in module 1"),
         (linears(), linears().double(), "0.weight.dtype is torch.float32 in module 0, torch.float64 in module 1"),
         (nn.Sequential(nn.Dropout(0.1)), nn.Sequential(nn.Dropout(0.2)), "0.p is 0.1 in module 0, 0.2 in module 1"),

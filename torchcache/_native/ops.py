@@ -138,6 +138,17 @@ def table_add_chunk(table: int, layout: int, first: int, leaves: list[Tensor]) -
     _native().table_add_chunk.default(table, layout, first, leaves)
 
 
+def table_write(table: int, keys: Tensor, layout: int, first: int, leaves: list[Tensor], most: int) -> tuple[int, int]:
+    """Copies the distinct new rows of leaves ``[B, …]``, at most so many, to the slots from `first` on.
+
+    Returns:
+        How many were written, -1 if native code cannot write there (on a GPU, in a chunk that has too little room);
+        and how many are new.
+    """
+    written: tuple[int, int] = _direct("table_write")(table, keys, layout, first, leaves, most)
+    return written
+
+
 def table_insert(table: int, keys: Tensor, layout: int, first: int) -> None:
     """The keys get the slots ``first``, ``first + 1``, …"""
     _native().table_insert.default(table, keys, layout, first)
@@ -155,6 +166,10 @@ def table_low_keys(table: int) -> Tensor:
 
 def table_close(table: int) -> None:
     _native().table_close.default(table)
+
+
+WARNINGS = 1  # there are `store_warnings`
+FULL = 2  # `store_stats` says so, too
 
 
 def store_open(
@@ -183,9 +198,34 @@ def store_read(store: int, keys: Tensor, layout: str, leaves: list[Tensor]) -> T
     return cast(Tensor, _native().store_read.default(store, keys, layout, leaves))
 
 
-def store_write(store: int, keys: Tensor, layout: str, leaves: list[Tensor]) -> int:
-    """Queues copies of the rows for writing → how many of the first ones were admitted."""
-    return cast(int, _native().store_write.default(store, keys, layout, leaves))
+def store_lookup_and_read(
+    store: int, keys: Tensor, layout: str, only: bool, like: list[Tensor], pinned: bool
+) -> tuple[Tensor, list[Tensor], str, int]:
+    """Reads the rows that are there if they have this layout; with `only` rows of other layouts count as missing.
+
+    Args:
+        store: an id.
+        keys: int64 ``[B, 2]``.
+        layout: that of the rows, as far as it is known; an empty string reads nothing.
+        only: look for rows of this layout alone.
+        like: the leaves of the layout as CPU tensors ``[0, …]``.
+        pinned: read into pinned memory.
+
+    Returns:
+        Positions in `keys` of the rows that were read and verified (int64 ``[F]``), their leaves ``[F, …]`` (none if
+        there are no such rows), the layout of the rows that are there (an empty string if there are none), and alerts:
+        `WARNINGS` and `FULL`, or'ed.
+    """
+    found: tuple[Tensor, list[Tensor], str, int] = _direct("store_lookup_and_read")(
+        store, keys, layout, only, like, pinned
+    )
+    return found
+
+
+def store_write(store: int, keys: Tensor, layout: str, leaves: list[Tensor]) -> tuple[int, int]:
+    """Queues copies of the rows for writing → how many of the first ones were admitted, and alerts as above."""
+    written: tuple[int, int] = _direct("store_write")(store, keys, layout, leaves)
+    return written
 
 
 def store_flush(store: int) -> None:
@@ -243,7 +283,7 @@ def compact_add(compaction: int, name: str) -> bool:
 
 
 def compact_finish(compaction: int) -> list[int]:
-    """Puts the new segments into place, removes the old → the order of ``csrc/store/maintenance/compaction.h``'s Counts."""
+    """Puts the new segments into place, removes the old → in the order of Compaction::Counts."""
     return cast("list[int]", _native().compact_finish.default(compaction))
 
 

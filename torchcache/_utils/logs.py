@@ -130,6 +130,4 @@ class WarnOnce:
             logger.log(level, self._prefix + message, *args)
 
 
-Once = WarnOnce  # the former name, until engine/ and tiers/ use the new one
-
 set_logger_config()

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from torchcache._utils.lazy import lazy
 from torchcache._utils.locks import lock
-from torchcache._utils.logs import Once, logger
+from torchcache._utils.logs import WarnOnce, logger
 from torchcache.engine.compute import Computed, MissComputer, Uncached
 from torchcache.engine.counts import CacheInfo, Counts
 from torchcache.engine.decision import Bypassed, Decider, Request
@@ -217,10 +217,11 @@ class Cache:
             return self._compute_all(forward, request, _SEVERAL_LAYOUTS)
         self._tiers.read_missing(batch, pin=request.call.device_type == "cuda")
         missing = batch.missing
-        if len(missing) and logger.isEnabledFor(logging.DEBUG):
+        count = missing.shape[0]
+        if count and logger.isEnabledFor(logging.DEBUG):
             self._log_explanation(request, batch)
         self._last = CallParts.of(request)
-        if len(missing):
+        if count:
             computed = self._computer.compute(forward, request, missing)
             if isinstance(computed, Uncached):
                 self._note_bypass(computed.why)
@@ -230,7 +231,7 @@ class Cache:
             self._write(batch.missing_keys, computed)
             batch.add(Rows(None, *computed))
         self._warn_of_parameters(request)
-        self._count(batch.hits, len(missing))
+        self._count(batch.hits, count)
         return output(self._tiers.rows(batch), request.call)
 
     def _compute_all(self, forward: Forward, request: Request, why: Bypassed) -> Any:
@@ -290,8 +291,8 @@ class Cache:
     # ---- what is made when it is first needed
 
     @lazy
-    def _warnings(self) -> Once:
-        return Once(self._decider.name)
+    def _warnings(self) -> WarnOnce:
+        return WarnOnce(self._decider.name)
 
     @lazy
     def _computer(self) -> MissComputer:

@@ -14,7 +14,7 @@ from torchcache.engine.call import Call, Indivisible
 from torchcache.engine.decision import Bypassed, Request
 from torchcache.engine.keys import CallVariant
 from torchcache.engine.outputs import UnsupportedOutput, split
-from torchcache.identity.randomness import Generators, Noise
+from torchcache.identity.randomness import Generators, GeneratorStates
 from torchcache.identity.state import State
 from torchcache.tiers.layout import Layout, select
 
@@ -65,6 +65,7 @@ class MissComputer:
         self._refused = refused
         self._leave_inputs: set[CallVariant] = set()  # whose forwards have been seen not to edit their inputs
         self._changed_once: set[CallVariant] = set()  # whose forwards have changed the state
+        self._last_layout: Layout | None = None
         self._running = 0  # forwards, in all threads
         self._started = 0
 
@@ -79,24 +80,24 @@ class MissComputer:
         call = request.call
         arguments = self._some_arguments(request, rows)
         args, kwargs = (call.args, call.kwargs) if arguments is None else arguments
-        noise = Noise(functools.partial(self._generators, request.state))
+        generators = GeneratorStates(functools.partial(self._generators, request.state))
         before = None if request.state is None else request.state.before_forward()
         versions = call.versions() if arguments is None else None
         output, is_alone = self._run(forward, args, kwargs)
         if versions is not None and versions == call.versions():
             self._leave_inputs.add(request.variant)
-        why = self._objection(request, noise, before, is_alone)
+        why = self._objection(request, generators, before, is_alone)
         computed = why or self._split(output, call, rows, whole=arguments is None)
         if isinstance(computed, Computed):
             return computed
         if arguments is not None:
-            noise.rewind()
+            generators.restore()
             output = forward(*call.args, **call.kwargs)
         return Uncached(output, computed)
 
     def _some_arguments(self, request: Request, rows: Tensor) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         """The arguments with these rows alone; None: the whole batch is to be computed."""
-        if len(rows) == request.call.batch:
+        if rows.shape[0] == request.call.batch:
             return None
         try:
             return request.call.select(rows, copy=request.variant not in self._leave_inputs)
@@ -117,14 +118,14 @@ class MissComputer:
                 is_alone = is_first and self._started == number
         return output, is_alone
 
-    def _objection(self, request: Request, noise: Noise, before: Any, is_alone: bool) -> Bypassed | None:
+    def _objection(self, request: Request, generators: GeneratorStates, before: Any, is_alone: bool) -> Bypassed | None:
         """Why rows that were just computed must not be kept."""
-        has_changed = noise.made()
+        has_changed = generators.has_new_generators()
         if request.state is not None:
             with self._lock:
                 has_changed |= not request.state.after_forward(before)
-        if noise.drawn():
-            return _IMPORTED if noise.imported() else self._refuse(request.variant, _RANDOM)
+        if generators.numbers_were_drawn():
+            return _IMPORTED if generators.modules_were_imported() else self._refuse(request.variant, _RANDOM)
         if not has_changed:
             return None
         if not is_alone:
@@ -139,8 +140,12 @@ class MissComputer:
         return why
 
     def _split(self, output: Any, call: Call, rows: Tensor, whole: bool) -> Computed | Bypassed:
+        count = rows.shape[0]
         try:
-            layout, leaves = split(output, call.batch if whole else len(rows), call.tensors, self._cache_dtype)
+            layout, leaves = split(output, call.batch if whole else count, call.tensors, self._cache_dtype)
         except UnsupportedOutput as error:
             return Bypassed("the output cannot be kept", details=str(error))
-        return Computed(layout, leaves if len(rows) == len(leaves[0]) else [select(t, rows) for t in leaves])
+        if layout == self._last_layout:
+            layout = self._last_layout  # which knows its JSON already
+        self._last_layout = layout
+        return Computed(layout, leaves if count == leaves[0].shape[0] else [select(t, rows) for t in leaves])

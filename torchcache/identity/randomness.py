@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from torchcache.identity.mersenne import comparable, numpy_twister, python_twister
+
 Generators = dict[str, object]  # by the name of what holds them
 
 
@@ -27,7 +29,7 @@ def _generates(kind: type) -> bool:
     return any(base.__module__.startswith("numpy.random") for base in kind.__mro__)
 
 
-class Noise:
+class GeneratorStates:
     """The states of all generators before a forward, to compare with those after it.
 
     Args:
@@ -40,43 +42,48 @@ class Noise:
         self._after: Generators | None = None
         self._states = {name: _state(generator) for name, generator in self._before.items()}
         self._torch = _torch_states()
-        self._python = random.getstate()
-        self._numpy = _numpy_state()
+        self._python = python_twister().snapshot()
+        numpy = numpy_twister()
+        self._numpy = None if numpy is None else numpy.snapshot()
         self._imported = len(sys.modules)
 
-    def imported(self) -> bool:
+    def modules_were_imported(self) -> bool:
         """Whether modules were imported meanwhile, which may draw numbers; numpy.random may be one of them."""
         return len(sys.modules) != self._imported
 
-    def drawn(self) -> bool:
+    def numbers_were_drawn(self) -> bool:
         """Whether random numbers were drawn meanwhile."""
-        now = _torch_states()
         return (
-            any(not torch.equal(a, b) for a, b in zip(self._torch, now))
-            or random.getstate() != self._python
-            or _comparable(_numpy_state()) != _comparable(self._numpy)
+            _as_bytes(_torch_states()) != _as_bytes(self._torch)
+            or python_twister().snapshot() != self._python
+            or self._drawn_from_numpy()
             or self._drawn_from_others()
         )
 
-    def made(self) -> bool:
+    def has_new_generators(self) -> bool:
         """Whether there are new generators, of which it is not known yet whether forwards draw from them."""
         return bool(self._generators_after().keys() - self._before.keys())
 
-    def rewind(self) -> None:
+    def restore(self) -> None:
         """Sets the generators back, so that a second forward draws what the first one drew."""
         torch.set_rng_state(self._torch[0])
-        random.setstate(self._python)
-        if self._numpy is not None:
-            sys.modules["numpy"].random.set_state(self._numpy)
+        python_twister().restore(self._python)
+        if self._numpy is not None and (numpy := numpy_twister()) is not None:
+            numpy.restore(self._numpy)
         if self._torch[1:]:
             torch.cuda.set_rng_state_all(self._torch[1:])
         for name, generator in self._before.items():
             _set_state(generator, self._states[name])
 
+    def _drawn_from_numpy(self) -> bool:
+        """Also true if the forward imported numpy.random, of which there is no earlier state."""
+        numpy = numpy_twister()
+        return numpy is not None and (self._numpy is None or numpy.has_drawn(self._numpy))
+
     def _drawn_from_others(self) -> bool:
         """Compares by name, not by object: a generator that every forward creates with the same seed is not random."""
         return any(
-            name in self._states and _comparable(_state(generator)) != _comparable(self._states[name])
+            name in self._states and comparable(_state(generator)) != comparable(self._states[name])
             for name, generator in self._generators_after().items()
         )
 
@@ -91,10 +98,8 @@ def _torch_states() -> list[Tensor]:
     return [torch.get_rng_state(), *cuda]
 
 
-def _numpy_state() -> Any:
-    """The state of NumPy's global generator; None if nothing has imported numpy.random."""
-    generator = sys.modules.get("numpy.random")
-    return None if generator is None else generator.get_state()
+def _as_bytes(states: list[Tensor]) -> list[bytes]:
+    return [state.numpy().tobytes() for state in states]
 
 
 def _state(generator: Any) -> Any:
@@ -117,14 +122,3 @@ def _set_state(generator: Any, state: Any) -> None:
             generator.set_state(state)
         else:
             getattr(generator, "bit_generator", generator).state = state
-
-
-def _comparable(state: Any) -> Any:
-    """The state with bytes instead of tensors and arrays, whose == gives no bool."""
-    if isinstance(state, Tensor):
-        return bytes(state.tolist())
-    if isinstance(state, dict):
-        return {name: _comparable(value) for name, value in state.items()}
-    if isinstance(state, tuple):
-        return tuple(map(_comparable, state)) if any(hasattr(value, "tobytes") for value in state) else state
-    return state.tobytes() if hasattr(state, "tobytes") else state

@@ -26,28 +26,40 @@ AddChunk = Callable[[int, list[Tensor]], None]
 
 
 class RowArena:
-    """Rows of one layout on one device, numbered by slots. Rows are only ever added."""
+    """Rows of one layout on one device, numbered by slots. Rows are only ever added.
 
-    def __init__(self, layout: Layout, device: torch.device, limit: int, add_chunk: AddChunk) -> None:
+    Args:
+        layout: of the rows.
+        device: where they lie.
+        limit: bytes of rows that the arena may get.
+        add_chunk: is told of every new chunk; None: nobody is.
+
+    Attributes:
+        used: the first slot that no row has.
+        is_native: whether native code can write rows here.
+    """
+
+    def __init__(self, layout: Layout, device: torch.device, limit: int, add_chunk: AddChunk | None) -> None:
         self.layout = layout
         self.device = device
+        self.is_native = add_chunk is not None and device.type == "cpu"
         self._capacity = max(1, limit // layout.row_bytes if layout.row_bytes else 2**40)  # in rows, as all below
         self._add_chunk = add_chunk
         self._chunks: list[list[Tensor]] = []
         self._starts: list[int] = []
         self._allocated = 0
-        self._used = 0
+        self.used = 0
 
     def append(self, leaves: list[Tensor], count: int) -> int:
-        """Copies rows behind the last; gives the slot of the first. Nothing is taken where it raises."""
-        first = self._used
+        """Copies rows to the slots behind the last row; gives the first of these. Where it raises, no slot is used."""
+        first = self.used
         while self._allocated < first + count:
             self._grow()
         for chunk, at, done, here in self._spans(first, count):
             for kept, rows in zip(chunk, leaves):
                 with torch.no_grad():
                     kept[at : at + here].copy_(rows[done : done + here])
-        self._used += count
+        self.used += count
         return first
 
     def gather(self, slots: Tensor) -> list[Tensor]:
@@ -55,7 +67,7 @@ class RowArena:
         if len(self._chunks) == 1:
             there = slots.to(self.device)
             return [select(kept, there) for kept in self._chunks[0]]
-        outputs = [self._empty(leaf, len(slots)) for leaf in self.layout.leaves]
+        outputs = [self._empty(leaf, slots.shape[0]) for leaf in self.layout.leaves]
         starts = torch.tensor(self._starts, device="cpu")
         number = torch.bucketize(slots, starts, right=True) - 1
         for chunk in torch.unique(number).tolist():
@@ -83,7 +95,8 @@ class RowArena:
             least = max(1, _CHUNK_BYTES // max(1, self.layout.row_bytes))
             rows = max(1, min(self._capacity - self._allocated, max(least, self._allocated // _GROWTH)))
             chunk = [self._empty(leaf, rows) for leaf in self.layout.leaves]
-        self._add_chunk(self._allocated, chunk)
+        if self._add_chunk is not None:
+            self._add_chunk(self._allocated, chunk)
         self._chunks.append(chunk)
         self._starts.append(self._allocated)
         self._allocated += rows

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
-
 import torch
 from torch import Tensor
 
@@ -19,6 +17,7 @@ class Batch:
         keys: int64 ``[B, 2]``.
         missing: int64 ``[M]``, for each distinct row that nobody has so far the first position in the batch.
         layout: that of the rows found so far, which all others must have; None: none is found.
+        count: B.
         hits: rows by the name of the tier that had them. Repetitions of a row in the batch count as hits in memory.
     """
 
@@ -26,9 +25,10 @@ class Batch:
         self.keys = lookup.keys
         self.missing = lookup.missing
         self.layout = lookup.layout
-        self.hits = Counter(memory=len(lookup.keys) - len(lookup.missing))
+        self.count = lookup.keys.shape[0]
         self._memory = lookup
-        self._distinct = len(lookup.missing)  # rows that memory lacks
+        self._distinct = self.missing.shape[0]  # rows that memory lacks
+        self.hits = {"memory": self.count - self._distinct}
         self._absent: Tensor | None = None  # int64 [M], which of those the missing ones are; None: all
         self._parts: list[tuple[Tensor | None, list[Tensor]]] = []  # which of those, and their leaves
 
@@ -40,7 +40,7 @@ class Batch:
     @property
     def missing_keys(self) -> Tensor:
         """int64 ``[M, 2]``."""
-        return self.keys if len(self.missing) == len(self.keys) else self.keys.index_select(0, self.missing)
+        return self.keys if self.missing.shape[0] == self.count else self.keys.index_select(0, self.missing)
 
     def add(self, rows: Rows) -> None:
         """Takes rows whose positions are numbers of missing ones."""
@@ -49,30 +49,32 @@ class Batch:
             self._parts.append((self._absent, rows.leaves))
             self.missing = self.missing[:0]
             return
-        rest = _others(rows.positions, len(self.missing))
+        rest = _others(rows.positions, self.missing.shape[0])
         self._parts.append((_select(self._absent, rows.positions), rows.leaves))
         self._absent = _select(self._absent, rest)
         self.missing = self.missing.index_select(0, rest)
 
     def untouched(self) -> Rows | None:
         """All rows, if they need not be put together: they are distinct, and came from one place."""
-        if len(self._parts) != 1 or self._distinct != len(self.keys):
+        if len(self._parts) != 1 or self._distinct != self.count:
             return None
         ((numbers, leaves),) = self._parts
-        return Rows(None, self._layout(), leaves) if numbers is None and not len(self.missing) else None
+        return Rows(None, self._layout(), leaves) if numbers is None and self.missing.shape[0] == 0 else None
 
     def rows(self) -> Rows | None:
         """All rows found so far, put together; None if there are none."""
         slots = self._memory.slots
         in_memory = (slots >= 0).nonzero().squeeze(1)
         parts = [leaves for _, leaves in self._parts]
-        if len(in_memory):
+        if in_memory.shape[0]:
             parts.append(self._memory.gather(slots.index_select(0, in_memory)))
         if not parts:
             return None
         order = self._numbers().index_select(0, (-1 - slots).clamp(min=0)) if self._distinct else slots.clone()
-        order[in_memory] = torch.arange(len(in_memory), device="cpu") + sum(len(part[0]) for _, part in self._parts)
-        positions = (order >= 0).nonzero().squeeze(1) if len(self.missing) else None
+        order[in_memory] = torch.arange(in_memory.shape[0], device="cpu") + sum(
+            leaves[0].shape[0] for _, leaves in self._parts
+        )
+        positions = (order >= 0).nonzero().squeeze(1) if self.missing.shape[0] else None
         if positions is not None:
             order = order.index_select(0, positions)
         pools = [_concatenate(pool) for pool in zip(*parts)]
@@ -86,9 +88,9 @@ class Batch:
         numbers = torch.full((self._distinct,), -1, dtype=torch.int64, device="cpu")
         first = 0
         for which, leaves in self._parts:
-            behind = torch.arange(first, first + len(leaves[0]), device="cpu")
-            numbers[slice(None) if which is None else which] = behind
-            first += len(behind)
+            end = first + leaves[0].shape[0]
+            numbers[slice(None) if which is None else which] = torch.arange(first, end, device="cpu")
+            first = end
         return numbers
 
     def _layout(self) -> Layout:

@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from torchcache._native.ops import Digest
-from torchcache._utils.logs import Once
+from torchcache._utils.logs import WarnOnce
 from torchcache.errors import MissingRows
 from torchcache.options import Options
 from torchcache.tiers import staging
@@ -38,7 +38,7 @@ class Chain:
         self.directory = directory  # of the rows that outlive the process; None: there are none
 
     @classmethod
-    def open(cls, options: Options, directory: Path | None, warnings: Once | None = None) -> Chain:
+    def open(cls, options: Options, directory: Path | None, warnings: WarnOnce | None = None) -> Chain:
         """The tiers that the options name.
 
         Args:
@@ -76,14 +76,14 @@ class Chain:
     def read_missing(self, batch: Batch, pin: bool = False) -> None:
         """Adds to a batch those of its missing rows that a farther tier has, if they have the layout of the others."""
         for number, tier in enumerate(self.farther):
-            if not len(batch.missing):
+            if batch.missing.shape[0] == 0:
                 return
             keys = batch.missing_keys
             rows = tier.read(keys, batch.layout, pin)
             if rows is not None:
                 found = keys if rows.positions is None else keys.index_select(0, rows.positions)
                 self._write(found, rows.layout, rows.leaves, self.farther[:number])
-                batch.hits[tier.name] += len(rows)
+                batch.hits[tier.name] = len(rows)
                 batch.add(rows)
 
     def rows(self, batch: Batch) -> Rows:
@@ -99,11 +99,11 @@ class Chain:
         """Positions in `keys` of the distinct rows that no tier has (int64). Others are read into memory."""
         staging.drain()
         batch = Batch(self.memory.lookup_batch(keys))
-        while len(batch.missing):  # once for each layout
-            before = len(batch.missing)
+        while batch.missing.shape[0]:  # once for each layout
+            before = batch.missing.shape[0]
             batch.layout = None
             self.read_missing(batch)
-            if len(batch.missing) == before:
+            if batch.missing.shape[0] == before:
                 break
         return batch.missing
 
@@ -139,7 +139,7 @@ class Chain:
         batch = Batch(self.memory.lookup_batch(keys))
         if not batch.is_mixed:
             self.read_missing(batch)
-            if not len(batch.missing) and batch.layout is not None:
+            if batch.missing.shape[0] == 0 and batch.layout is not None:
                 return self.rows(batch)
         missing = self.missing(keys).tolist()
         if missing:
@@ -155,7 +155,7 @@ class Chain:
         present = self.memory.lookup(keys)
         for tier in self.farther:
             absent = (~present).nonzero().squeeze(1)
-            if not len(absent):
+            if absent.shape[0] == 0:
                 break
             present[absent] = tier.lookup(keys.index_select(0, absent))
         return present

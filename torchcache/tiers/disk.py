@@ -15,14 +15,13 @@ from multiprocessing import util
 from pathlib import Path
 from typing import Any, TypeVar
 
-import torch
 from torch import Tensor
 
 from torchcache._native import ops
 from torchcache._utils.locks import lock, module_lock
-from torchcache._utils.logs import Once
+from torchcache._utils.logs import WarnOnce
 from torchcache.options import Options
-from torchcache.tiers.layout import Layout, select
+from torchcache.tiers.layout import Layout
 from torchcache.tiers.meta import write_meta
 from torchcache.tiers.tier import Rows, TierStats
 
@@ -40,14 +39,15 @@ class DiskTier:
     name = "disk"
     is_on_host = True
 
-    def __init__(self, directory: Path, options: Options, warnings: Once | None = None) -> None:
+    def __init__(self, directory: Path, options: Options, warnings: WarnOnce | None = None) -> None:
         self.directory = directory
         self._meta: Mapping[str, Any] | None = None
         self._has_meta_file = False
-        self._warnings = Once("disk cache") if warnings is None else warnings
-        self._said = Once("disk cache")
+        self._warnings = WarnOnce("disk cache") if warnings is None else warnings
+        self._said = WarnOnce("disk cache")
         self._store = _shared_store(directory, options)
         self._layouts: dict[str, Layout | None] = {}
+        self._last_read: Layout | None = None  # the next rows probably have it, too
         self._report()
 
     @property
@@ -58,7 +58,9 @@ class DiskTier:
         present: Tensor = self._store.call(ops.store_lookup, keys)[0]
         while True:  # once for each layout
             absent = (~present).nonzero().squeeze(1)
-            found = self._store.call(ops.store_lookup, keys.index_select(0, absent))[0] if len(absent) else absent
+            if absent.shape[0] == 0:
+                return present
+            found = self._store.call(ops.store_lookup, keys.index_select(0, absent))[0]
             if not found.any():
                 return present
             present[absent] = found
@@ -69,44 +71,47 @@ class DiskTier:
         except (RuntimeError, OSError, MemoryError, ValueError) as error:
             self._said.warn("read", "reading failed, the rows are computed again: %s", error)
             return None
-        finally:
-            self._report()
 
     def _read(self, keys: Tensor, wanted: Layout | None, pin: bool) -> Rows | None:
-        present, text = self._store.call(ops.store_lookup, keys)
-        layout = self._layout(text) if text else None
-        if layout is None or (wanted is not None and layout != wanted):
-            return None
-        where = present.nonzero().squeeze(1)
-        wanted_keys = keys if len(where) == len(keys) else keys.index_select(0, where)
-        leaves = [
-            torch.empty((len(where), *leaf.shape), dtype=leaf.stored, device="cpu", pin_memory=pin)
-            for leaf in layout.leaves
-        ]
-        verified = self._store.call(ops.store_read, wanted_keys, text, [ops.bits(t) for t in leaves])
-        if not verified.all():
-            good = verified.nonzero().squeeze(1)
-            where, leaves = where.index_select(0, good), [select(t, good) for t in leaves]
-        if not len(where):
-            return None
-        return Rows(None if len(where) == len(keys) else where, layout, leaves)
+        layout = wanted or self._last_read
+        rows, found = self._read_layout(keys, layout, wanted is not None, pin)
+        if rows is None and wanted is None and found and (layout is None or found != layout.json):
+            layout = self._layout(found)
+            rows, _ = self._read_layout(keys, layout, True, pin) if layout is not None else (None, "")
+        self._last_read = layout
+        return rows
+
+    def _read_layout(self, keys: Tensor, layout: Layout | None, only: bool, pin: bool) -> tuple[Rows | None, str]:
+        """The rows if they have this layout, and the layout that they have."""
+        text, like = ("", []) if layout is None else (layout.json, [ops.bits(t) for t in layout.no_rows])
+        positions, leaves, found, alerts = self._store.call(ops.store_lookup_and_read, keys, text, only, like, pin)
+        if alerts & ops.WARNINGS:
+            self._report()
+        if not leaves or layout is None:
+            return None, found
+        leaves = [t if t.dtype is leaf.stored else t.view(leaf.stored) for t, leaf in zip(leaves, layout.leaves)]
+        return Rows(None if positions.shape[0] == keys.shape[0] else positions, layout, leaves), found
 
     def write(self, keys: Tensor, layout: Layout, leaves: list[Tensor]) -> None:
         """Queues copies of the rows, as far as the limit of the directory allows."""
         try:
-            if layout.row_bytes > _MAX_ROW_BYTES:
-                self._said.warn("row", "rows of %d bytes are not kept: the most is 1 GiB", layout.row_bytes)
-                return
-            text = layout.json
-            self._layouts.setdefault(text, layout)
-            on_host = [ops.bits(t.cpu().contiguous()) for t in leaves]
-            if self._store.call(ops.store_write, keys.contiguous(), text, on_host) and not self._has_meta_file:
-                self._write_meta()
+            self._write(keys, layout, leaves)
         except (RuntimeError, OSError, MemoryError, ValueError) as error:
             self._said.warn("write", "writing failed, training goes on without: %s", error)
-        finally:
+
+    def _write(self, keys: Tensor, layout: Layout, leaves: list[Tensor]) -> None:
+        if layout.row_bytes > _MAX_ROW_BYTES:
+            self._said.warn("row", "rows of %d bytes are not kept: the most is 1 GiB", layout.row_bytes)
+            return
+        text = layout.json
+        self._layouts.setdefault(text, layout)
+        on_host = [ops.bits(t.cpu().contiguous()) for t in leaves]
+        written, alerts = self._store.call(ops.store_write, keys.contiguous(), text, on_host)
+        if written and not self._has_meta_file:
+            self._write_meta()
+        if alerts & ops.WARNINGS:
             self._report()
-        if self.stats().full:
+        if alerts & ops.FULL:
             self._warnings.warn("disk full", _FULL)
 
     def describe(self, meta: Mapping[str, Any]) -> None:

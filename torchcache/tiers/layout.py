@@ -57,6 +57,12 @@ class Layout:
         return all(leaf.stored is leaf.dtype and leaf.device is None for leaf in self.leaves)
 
     @remembered
+    def no_rows(self) -> list[Tensor]:
+        """Leaves ``[0, …]`` as they are stored, on the CPU."""
+        with torch.inference_mode(False):
+            return [torch.empty((0, *leaf.shape), dtype=leaf.stored, device="cpu") for leaf in self.leaves]
+
+    @remembered
     def json(self) -> str:
         """The canonical form that stands in a block; classes by name."""
         leaves = []

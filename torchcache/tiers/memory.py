@@ -13,13 +13,12 @@ from torch import Tensor
 from torchcache._native import ops
 from torchcache._native.ops import Digest
 from torchcache._utils.locks import lock
-from torchcache._utils.logs import Once
+from torchcache._utils.logs import WarnOnce
 from torchcache.tiers.arenas import AddChunk, RowArena
 from torchcache.tiers.layout import Layout, select
 from torchcache.tiers.tier import Rows, TierStats
 
 NONE, MIXED = -1, -2  # instead of the number of a layout: nothing was found, rows of several were
-
 
 _FULL = "the memory cache is full: new rows are computed but not kept; raise max_memory_cache_size to keep more"
 
@@ -30,11 +29,11 @@ class MemoryTier:
     name = "memory"
     is_described = True
 
-    def __init__(self, device: str, limit: int, warnings: Once | None = None) -> None:
+    def __init__(self, device: str, limit: int, warnings: WarnOnce | None = None) -> None:
         self.device = torch.device(device)
         self.is_on_host = self.device.type == "cpu"
         self.limit = limit
-        self._warnings = Once("memory cache") if warnings is None else warnings
+        self._warnings = WarnOnce("memory cache") if warnings is None else warnings
         self._lock = lock(self)
         self._begin()
 
@@ -130,22 +129,15 @@ class MemoryTier:
         """Copies the rows that are new, as far as they fit."""
         with self._lock:
             held = self._held
-            _, new, _ = held.table.lookup(keys)
-            fits = (self.limit - self.bytes) // layout.row_bytes if layout.row_bytes else len(new)
-            if fits < len(new):
-                self.full = True
-                new = new[:fits]
-            if not len(new):
-                return
-            number = held.number(layout, self._device_for(leaves), self.limit - self.bytes)
-            whole = len(new) == len(keys)
-            first = held.arenas[number].append(
-                leaves if whole else [select(t, new.to(t.device)) for t in leaves], len(new)
-            )
-            held.note_write(number)
-            held.table.insert(keys if whole else keys.index_select(0, new), number, first)
-            self.bytes += len(new) * layout.row_bytes
-            self.rows += len(new)
+            room = (self.limit - self.bytes) // layout.row_bytes if layout.row_bytes else keys.shape[0]
+            if room > 0:
+                number = held.number(layout, self._device_for(leaves), self.limit - self.bytes)
+                written, new = held.write(keys, number, leaves, room)
+            else:
+                written, new = 0, held.table.lookup(keys)[1].shape[0]
+            self.full |= written < new
+            self.bytes += written * layout.row_bytes
+            self.rows += written
 
     def _device_for(self, leaves: list[Tensor]) -> torch.device:
         """Which of the GPUs, where that was left open: the one of the rows that come first."""
@@ -163,9 +155,31 @@ class _Held:
         self._numbers: dict[Layout, int] = {}
         self.written: list[tuple[torch.device, torch.cuda.Event]] = []  # on GPUs, and perhaps not there yet
 
-    def note_write(self, number: int) -> None:
+    def write(self, keys: Tensor, number: int, leaves: list[Tensor], most: int) -> tuple[int, int]:
+        """How many of the rows were copied, at most so many, and how many are new."""
+        arena = self.arenas[number]
+        if arena.is_native:
+            first = arena.used
+            # Ahead: wherever this is interrupted, a slot that somebody can find must not be used again.
+            arena.used += min(keys.shape[0], most)
+            written, new = self.table.write(keys, number, first, leaves, most)
+            arena.used = first + max(0, written)
+            if written >= 0:
+                return written, new
+        _, rows, _ = self.table.lookup(keys)
+        new = rows.shape[0]
+        rows = rows[:most]
+        if rows.shape[0] == 0:
+            return 0, new
+        if rows.shape[0] < keys.shape[0]:
+            keys, leaves = keys.index_select(0, rows), [select(t, rows.to(t.device)) for t in leaves]
+        first = arena.append(leaves, keys.shape[0])
+        self._note_write(arena.device)
+        self.table.insert(keys, number, first)
+        return keys.shape[0], new
+
+    def _note_write(self, device: torch.device) -> None:
         """After rows were copied to an arena, and before anybody can find them."""
-        device = self.arenas[number].device
         if device.type == "cuda":
             self.written = [*self._unfinished(), (device, torch.cuda.current_stream(device).record_event())]
 
@@ -192,11 +206,11 @@ class _Held:
             self.arenas.append(RowArena(layout, device, limit, self._native_chunks(layout, number, device)))
         return number
 
-    def _native_chunks(self, layout: Layout, number: int, device: torch.device) -> AddChunk:
-        """Tells the native table of new chunks, from which it then gathers itself, where it can."""
+    def _native_chunks(self, layout: Layout, number: int, device: torch.device) -> AddChunk | None:
+        """Tells the native table of new chunks, which it then reads and writes itself; None: it cannot."""
         foreign = any(leaf.stored in ops.FOREIGN_DTYPES for leaf in layout.leaves)
         if foreign or device.type not in ("cpu", "cuda"):
-            return lambda first, chunk: None
+            return None
         return functools.partial(self.table.add_chunk, number)
 
 
@@ -235,9 +249,10 @@ class MemoryLookup:
     def rows(self) -> Rows | None:
         """Those that were found; None if there are none."""
         positions = (self.slots >= 0).nonzero().squeeze(1)
-        if self.layout is None or not len(positions):
+        count = positions.shape[0]
+        if self.layout is None or count == 0:
             return None
-        whole = len(positions) == len(self.keys)
+        whole = count == self.keys.shape[0]
         return Rows(None if whole else positions, self.layout, self.gather(self.slots.index_select(0, positions)))
 
     def restricted(self, layout: Layout | None) -> MemoryLookup:
@@ -274,6 +289,9 @@ class _Table:
 
     def read(self, keys: Tensor) -> tuple[list[Tensor], int]:
         return ops.table_read(self.id, keys)
+
+    def write(self, keys: Tensor, layout: int, first: int, leaves: list[Tensor], most: int) -> tuple[int, int]:
+        return ops.table_write(self.id, keys.contiguous(), layout, first, leaves, most)
 
     def add_chunk(self, layout: int, first: int, chunk: list[Tensor]) -> None:
         ops.table_add_chunk(self.id, layout, first, chunk)

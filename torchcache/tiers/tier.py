@@ -21,7 +21,7 @@ class Rows(NamedTuple):
     leaves: list[Tensor]  # [F, …] each, as stored
 
     def __len__(self) -> int:
-        return len(self.leaves[0])
+        return self.leaves[0].shape[0]
 
 
 class TierStats(NamedTuple):

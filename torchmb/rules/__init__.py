@@ -1,7 +1,7 @@
-"""Fast kernels for what models call: a mode that puts them in the place of vmap's own, one file a family.
+"""Rules: fast kernels in place of vmap's own, one module for each family of functions.
 
-A rule has the signature of the function for which it stands and runs inside vmap, on one model's shapes. It returns
-NotImplemented where it has nothing better than vmap.
+A rule has the signature of the function that it replaces, and runs within vmap, on one model's shapes. It returns
+NotImplemented where vmap's own kernel shall run.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ for family in (
 
 
 class Rules(TorchFunctionMode):
-    """The rules, for calls directly within the vmap of this level; transforms of the model's own are left to torch."""
+    """Applies the rules to calls within the vmap of this level, unless the model's forward uses a transform."""
 
     def __init__(self, level: int) -> None:
         super().__init__()
@@ -76,5 +76,5 @@ class Rules(TorchFunctionMode):
         return output
 
     def finish(self) -> None:
-        """RuntimeError if a copy in the place of a view made a difference that nobody saw."""
+        """RuntimeError if the forward has edited a copy that stands for a view."""
         self._views.finish()

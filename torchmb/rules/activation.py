@@ -1,4 +1,4 @@
-"""Activations that vmap does not know."""
+"""Activations without a batching rule in vmap."""
 
 from __future__ import annotations
 

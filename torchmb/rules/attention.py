@@ -1,4 +1,4 @@
-"""Attention: models and images as one batch of torch's fused kernel; and the parts of multi-head attention."""
+"""Attention: models and rows as one batch of torch's fused kernel; multi-head attention in its parts."""
 
 from __future__ import annotations
 
@@ -34,8 +34,8 @@ def _attention(
 
 RULES = {F.scaled_dot_product_attention: _attention}
 
-# A Python function of torch, seen by the mode as one call in which no rule applies. Without its question whether anyone
-# overrides it, it runs as if the model had called its parts.
+# A mode sees this Python function of torch as one call, in which no rule applies. A copy that does not look for
+# overrides runs as if the model had called its parts.
 _ATTENTION = F.multi_head_attention_forward
 OPENED = {
     _ATTENTION: FunctionType(

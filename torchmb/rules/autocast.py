@@ -1,4 +1,4 @@
-"""Autocast: the dtypes that one model would compute in, where vmap or a kernel of ours would choose others."""
+"""Autocast: the dtypes in which one model computes, where vmap or a kernel of torchmb would choose others."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ import torch
 from torch import Tensor
 
 
-def autocasts(x: Tensor) -> bool:
-    """Whether autocast is on where x lies. Of meta tensors torch cannot be asked."""
+def autocast_enabled(x: Tensor) -> bool:
+    """Whether autocast is on for the device of x; never for meta tensors, about which torch cannot be asked."""
     return not x.is_meta and torch.is_autocast_enabled(x.device.type)
 
 
-def as_autocast(x: Tensor, *others: Any) -> tuple[Any, ...]:
-    """Casts tensors as torch does before a matrix product, here so that the backward sees the dtypes of the forward."""
-    if not autocasts(x):
+def cast_as_autocast(x: Tensor, *others: Any) -> tuple[Any, ...]:
+    """Casts tensors as torch does before a matrix product, so that the backward uses the dtypes of the forward."""
+    if not autocast_enabled(x):
         return x, *others
     dtype = torch.get_autocast_dtype(x.device.type)
     return tuple(
@@ -26,12 +26,12 @@ def as_autocast(x: Tensor, *others: Any) -> tuple[Any, ...]:
 
 
 def _prelu(input: Tensor, weight: Tensor) -> Tensor:
-    return torch.prelu(*as_autocast(input, weight))
+    return torch.prelu(*cast_as_autocast(input, weight))
 
 
 def _uncast(function: Callable[..., Any], x: Tensor, *args: Any, **kwargs: Any) -> Any:
-    """Of vectors torch casts no product on the CPU, but vmap makes it one of matrices, which it casts."""
-    if not x.is_cpu or not autocasts(x):
+    """Turns autocast off: on the CPU it does not cast products of vectors, but vmap's products of matrices."""
+    if not x.is_cpu or not autocast_enabled(x):
         return NotImplemented
     with torch.autocast("cpu", enabled=False):
         return function(x, *args, **kwargs)

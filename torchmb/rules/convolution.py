@@ -1,4 +1,4 @@
-"""Convolutions: the models become groups of one convolution, side by side in the channels."""
+"""Convolutions: the models become groups of one convolution, their channels next to each other."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ _channels_last = ContextVar("channels_last", default=False)
 
 @contextmanager
 def channels_last(modules: Iterable[nn.Module], x: Tensor | None) -> Iterator[None]:
-    """On the CPU, convolutions of the models put channels last, unless batch statistics are taken.
+    """Lets convolutions store channels last, on the CPU and unless a module uses batch statistics.
 
-    oneDNN's grouped convolutions of few channels are 1.1 to 5 times faster so, max pooling as well, and what follows
-    keeps the order. But sums over the rows lose two digits in it (torch 2.13: a gradient of batch_norm over 7,168 rows
-    is 6.5e-4 off, relative to the largest, instead of 1.2e-5).
+    In this order oneDNN's grouped convolutions of few channels, and max pooling, are 1.1 to 5 times faster; later
+    layers preserve it. But sums over rows lose two digits (torch 2.13: a gradient of batch_norm over 7,168 rows has an
+    error of 6.5e-4 relative to the largest, instead of 1.2e-5).
     """
     statistics = any(map(_takes_statistics, modules))
     token = _channels_last.set(x is not None and x.device.type == "cpu" and not statistics)
@@ -43,7 +43,7 @@ def channels_last(modules: Iterable[nn.Module], x: Tensor | None) -> Iterator[No
 
 
 def _takes_statistics(module: nn.Module) -> bool:
-    """Whether it is one of torch's batch or instance norms, and normalises by statistics of its input."""
+    """Whether the module is one of torch's batch or instance norms and computes statistics of its input."""
     is_norm = hasattr(module, "track_running_stats")
     return is_norm and (module.training or getattr(module, "running_mean", None) is None)
 
@@ -51,10 +51,10 @@ def _takes_statistics(module: nn.Module) -> bool:
 def convolve(
     function: Convolution, x: Tensor, weight: Tensor, bias: Tensor | None, groups: int = 1, **options: Any
 ) -> Tensor:
-    """x (B, M, C, …), weight (M, …) as one model has it, bias (M, O) or None → (B, M, O, …)."""
+    """Convolves x (B, M, C, …) with weight (M, *one model's) and bias (M, O) or None → (B, M, O, …)."""
     batch = len(weight)
     channels = x.flatten(1, 2)
-    # Not of one image, whose order torch tells by the stride of a dimension of size 1, which may be any.
+    # Not for one image: torch tells the order by the stride of its dimension of size 1, which is arbitrary.
     if channels.dim() == 4 and len(channels) > 1 and _channels_last.get():
         channels = channels.contiguous(memory_format=torch.channels_last)
     out = function(
@@ -68,7 +68,7 @@ def convolve(
 
 
 def convolve_shared(function: Convolution, x: Tensor, weight: Tensor, bias: Tensor | None, **options: Any) -> Tensor:
-    """The same for x (B, C, …) that all models see and one group: a dense convolution."""
+    """The same for x (B, C, …) that all models share, and one group: a dense convolution."""
     channels = 1 if function in TRANSPOSED.values() else 0
     stacked = weight.movedim(0, channels).flatten(channels, channels + 1)
     out = function(x, stacked, None if bias is None else bias.flatten(), **options)
@@ -82,6 +82,7 @@ def kernel(
     weight: tuple[Tensor, Dim],
     bias: tuple[Tensor | None, Dim],
 ) -> Batched:
+    """Chooses the convolution for operands with the models at any dimension."""
     batch = batch_size(weight)
     w = models_first(*weight, batch)
     b = None if bias[0] is None else models_first(bias[0], bias[1], batch)

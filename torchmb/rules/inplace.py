@@ -1,4 +1,4 @@
-"""What edits tensors in place, where vmap is slow or cannot."""
+"""Edits of tensors in place for which vmap is slow or has no batching rule."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ ARITHMETIC = (
 
 
 def _arithmetic(function: Callable[..., Any], x: Tensor, other: Any, **kwargs: Any) -> Any:
-    """vmap would edit a view, with the models moved to the front, which autograd undoes by copying."""
+    """Edits the tensor itself: vmap would edit a view with the models first, for which autograd copies it."""
     if not is_batched(x) or not is_batched(other) or x.dim() != other.dim():
         return NotImplemented
 
@@ -33,20 +33,20 @@ def _arithmetic(function: Callable[..., Any], x: Tensor, other: Any, **kwargs: A
 
 
 def _assign(x: Tensor, index: Any, value: Any) -> Any:
-    """x[mask] = value without a look at how many are true, where the value is the same for all of them."""
+    """Computes x[mask] = value without counting the mask, where the value is the same for every true entry."""
     if not (isinstance(index, Tensor) and index.dtype is torch.bool and index.shape == x.shape[: index.dim()]):
         return NotImplemented
-    beside = x.dim() - index.dim()
+    rest = x.dim() - index.dim()
     if not isinstance(value, Tensor) or not value.dim():
         value = torch.as_tensor(value).to(x)
-    if value.dim() > beside or value.dtype != x.dtype:
+    if value.dim() > rest or value.dtype != x.dtype:
         return NotImplemented
-    x.copy_(torch.where(index.view(*index.shape, *[1] * beside), value, x))
+    x.copy_(torch.where(index.view(*index.shape, *[1] * rest), value, x))
     return None
 
 
 def _normalize(input: Tensor, p: float = 2.0, dim: int = 1, eps: float = 1e-12, out: Tensor | None = None) -> Any:
-    """vmap knows no `out`, to which spectral_norm gives its buffers."""
+    """Supports `out`, which spectral_norm uses for its buffers and vmap does not support."""
     return NotImplemented if out is None else out.copy_(F.normalize(input, p, dim, eps))
 
 

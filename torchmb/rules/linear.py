@@ -1,4 +1,4 @@
-"""Linear layers: one batched matrix product with a backward that leaves nothing to transpose."""
+"""Linear layers: one batched matrix product, whose backward makes no transposed views."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..functorch import Batched, Dim, batch_size, is_batched, lift, models_first, split_dim
 from ..torch_private import current_level, unsafe_view, weight_norm
-from .autocast import as_autocast
+from .autocast import cast_as_autocast
 
 
 def _product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -19,10 +19,11 @@ def _product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def _product_by_columns(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """The same (M, N, O), stored as (M, O, N), which needs no transposed operand: 10 % faster, if nobody minds."""
+    """The same (M, N, O), stored as (M, O, N): without transposed operands, 10 % faster."""
     models, rows, _ = x.shape
     outputs = weight.shape[1]
-    out = x.new_empty_strided((models, rows, outputs), (rows * outputs, 1, rows))  # no view: it may be edited in place
+    # Not a view, since the next layer may edit it in place.
+    out = x.new_empty_strided((models, rows, outputs), (rows * outputs, 1, rows))
     if bias is None:
         torch.bmm(weight, x.mT, out=out.mT)
     else:
@@ -33,8 +34,8 @@ def _product_by_columns(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tenso
 class _Linear(torch.autograd.Function):
     """x (M, N, I), weight (M, O, I), bias (M, O) or None → (M, N, O), stored as (M, O, N) if `columns`.
 
-    Autograd's own backward of this product gives the gradient of the weight as a transposed view, which is copied
-    before it is accumulated, and the gradient of x in another order than that of x, which makes what follows slow.
+    Autograd's own backward of this product returns the gradient of the weight as a transposed view, which is copied
+    before it is accumulated, and the gradient of x in another memory order than x, which slows down earlier layers.
     """
 
     @staticmethod
@@ -54,11 +55,11 @@ class _Linear(torch.autograd.Function):
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None, columns: bool = False) -> Tensor:
-    """x (M, …, I), weight (M, O, I), bias (M, O) or None → (M, …, O), features before rows in memory if `columns`."""
-    x, weight, bias = as_autocast(x, weight, bias)
+    """Maps x (M, …, I) by weight (M, O, I) and bias (M, O) or None → (M, …, O); `columns`: stored features first."""
+    x, weight, bias = cast_as_autocast(x, weight, bias)
     rows = x.flatten(1, -2) if x.dim() > 2 else x.unsqueeze(1)
-    # Within a transform of the caller's own, such as torch.func.grad, only torch's backward can be transformed; and it
-    # knows what is to be conjugated.
+    # Within a transform of the caller's, such as torch.func.grad, only torch's own backward can be transformed. It also
+    # conjugates complex gradients.
     if current_level() or rows.is_complex():
         out = _product(rows, weight, bias)
     else:
@@ -67,7 +68,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None, columns: bool = False
 
 
 def linear_of_shared(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """x (…, I) that all models see, weight (M, O, I), bias (M, O) or None → (…, M, O), one matrix product."""
+    """Maps x (…, I) that all models share, in one matrix product → (…, M, O)."""
     out = F.linear(x, weight.flatten(0, 1), None if bias is None else bias.flatten())
     return split_dim(out, out.dim() - 1, len(weight))
 
@@ -75,6 +76,7 @@ def linear_of_shared(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 def kernel(
     x: tuple[Tensor, Dim], weight: tuple[Tensor, Dim], bias: tuple[Tensor | None, Dim], columns: bool = False
 ) -> Batched:
+    """Chooses the product for operands with the models at any dimension."""
     batch = batch_size(weight)
     w = models_first(*weight, batch)
     b = None if bias[0] is None else models_first(bias[0], bias[1], batch)

@@ -19,9 +19,9 @@ def embedding(
     norm_type: float,
     scale_grad_by_freq: bool,
 ) -> Tensor:
-    """indices (M, …), weight (M, V, D) → (M, …, D). Rows of `padding_idx` get no gradient.
+    """Looks up indices (M, …) in weight (M, V, D) → (M, …, D). Rows of `padding_idx` get no gradient.
 
-    Rows longer than `max_norm` are shortened in the weight itself, which a `view` makes sure of.
+    Rows longer than `max_norm` are shortened in the weight itself, so the table must be a view of it.
     """
     batch, rows, _ = weight.shape
     if indices.numel() and (indices.min() < 0 or indices.max() >= rows):

@@ -12,9 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..functorch import Batched, Dim, batch_size, is_batched, lift, models_first, split_dim
-from .autocast import autocasts
+from .autocast import autocast_enabled
 
-Norm = Callable[..., Tensor]  # F.batch_norm, or F.instance_norm, which takes the same
+Norm = Callable[..., Tensor]  # F.batch_norm or F.instance_norm, which have the same arguments
 
 
 def _check_batch_size(size: Sequence[int]) -> None:
@@ -42,10 +42,21 @@ def batch_norm(
     eps: float,
     function: Norm = F.batch_norm,
 ) -> Tensor:
-    """x (B, M, C, …), all others (M, C) or None → (B, M, C, …). Running statistics are updated in place.
+    """Normalises x (B, M, C, …) by states (M, C) or None → (B, M, C, …). Running statistics are updated in place.
 
-    function: batch_norm or instance_norm, to which `training` says whether to take statistics of x.
-    ValueError with torch's own message where a channel has one value.
+    Args:
+        x: Rows of all models.
+        running_mean: (M, C), like all that follow.
+        running_var: Its variance.
+        weight: The scale.
+        bias: The shift.
+        training: Whether to use statistics of x.
+        momentum: The weight of new statistics.
+        eps: Added to the variance.
+        function: F.batch_norm or F.instance_norm.
+
+    Raises:
+        ValueError: A channel has a single value, with torch's own message.
     """
     if training:
         check = _check_batch_size if function is F.batch_norm else _check_spatial_size
@@ -53,8 +64,8 @@ def batch_norm(
     mean, var = (None if t is None else t.view(-1) for t in (running_mean, running_var))
     scale, shift = (None if t is None else t.flatten() for t in (weight, bias))
     channels = x.flatten(1, 2)
-    # For its precision: see convolution.channels_last. One image may lie in that order with a stride of its own for
-    # dimension 0, for which torch's backward in eval mode is wrong.
+    # For precision: see convolution.channels_last. A single image may be stored in that order with an arbitrary stride
+    # of dimension 0, for which torch's backward in eval mode is wrong.
     if training or len(channels) == 1:
         channels = channels.contiguous()
     out = function(channels, mean, var, scale, shift, training, momentum, eps)
@@ -62,7 +73,7 @@ def batch_norm(
 
 
 def _affine(x: Tensor, weight: Tensor | None, bias: Tensor | None, place: int) -> Tensor:
-    """x (M, B, …), scaled and shifted by (M, *shape), where `shape` begins at dimension `place` of x."""
+    """Scales and shifts x (M, B, …) by (M, *shape), where `shape` begins at dimension `place` of x."""
     for values, apply in ((weight, Tensor.mul), (bias, Tensor.add)):
         if values is not None:
             after = x.dim() - place - (values.dim() - 1)
@@ -73,17 +84,16 @@ def _affine(x: Tensor, weight: Tensor | None, bias: Tensor | None, place: int) -
 def _scaled(
     normalise: Callable[[Tensor], Tensor], x: Tensor, weight: Tensor | None, bias: Tensor | None, place: int
 ) -> Tensor:
-    """normalise(x), scaled and shifted as by `_affine`. In half precision it is rounded once, as torch's kernels do."""
+    """Computes normalise(x), scaled and shifted. Half precision is rounded once, as in torch's kernels."""
     if not _half(x):
         return _affine(normalise(x), weight, bias, place)
-    autocast_to_float = x.is_cuda and autocasts(x)
+    autocast_to_float = x.is_cuda and autocast_enabled(x)
     out = _affine(normalise(x.float()), weight, bias, place)
     return out if autocast_to_float else out.to(x.dtype)
 
 
 def group_norm(x: Tensor, groups: int, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
-    """x (M, B, C, …), weight and bias (M, C) or None → the same shape as x."""
-
+    """Normalises x (M, B, C, …) by groups, with weight and bias (M, C) or None → the shape of x."""
     _check_batch_size([x.shape[1] * x.shape[2] // groups, groups, *x.shape[3:]])  # of one model
 
     def normalise(x: Tensor) -> Tensor:
@@ -93,16 +103,17 @@ def group_norm(x: Tensor, groups: int, weight: Tensor | None, bias: Tensor | Non
 
 
 def layer_norm(x: Tensor, shape: Sequence[int], weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
-    """x (M, …, *shape), weight and bias (M, *shape) or None → the same shape as x."""
+    """Normalises x (M, …, *shape), with weight and bias (M, *shape) or None → the shape of x."""
     return _scaled(lambda x: F.layer_norm(x, shape, eps=eps), x, weight, bias, x.dim() - len(shape))
 
 
-Operand = tuple[Any, Dim]  # a tensor or None, and where its models are
+Operand = tuple[Any, Dim]  # a tensor or None, and its dimension of models
 
 
 def kernel(
     training: bool, momentum: float, eps: float, x: Operand, *states: Operand, function: Norm = F.batch_norm
 ) -> Batched:
+    """A batch or instance norm for operands with the models at any dimension."""
     batch = batch_size(x, *states)
     mean, var, weight, bias = _models_first(batch, *states)
     images = models_first(*x, batch).transpose(0, 1)
@@ -117,7 +128,7 @@ def _of_channels(function: Norm, training: bool, momentum: float, eps: float, in
     """`states`: running mean and variance, weight and bias."""
     shared = [t for t in states[:2] if t is not None and not is_batched(t)]
     if shared or input.dim() < 2 or not any(map(is_batched, (input, *states))):
-        return NotImplemented  # models that update one running mean: vmap refuses, and has to
+        return NotImplemented  # models that update one running mean: vmap must refuse
     return lift(partial(kernel, training, momentum, eps, function=function), input, *states)
 
 

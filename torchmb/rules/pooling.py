@@ -1,4 +1,4 @@
-"""Pooling: models beside the channels or the images, wherever they lie in memory, so that nothing is copied."""
+"""Pooling: models join the channels or the rows, whichever they are next to in memory, so that nothing is copied."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..functorch import Batched, Dim, folded, is_batched, lift, split_dim, unfolded
+from ..functorch import Batched, Dim, fold_models, is_batched, lift, split_dim, unfold_models
 
 POOLS: dict[Callable[..., Any], int] = {
     getattr(F, f"{kind}{n}d"): n
@@ -19,22 +19,22 @@ POOLS: dict[Callable[..., Any], int] = {
 }
 
 
-def each_image(function: Callable[[Tensor], Tensor], x: Tensor, dim: Dim) -> Batched:
-    """`function`, which treats images and channels alike, of x with the models at `dim` → the same."""
+def map_images(function: Callable[[Tensor], Tensor], x: Tensor, dim: Dim) -> Batched:
+    """Applies `function`, which treats images and channels alike, to x with the models at `dim`."""
     if dim is None:
         return function(x), None
     batch = x.shape[dim]
-    beside = x.movedim(dim, 1)
-    if beside.stride(1) == beside.stride(2) * beside.shape[2]:
-        return split_dim(function(beside.flatten(1, 2)), 1, batch), 1
-    rows, place = folded(x, dim)
-    return unfolded(function(rows), place, batch)
+    adjacent = x.movedim(dim, 1)
+    if adjacent.stride(1) == adjacent.stride(2) * adjacent.shape[2]:
+        return split_dim(function(adjacent.flatten(1, 2)), 1, batch), 1
+    rows, place = fold_models(x, dim)
+    return unfold_models(function(rows), place, batch)
 
 
 def _rule(function: Callable[..., Any], input: Tensor, *args: Any, **kwargs: Any) -> Any:
     if not is_batched(input) or input.dim() != POOLS[function] + 2 or kwargs.get("return_indices"):
         return NotImplemented
-    return lift(lambda x: each_image(lambda images: function(images, *args, **kwargs), *x), input)
+    return lift(lambda x: map_images(lambda images: function(images, *args, **kwargs), *x), input)
 
 
 RULES = {function: partial(_rule, function) for function in POOLS}

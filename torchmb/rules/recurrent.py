@@ -1,4 +1,4 @@
-"""LSTM, GRU and plain recurrent layers: the input's share of all steps in one product, then one step of all models."""
+"""LSTM, GRU and plain recurrent layers: one product with the inputs of all steps, then step by step for all models."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..functorch import Batched, Dim, batch_size, is_batched, lift_all, models_first
-from .autocast import as_autocast, autocasts
+from .autocast import autocast_enabled, cast_as_autocast
 from .linear import linear
 
 
@@ -49,7 +49,7 @@ def _gru_cell(x: Tensor, state: State, layer: Layer) -> State:
     size = h.shape[-1]
     r, z = (x[..., : 2 * size] + hidden[..., : 2 * size]).sigmoid().chunk(2, -1)
     n = torch.addcmul(x[..., 2 * size :], r, hidden[..., 2 * size :]).tanh()
-    return (torch.lerp(n.to(h.dtype), h, z.to(h.dtype)),)  # under autocast a state stays in the dtype that it has
+    return (torch.lerp(n.to(h.dtype), h, z.to(h.dtype)),)  # under autocast a state keeps its dtype
 
 
 def _rnn_cell(activation: Callable[[Tensor], Tensor], x: Tensor, state: State, layer: Layer) -> State:
@@ -57,7 +57,7 @@ def _rnn_cell(activation: Callable[[Tensor], Tensor], x: Tensor, state: State, l
 
 
 def _direction(cell: Cell, x: Tensor, state: State, layer: Layer, reverse: bool) -> tuple[Tensor, State]:
-    """x (M, T, B, I) → outputs (M, T, B, H), last state."""
+    """Runs one direction of a layer on x (M, T, B, I) → outputs (M, T, B, H), last state."""
     steps = linear(x, layer.w_ih, layer.b_ih).unbind(1)
     outputs = []
     for step in reversed(steps) if reverse else steps:
@@ -77,10 +77,10 @@ def _layers(params: Sequence[Tensor], has_biases: bool, directions: int) -> list
     return found
 
 
-def recur(
+def run_recurrent(
     cell: Cell, x: Tensor, state: State, layers: list[Layer], bidirectional: bool, dropout: float
 ) -> tuple[Tensor, State]:
-    """x (M, T, B, I); each of `state` (M, layers, B, H) → outputs (M, T, B, H), last states like `state`."""
+    """Runs all layers on x (M, T, B, I), from states (M, layers, B, H) → outputs (M, T, B, H), last states."""
     per_layer = 2 if bidirectional else 1
     last: list[State] = []
     for i in range(0, len(layers), per_layer):
@@ -98,10 +98,10 @@ def recur(
 @cache
 @torch.no_grad()
 def _check_onednn(dtype: torch.dtype, train: bool, enabled: bool) -> None:
-    """RuntimeError, torch's own, if this CPU cannot run an LSTM under autocast to `dtype`.
+    """Runs one step of the smallest LSTM, which raises torch's RuntimeError if this CPU cannot run it in `dtype`.
 
-    One step of the smallest LSTM tells: torch hands an LSTM to oneDNN, which refuses it on a CPU without instructions
-    for the dtype. `enabled` is part of the cache's key only.
+    Torch computes an LSTM by oneDNN, which refuses it on a CPU without instructions for the dtype. `enabled` is only
+    part of the cache's key.
     """
     x = torch.ones(1, 1, 1)
     weight = torch.ones(4, 1)
@@ -125,20 +125,18 @@ def _rule(
     if packed or input.dim() != 3 or not any(is_batched(p) for p in params):
         return NotImplemented
     count, directions = len(states), num_layers * (2 if bidirectional else 1)
-    projects = len(params) // directions in (3, 5)
-    if cell is _lstm_cell and not projects and input.is_cpu and autocasts(input):
+    is_plain_lstm = cell is _lstm_cell and len(params) // directions not in (3, 5)  # without projections
+    if is_plain_lstm and input.is_cpu and autocast_enabled(input):
         _check_onednn(torch.get_autocast_dtype("cpu"), train, torch.backends.mkldnn.enabled)
 
     def kernel(x: tuple[Tensor, Dim], *given: tuple[Tensor, Dim]) -> list[Batched]:
         batch = batch_size(x, *given)
         first = [models_first(t, dim, batch) for t, dim in (x, *given)]
-        if input.is_cuda or (cell is _lstm_cell and not projects):  # one kernel of torch, which casts all of it
-            first = list(as_autocast(*first))
-        time_first = first[0].transpose(1, 2) if batch_first else first[0]
+        if input.is_cuda or is_plain_lstm:  # torch uses one kernel, which casts everything
+            first = list(cast_as_autocast(*first))
+        steps = first[0].transpose(1, 2) if batch_first else first[0]
         layers = _layers(first[1 + count :], has_biases, directions)
-        out, last = recur(
-            cell, time_first, tuple(first[1 : 1 + count]), layers, bidirectional, dropout if train else 0.0
-        )
+        out, last = run_recurrent(cell, steps, tuple(first[1 : 1 + count]), layers, bidirectional, dropout * train)
         return [(out.transpose(1, 2) if batch_first else out, 0), *((s, 0) for s in last)]
 
     return tuple(lift_all(kernel, input, *states, *params))
@@ -152,7 +150,7 @@ def _single_lstm_cell(
     b_ih: Tensor | None = None,
     b_hh: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """nn.LSTMCell in its parts, on one model's shapes: vmap has nothing for the whole."""
+    """Computes nn.LSTMCell in its parts, on one model's shapes: vmap has no batching rule for the whole."""
     h, c = hx
     i, f, g, o = (F.linear(input, w_ih, b_ih) + F.linear(h, w_hh, b_hh)).chunk(4, -1)
     c = f.sigmoid() * c + i.sigmoid() * g.tanh()

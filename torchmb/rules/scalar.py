@@ -1,4 +1,4 @@
-"""What is no tensor, of a tensor: one number for all models, where all of them have the same; what autograd knows."""
+"""Numbers read from tensors, if they are the same for all models, and properties that autograd records."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ NUMBERS = (Tensor.item, Tensor.tolist, Tensor.__float__, Tensor.__int__, Tensor.
 
 
 def _rule(function: Callable[[Tensor], Any], x: Tensor) -> Any:
-    """What each separate model would see, if that is the same. So a counter can be read, and a common branch taken."""
+    """The number that each separate model would get, if they are equal: a counter, or the condition of a branch."""
     if not is_batched(x):
         return NotImplemented
     plain, dim = unwrap(x, current_level())
@@ -24,17 +24,17 @@ def _rule(function: Callable[[Tensor], Any], x: Tensor) -> Any:
     assert dim is not None
     values = [function(one) for one in plain.detach().movedim(dim, 0).cpu()]
     if any(type(v) is not type(values[0]) or v != values[0] for v in values):
-        raise RuntimeError(f"the forward asks for a number ({function.__name__}) that differs between the models")
+        raise RuntimeError(f"the forward reads a number ({function.__name__}) that differs between the models")
     return values[0]
 
 
 def _of_the_tensor(attribute: str, x: Tensor) -> Any:
-    """What autograd, which records beneath vmap's wrapper, knows of the tensor itself."""
+    """A property of the tensor itself: autograd records beneath vmap's wrapper."""
     return getattr(unwrap(x, current_level())[0], attribute) if is_batched(x) else NotImplemented
 
 
 def _grad(x: Tensor) -> Any:
-    """Of the tensor itself, too, and each model's own."""
+    """The gradient of the tensor itself, each model's own."""
     if not is_batched(x):
         return NotImplemented
     plain, dim = unwrap(x, current_level())
@@ -42,7 +42,7 @@ def _grad(x: Tensor) -> Any:
 
 
 def _getter(attribute: str) -> Callable[..., Any]:
-    """As which a mode sees x.attribute."""
+    """The function that a mode sees when x.attribute is read."""
     getter: Callable[..., Any] = getattr(Tensor, attribute).__get__
     return getter
 

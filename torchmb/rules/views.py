@@ -1,4 +1,4 @@
-"""Views: a copy where the models lie between the dimensions that a view would join."""
+"""Views: copies where the models are between the dimensions that a view would join."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import Tensor
 from ..functorch import Batched, is_batched, is_transformed, lift, models_first, unwrap
 from ..torch_private import current_level, version_of
 
-# Of one model's tensor these give a view, or may.
+# Functions that may return a view of one model's tensor.
 VIEWING = frozenset(
     {
         *(Tensor.view, Tensor.view_as, Tensor.reshape, Tensor.reshape_as, Tensor.flatten, Tensor.ravel),
@@ -31,27 +31,29 @@ def edits(function: Callable[..., Any], kwargs: Mapping[str, Any]) -> bool:
 
 @dataclass
 class _Copy:
-    """Two tensors that would be one piece of memory for one model."""
+    """Two tensors that would share memory for one model."""
 
-    seen: tuple[ref[Tensor], ref[Tensor]]  # as the forward holds them
+    wrapped: tuple[ref[Tensor], ref[Tensor]]  # as the forward holds them
     tensors: tuple[Tensor, Tensor]
     versions: tuple[int, int]
 
     def edited(self) -> bool:
+        """Whether one of the two has been edited in place since."""
         return self.versions != tuple(map(version_of, self.tensors))
 
 
 class Views:
     """The views of one run.
 
-    What is one piece of memory for one model may lie in pieces between those of others, and is copied then. Such a copy
-    cannot be told from a view unless one of the two is edited in place while the forward still holds the other.
+    A tensor whose memory is contiguous for one model may be interleaved with those of others; a view of it is then a
+    copy. The forward can notice only if it edits one of the two in place while it still holds the other.
     """
 
     def __init__(self) -> None:
         self._copies: list[_Copy] = []
 
     def call(self, function: Callable[..., Any], x: Any, *args: Any, **kwargs: Any) -> Any:
+        """Calls a function in `VIEWING`, and remembers the result if it is a copy."""
         if not is_batched(x):
             return NotImplemented
         if function is Tensor.view_as:
@@ -74,14 +76,14 @@ class Views:
             self._copies.append(_Copy((ref(x), ref(output)), (tensors[0], tensors[1]), versions))
 
     def after_edit(self) -> None:
-        """To be called after each edit in place. RuntimeError if it could be told from that of one model."""
+        """Checks the copies after an edit in place. RuntimeError if the forward could notice a difference."""
         edited = [c for c in self._copies if c.edited()]
-        if any(all(seen() is not None for seen in c.seen) for c in edited):
+        if any(all(wrapper() is not None for wrapper in c.wrapped) for c in edited):
             raise RuntimeError("a view is edited in place")
         self._copies = [c for c in self._copies if not c.edited()]
 
     def finish(self) -> None:
-        """RuntimeError if something was edited in a way that nobody saw."""
+        """RuntimeError if a tensor was edited without a call of `after_edit`."""
         if any(c.edited() for c in self._copies):
             raise RuntimeError("a view is edited in place")
 

@@ -1,4 +1,4 @@
-"""The look at the state on every call sees what leaves no other trace, and is not misled by what forwards count."""
+"""The check of the state on every call finds what leaves no other trace, and ignores what forwards count with."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def test_hooks_added_to_submodules_and_removed_again_count() -> None:
     assert cache_of(module).info().misses == 3  # of one distinct row each
 
 
-def test_edits_of_weights_made_in_inference_mode_are_seen() -> None:
+def test_edits_of_weights_made_in_inference_mode_are_noticed() -> None:
     with torch.inference_mode():
         module = torchcache()(nn.Linear(64, 64).requires_grad_(False))
         x = torch.randn(2, 64)
@@ -50,7 +50,7 @@ def test_edits_of_weights_made_in_inference_mode_are_seen() -> None:
         assert torch.equal(module(x), nn.functional.linear(x, module.weight, module.bias))
 
 
-def test_edits_of_what_a_replaced_submodule_reaches_are_seen() -> None:
+def test_edits_of_what_a_replaced_submodule_reaches_are_noticed() -> None:
     scale = torch.tensor([2.0])
 
     class Scaled(nn.Module):
@@ -114,7 +114,7 @@ class Adapter(nn.Module):
         return x * 3 if self.enabled else x
 
 
-def test_settings_of_submodules_that_are_changed_later_count_and_counters_do_not() -> None:
+def test_attributes_of_submodules_that_are_set_later_count_and_counters_do_not() -> None:
     adapter: Any = Adapter()
     module = torchcache()(nn.Sequential(adapter, nn.Identity()))
     x = torch.arange(1.0, 5.0).view(4, 1)
@@ -190,7 +190,7 @@ def test_a_counter_does_not_stop_caching_where_threads_begin_together(caplog: py
 
 
 @hypothesis.given(data=st.data())
-def test_any_edit_of_a_small_tensor_that_moves_no_counter_is_seen(data: st.DataObject) -> None:
+def test_any_edit_of_a_small_tensor_that_moves_no_counter_is_noticed(data: st.DataObject) -> None:
     dtype = data.draw(st.sampled_from([torch.uint8, torch.half, torch.float32, torch.float64, torch.complex128]))
     size = data.draw(st.integers(1, 256 // dtype.itemsize))
     tensor = torch.zeros(size, dtype=dtype)
@@ -205,7 +205,9 @@ def test_any_edit_of_a_small_tensor_that_moves_no_counter_is_seen(data: st.DataO
 
 @pytest.mark.parametrize("edit", [lambda t: t.mul_(2), lambda t: t.neg_(), lambda t: t.clamp_(min=0)])
 @pytest.mark.parametrize("apart", [False, True])
-def test_edits_of_a_whole_tensor_that_move_no_counter_are_seen(edit: Callable[[Tensor], object], apart: bool) -> None:
+def test_edits_of_a_whole_tensor_that_move_no_counter_are_noticed(
+    edit: Callable[[Tensor], object], apart: bool
+) -> None:
     for seed in range(50):
         generator = torch.Generator().manual_seed(seed)
         tensor = torch.randn(64, 64, dtype=torch.float64, generator=generator)

@@ -16,9 +16,12 @@ import numpy
 import pytest
 import torch
 from cache_harness import cache_of
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from torchcache import torchcache
+from torchcache.identity.mersenne import NumpyTwister, PythonTwister, comparable, python_twister
 
 X = torch.arange(6.0).view(3, 2)
 
@@ -51,11 +54,11 @@ def warnings(caplog: pytest.LogCaptureFixture) -> Iterator[Callable[[], list[str
         lambda x: x + numpy.random.rand(),
     ],
 )
-def test_noise_is_never_cached_and_warned_of_once(
+def test_randomness_is_never_cached_and_gives_one_warning(
     draw: Callable[[Tensor], Tensor], warnings: Callable[[], list[str]]
 ) -> None:
     module, plain = torchcache()(Noisy(draw)), Noisy(draw)
-    x = torch.ones(4, 1000)  # equal rows: noise must differ between them as without the cache
+    x = torch.ones(4, 1000)  # equal rows: random numbers must differ between them as without the cache
     for seed in range(3):
         torch.manual_seed(seed)
         random.seed(seed)
@@ -131,7 +134,7 @@ class OwnGenerator(nn.Module):
 
 @pytest.mark.parametrize("place", ["attribute", "submodule", "container", "object", "closure", "method", "first call"])
 @pytest.mark.parametrize("kind", range(len(own_generators())))
-def test_noise_of_a_generator_of_ones_own_is_never_cached(
+def test_randomness_of_a_generator_of_ones_own_is_never_cached(
     place: str, kind: int, warnings: Callable[[], list[str]]
 ) -> None:
     module = torchcache()(OwnGenerator(own_generators()[kind], place))
@@ -145,7 +148,7 @@ def test_noise_of_a_generator_of_ones_own_is_never_cached(
 GENERATOR = random.Random(3)
 
 
-def test_noise_of_a_global_generator_of_ones_own_is_never_cached(warnings: Callable[[], list[str]]) -> None:
+def test_randomness_of_a_global_generator_of_ones_own_is_never_cached(warnings: Callable[[], list[str]]) -> None:
     @torchcache()
     def noisy(x: Tensor) -> Tensor:
         return x + GENERATOR.random()
@@ -171,7 +174,7 @@ def test_a_second_forward_draws_what_the_first_one_drew() -> None:
     assert torch.equal(module(loud), plain(loud))
 
 
-def test_a_generator_that_every_forward_makes_anew_from_a_seed_is_no_noise() -> None:
+def test_a_generator_that_every_forward_creates_with_the_same_seed_is_not_random() -> None:
     class Seeded(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -208,18 +211,18 @@ def test_a_first_forward_that_imports_what_draws_costs_one_computation(
 def test_a_forward_that_imports_and_draws_is_never_cached(
     tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, warnings: Callable[[], list[str]]
 ) -> None:
-    (tmp_path / "imported_with_noise.py").touch()
+    (tmp_path / "imported_with_random_numbers.py").touch()
     monkeypatch.syspath_prepend(tmp_path)
 
     def draw(x: Tensor) -> Tensor:
-        import imported_with_noise  # type: ignore[import-not-found]  # noqa: F401
+        import imported_with_random_numbers  # type: ignore[import-not-found]  # noqa: F401
 
         return x + torch.rand(())
 
     module = torchcache()(Noisy(draw))
     assert len({float(module(X).sum()) for _ in range(4)}) == 4
     assert rows(module) == 0 and len(warnings()) == 1
-    monkeypatch.delitem(sys.modules, "imported_with_noise")
+    monkeypatch.delitem(sys.modules, "imported_with_random_numbers")
 
 
 def test_a_forward_that_begins_to_use_numpys_generator_in_a_new_process_is_cached_where_it_draws_nothing(
@@ -243,3 +246,72 @@ print(module.cache_instance.info().memory_rows)
 """)
     result = subprocess.run([sys.executable, program], capture_output=True, text=True)
     assert (result.stdout, result.stderr) == ("1\n", "")
+
+
+# ---- the states of global generators, which are read from memory
+
+
+@given(st.lists(st.sampled_from(["random", "gauss", "choice", "seed", "restore"]), max_size=12))
+def test_a_snapshot_of_python_changes_with_every_number_and_brings_them_back(steps: list[str]) -> None:
+    twister = python_twister()
+    for step in steps:
+        snapshot, state = twister.snapshot(), random.getstate()
+        assert twister.snapshot() == snapshot
+        drawn = PYTHON_STEPS[step]()
+        assert (twister.snapshot() == snapshot) == (random.getstate() == state)
+        twister.restore(snapshot)
+        assert random.getstate() == state and PYTHON_STEPS[step]() == drawn
+
+
+PYTHON_STEPS: dict[str, Callable[[], object]] = {
+    "random": random.random,
+    "gauss": lambda: random.gauss(0, 1),
+    "choice": lambda: random.choice(range(1000)),
+    "seed": lambda: random.seed(3),
+    "restore": lambda: random.setstate(random.getstate()),
+}
+
+
+@given(st.lists(st.sampled_from(["rand", "randn", "one of a pair", "seed", "nothing", "restore"]), max_size=12))
+def test_a_snapshot_of_numpy_changes_with_every_number_and_brings_them_back(steps: list[str]) -> None:
+    twister = NumpyTwister(numpy.random)
+    for step in steps:
+        snapshot, state = twister.snapshot(), comparable(numpy.random.get_state(legacy=False))
+        assert not twister.has_drawn(snapshot)
+        drawn = NUMPY_STEPS[step]()
+        assert twister.has_drawn(snapshot) == (comparable(numpy.random.get_state(legacy=False)) != state)
+        twister.restore(snapshot)
+        assert comparable(numpy.random.get_state(legacy=False)) == state
+        assert numpy.array_equal(NUMPY_STEPS[step](), drawn)
+
+
+NUMPY_STEPS: dict[str, Callable[[], Any]] = {
+    "rand": lambda: numpy.random.rand(3),
+    "randn": lambda: numpy.random.randn(2),
+    "one of a pair": lambda: numpy.random.randn(),
+    "seed": lambda: numpy.random.seed(3) or 0,
+    "nothing": lambda: 0,
+    "restore": lambda: numpy.random.set_state(numpy.random.get_state()) or 0,
+}
+
+
+def test_both_twisters_are_read_from_memory_here() -> None:
+    assert len(python_twister().snapshot()) == 2
+    assert NumpyTwister(numpy.random)._words()
+
+
+def test_states_that_cannot_be_read_from_memory_are_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    twister = NumpyTwister(numpy.random)
+    monkeypatch.delattr(numpy.random, "get_bit_generator")
+    snapshot = twister.snapshot()
+    drawn = numpy.random.rand()
+    assert twister.has_drawn(snapshot)
+    twister.restore(snapshot)
+    assert numpy.random.rand() == drawn
+    python = PythonTwister()
+    python._is_readable = False
+    state = python.snapshot()
+    drawn = random.random()
+    assert python.snapshot() != state
+    python.restore(state)
+    assert random.random() == drawn
