@@ -35,12 +35,12 @@ CPP = $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -n
 # The store and what it needs: no torch.
 STORE := $(shell find csrc/store -name '*.cpp') csrc/hash/digest.cpp csrc/core/fork.cpp
 STORE_HEADERS := $(shell find csrc/core csrc/hash csrc/store tests/native -name '*.h')
-NATIVE_FLAGS = -std=c++17 -g -O1 -fno-omit-frame-pointer -fno-sanitize-recover=all -Icsrc -pthread
+NATIVE_FLAGS = -std=c++17 -g -O1 -Wall -Wextra -Werror -fno-omit-frame-pointer -fno-sanitize-recover=all -Icsrc -pthread
 
 # What runs must be what was installed: never the checkout's own torchcache/.
 export PYTHONSAFEPATH = 1
 
-.PHONY: test demo lint bench cuda bench-cuda format clean system system-clang sanitize fuzz
+.PHONY: test demo lint lint-cpp compile_commands bench cuda bench-cuda format clean system system-clang sanitize fuzz
 .DELETE_ON_ERROR:
 
 test: $(VENV)/.torchcache-installed
@@ -84,11 +84,21 @@ build/native/fuzz: tests/fuzz/read_store.cpp $(STORE) $(STORE_HEADERS) | system 
 	mkdir -p $(@D)
 	clang++ $(NATIVE_FLAGS) -O2 -fsanitize=fuzzer,address,undefined $< $(STORE) -lzstd -o $@
 
-lint: $(VENV)/.torchcache-tools
+lint: lint-cpp $(VENV)/.torchcache-tools
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/clang-format --dry-run -Werror $(CPP)
 	$(BIN)/mypy
+
+# clang's warnings, its analysis of threads (csrc/core/mutex.h) and the checks of .clang-tidy, each of them an error.
+lint-cpp: compile_commands | system-clang
+	find csrc -name '*.cpp' -print0 | xargs -0 -n 1 -P $$(nproc) clang-tidy -p . --quiet --warnings-as-errors='*' \
+	  --extra-arg=-Wall --extra-arg=-Wextra --extra-arg=-Wthread-safety
+
+# For editors and clang-tidy: how each source of csrc/ is compiled.
+compile_commands: $(VENV)/.torchcache-tools
+	PYTHONPATH=. $(BIN)/python -c 'import json, pathlib; from torchcache._native import build; \
+	  print(json.dumps(build.compilation_database(pathlib.Path("csrc").resolve()), indent=1))' >compile_commands.json
 
 format: $(VENV)/.torchcache-tools
 	$(BIN)/ruff check --fix --exit-zero --quiet .
@@ -96,7 +106,7 @@ format: $(VENV)/.torchcache-tools
 	$(BIN)/clang-format -i $(CPP)
 
 clean:
-	rm -rf build dist *.egg-info .venv $(CUDA_VENV) demo-cache demo.png .hypothesis .mypy_cache .pytest_cache .ruff_cache .coverage*
+	rm -rf build dist *.egg-info compile_commands.json .venv $(CUDA_VENV) demo-cache demo.png .hypothesis .mypy_cache .pytest_cache .ruff_cache .coverage*
 	find torchcache torchmb tests examples benchmarks -name __pycache__ -prune -exec rm -rf {} +
 
 # Each step leaves a stamp, written last, so that a step that broke off is done again.
@@ -133,12 +143,12 @@ $(VENV)/.torchcache-venv: | system
 	@touch $@
 
 system-clang:
-	@command -v clang++ >/dev/null && exit; \
+	@command -v clang++ >/dev/null && command -v clang-tidy >/dev/null && exit; \
 	if command -v apt-get >/dev/null && test "$$(id -u)" = 0; then \
 	  apt-get update -q </dev/null && \
-	  DEBIAN_FRONTEND=noninteractive apt-get install -q -y clang </dev/null; \
+	  DEBIAN_FRONTEND=noninteractive apt-get install -q -y clang clang-tidy </dev/null; \
 	else \
-	  echo "Missing from the system. On Debian or Ubuntu: sudo apt-get install clang" >&2; exit 1; \
+	  echo "Missing from the system. On Debian or Ubuntu: sudo apt-get install clang clang-tidy" >&2; exit 1; \
 	fi
 
 # What only the system's package manager can install.

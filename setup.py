@@ -5,6 +5,7 @@ Sources and flags are those of torchcache/_native/build.py, which compiles on fi
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import os
 import shutil
@@ -28,13 +29,11 @@ if int(setuptools.__version__.partition(".")[0]) < 77:
 
 
 def load_build() -> ModuleType:
-    """torchcache/_native/build.py, without the package around it, which would import torch."""
-    path = ROOT / "torchcache" / "_native" / "build.py"
-    spec = importlib.util.spec_from_file_location("torchcache_build", path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    """torchcache._native.build, without torchcache/__init__.py, which would import torch."""
+    package = ModuleType("torchcache")
+    package.__path__ = [str(ROOT / "torchcache")]
+    sys.modules["torchcache"] = package
+    return importlib.import_module("torchcache._native.build")
 
 
 def see_the_users_packages() -> None:
@@ -65,7 +64,7 @@ def native() -> dict[str, Any]:
     try:
         import torch
     except (ImportError, OSError) as error:
-        raise build.BuildError(f"torch is installed but cannot be imported: {error}") from error
+        raise BuildError(f"torch is installed but cannot be imported: {error}") from error
     build.check_torch(torch.__version__)
     found = build.installed_torch()
     print(f"torchcache: building against torch {found.version} in {found.folder}")
@@ -84,6 +83,7 @@ def native() -> dict[str, Any]:
 
 
 build: Any = load_build()
+BuildError: Any = build.BuildError
 see_the_users_packages()
 try:
     if clash := build.clash(str(ROOT)):
@@ -91,5 +91,5 @@ try:
     arguments = native()
     arguments.setdefault("cmdclass", {})["build_py"] = BuildPython
     setuptools.setup(options={"bdist_wheel": {"py_limited_api": "cp310"}}, **arguments)
-except build.BuildError as error:
+except BuildError as error:
     sys.exit(f"error: {error}")

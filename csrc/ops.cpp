@@ -1,5 +1,5 @@
 // The table of contents of everything native: the schema block at the end lists every operation of
-// torch.ops.torchcache. Above it stand the adaptors between torch's tensors and the parts that know nothing of torch.
+// torch.ops.torchcache. Above it stand the adaptors between torch's tensors and the parts that do not use torch.
 // std::invalid_argument arrives in Python as ValueError, std::out_of_range as IndexError, anything else as
 // RuntimeError.
 #include <torch/csrc/stable/library.h>
@@ -21,10 +21,14 @@
 #include "memory/arenas.h"
 #include "memory/table.h"
 #include "store/maintenance/compaction.h"
+#include "store/maintenance/inspect.h"
+#include "store/maintenance/report.h"
 #include "store/store.h"
 
 namespace torchcache {
 namespace {
+
+// NOLINTBEGIN(performance-unnecessary-value-param): TORCH_BOX passes arguments by value
 
 using core::Handles;
 using core::new_int64;
@@ -312,38 +316,22 @@ store::SegmentId as_id(const std::string& name) {
 
 std::vector<store::SegmentId> as_ids(const std::vector<std::string>& names) {
   std::vector<store::SegmentId> ids;
+  ids.reserve(names.size());
   for (const std::string& name : names) ids.push_back(as_id(name));
   return ids;
 }
 
-std::tuple<std::vector<int64_t>, std::vector<std::string>> segment_summary(std::string directory, std::string name) {
-  const store::Summary s = store::summarize(directory, as_id(name));
-  std::vector<int64_t> numbers = {s.idle, static_cast<int64_t>(s.bytes), static_cast<int64_t>(s.index_bytes),
-                                  static_cast<int64_t>(s.blocks)};
-  std::vector<std::string> layouts;
-  for (const store::RowGroup& g : s.groups) {
-    layouts.push_back(g.layout);
-    numbers.insert(numbers.end(), {static_cast<int64_t>(g.codec), static_cast<int64_t>(g.rows),
-                                   static_cast<int64_t>(g.bytes), static_cast<int64_t>(g.stored)});
-  }
-  return {numbers, layouts};
+std::string segment_inspect(std::string directory, std::string name) {
+  return store::to_json(store::inspect(directory, as_id(name)));
 }
 
-std::vector<int64_t> segment_verify(std::string directory, std::string name, int64_t position, int64_t bytes) {
-  const store::Verified v =
-      store::verify(directory, as_id(name), static_cast<uint64_t>(position), static_cast<uint64_t>(bytes));
-  std::vector<int64_t> numbers = {static_cast<int64_t>(v.position), v.done, static_cast<int64_t>(v.rows)};
-  for (const store::Damage& d : v.damage)
-    numbers.insert(numbers.end(), {d.kind, static_cast<int64_t>(d.offset), static_cast<int64_t>(d.bytes),
-                                   static_cast<int64_t>(d.rows)});
-  return numbers;
+std::string segment_verify(std::string directory, std::string name, int64_t position, int64_t bytes) {
+  return store::to_json(
+      store::verify(directory, as_id(name), static_cast<uint64_t>(position), static_cast<uint64_t>(bytes)));
 }
 
-std::vector<int64_t> segment_waste(std::string directory, std::vector<std::string> names) {
-  std::vector<int64_t> numbers;
-  for (const store::Waste& w : store::find_waste(directory, as_ids(names)))
-    numbers.insert(numbers.end(), {static_cast<int64_t>(w.duplicates), static_cast<int64_t>(w.holes)});
-  return numbers;
+std::string segment_waste(std::string directory, std::vector<std::string> names) {
+  return store::to_json(store::find_waste(directory, as_ids(names)));
 }
 
 Tensor segment_keys(std::string directory, std::string name, std::string layout) {
@@ -352,24 +340,25 @@ Tensor segment_keys(std::string directory, std::string name, std::string layout)
 
 bool segment_remove(std::string path) { return store::remove_idle(path); }
 
-int64_t compact_open(std::string directory, std::vector<std::string> kept) {
+int64_t compact_open(std::string directory, std::vector<std::string> retained) {
   auto compaction = std::make_shared<store::Compaction>(std::move(directory));
-  for (const store::SegmentId& id : as_ids(kept)) compaction->keep(id);
+  for (const store::SegmentId& id : as_ids(retained)) compaction->retain(id);
   return compactions().add(std::move(compaction));
 }
 
-bool compact_add(int64_t compaction, std::string name) { return compactions().get(compaction)->take(as_id(name)); }
+bool compact_add(int64_t compaction, std::string name) {
+  return compactions().get(compaction)->add_segment(as_id(name));
+}
 
-// In the order of store::Compaction::Counts.
-std::vector<int64_t> compact_finish(int64_t compaction) {
+std::string compact_finish(int64_t compaction) {
   const auto object = compactions().get(compaction);
   object->finish();
-  const store::Compaction::Counts& c = object->counts();
-  return {static_cast<int64_t>(c.rows), static_cast<int64_t>(c.duplicates), static_cast<int64_t>(c.damaged),
-          static_cast<int64_t>(c.removed), static_cast<int64_t>(c.written)};
+  return store::to_json(object->counts());
 }
 
 void compact_close(int64_t compaction) { compactions().remove(compaction); }
+
+// NOLINTEND(performance-unnecessary-value-param)
 
 }  // namespace
 }  // namespace torchcache
@@ -386,9 +375,9 @@ STABLE_TORCH_LIBRARY(torchcache, m) {
   m.def("watch_probe(int watch) -> int");
   m.def("watch_close(int watch) -> ()");
 
-  // Memory tier. lookup gives slots [B], distinct missing rows [M], layout; find gives layout, slot. take gives true
-  // and the leaves [B, …] of a batch of which every row is there, else false and keys [B, 2], slots, missing rows; then
-  // the layout and the watch's probe.
+  // Memory tier. lookup gives slots [B], distinct missing rows [M], layout; find gives layout, slot. hash_and_read
+  // gives true and the leaves [B, …] of a batch of which every row is there, else false and keys [B, 2], slots, missing
+  // rows; then the layout and the watch's probe.
   m.def("table_open() -> int");
   m.def("table_lookup(int table, Tensor keys) -> (Tensor, Tensor, int)");
   m.def("table_hash_and_read(int table, Tensor[] rows, int low, int high, int watch) -> (bool, Tensor[], int, int)");
@@ -400,7 +389,8 @@ STABLE_TORCH_LIBRARY(torchcache, m) {
   m.def("table_low_keys(int table) -> Tensor");
   m.def("table_close(int table) -> ()");
 
-  // Disk tier. find gives present [B] and the layout; read gives verified [B]; put gives the number of rows admitted.
+  // Disk tier. lookup gives present [B] and the layout; read gives verified [B]; write gives the number of rows
+  // admitted.
   m.def(
       "store_open(str directory, int max_bytes, bool zstd, int level, int threads, bool mmap, int queue_bytes) -> int");
   m.def("store_lookup(int store, Tensor keys) -> (Tensor, str)");
@@ -414,18 +404,16 @@ STABLE_TORCH_LIBRARY(torchcache, m) {
   m.def("store_warnings(int store) -> str[]");
   m.def("store_close(int store) -> ()");
 
-  // Maintenance of a directory: maintain.h, compaction.h. summary gives idle, bytes, index bytes, blocks and then
-  // codec, rows, bytes, stored bytes for each layout; verify gives position, done, rows and then kind, offset, bytes,
-  // rows for each damage; waste gives duplicates and holes for each segment; compact_add gives false for a segment in
-  // use.
-  m.def("segment_summary(str directory, str name) -> (int[], str[])");
-  m.def("segment_verify(str directory, str name, int position, int bytes) -> int[]");
-  m.def("segment_waste(str directory, str[] names) -> int[]");
+  // Maintenance of a directory. Results with several values are JSON: store/maintenance/report.h. segment_keys gives
+  // keys [N, 2]; segment_remove and compact_add give false for a segment that is in use.
+  m.def("segment_inspect(str directory, str name) -> str");
+  m.def("segment_verify(str directory, str name, int position, int bytes) -> str");
+  m.def("segment_waste(str directory, str[] names) -> str");
   m.def("segment_keys(str directory, str name, str layout) -> Tensor");
   m.def("segment_remove(str path) -> bool");
-  m.def("compact_open(str directory, str[] kept) -> int");
+  m.def("compact_open(str directory, str[] retained) -> int");
   m.def("compact_add(int compaction, str name) -> bool");
-  m.def("compact_finish(int compaction) -> int[]");
+  m.def("compact_finish(int compaction) -> str");
   m.def("compact_close(int compaction) -> ()");
 }
 
@@ -456,7 +444,7 @@ STABLE_TORCH_LIBRARY_IMPL(torchcache, CompositeImplicitAutograd, m) {
   m.impl("store_stats", TORCH_BOX(&torchcache::store_stats));
   m.impl("store_warnings", TORCH_BOX(&torchcache::store_warnings));
   m.impl("store_close", TORCH_BOX(&torchcache::store_close));
-  m.impl("segment_summary", TORCH_BOX(&torchcache::segment_summary));
+  m.impl("segment_inspect", TORCH_BOX(&torchcache::segment_inspect));
   m.impl("segment_verify", TORCH_BOX(&torchcache::segment_verify));
   m.impl("segment_waste", TORCH_BOX(&torchcache::segment_waste));
   m.impl("segment_keys", TORCH_BOX(&torchcache::segment_keys));

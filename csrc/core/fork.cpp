@@ -3,7 +3,6 @@
 #include <pthread.h>
 
 #include <atomic>
-#include <mutex>
 #include <unordered_set>
 #include <utility>
 
@@ -11,8 +10,8 @@ namespace torchcache::core {
 
 // One registration with the system for all objects.
 struct ForkRegistry {
-  std::mutex mutex;
-  std::unordered_set<AtFork*> live;
+  Mutex mutex;
+  std::unordered_set<AtFork*> live TORCHCACHE_GUARDED_BY(mutex);
   std::atomic<bool> forked{false};
 
   ForkRegistry() { pthread_atfork(prepare, parent, child); }
@@ -23,7 +22,7 @@ struct ForkRegistry {
     return *registry;
   }
 
-  static void prepare() {
+  static void prepare() TORCHCACHE_NO_THREAD_ANALYSIS {
     instance().mutex.lock();
     for (AtFork* object : instance().live) object->before_();
   }
@@ -32,7 +31,7 @@ struct ForkRegistry {
     instance().forked = true;
     release(true);
   }
-  static void release(bool child) {
+  static void release(bool child) TORCHCACHE_NO_THREAD_ANALYSIS {
     for (AtFork* object : instance().live) object->after_(child);
     instance().mutex.unlock();
   }
@@ -46,12 +45,16 @@ bool in_forked_child() { return watching && ForkRegistry::instance().forked; }
 
 AtFork::AtFork(std::function<void()> before, std::function<void(bool)> after)
     : before_(std::move(before)), after_(std::move(after)) {
-  std::lock_guard lock(ForkRegistry::instance().mutex);
+  MutexLock lock(ForkRegistry::instance().mutex);
   ForkRegistry::instance().live.insert(this);
 }
 
+AtFork::AtFork(Mutex& mutex)
+    : AtFork([&mutex]() TORCHCACHE_NO_THREAD_ANALYSIS { mutex.lock(); },
+             [&mutex](bool) TORCHCACHE_NO_THREAD_ANALYSIS { mutex.unlock(); }) {}
+
 AtFork::~AtFork() {
-  std::lock_guard lock(ForkRegistry::instance().mutex);
+  MutexLock lock(ForkRegistry::instance().mutex);
   ForkRegistry::instance().live.erase(this);
 }
 

@@ -3,6 +3,8 @@
 
 #include <functional>
 
+#include "core/mutex.h"
+
 namespace torchcache::core {
 
 // True in a process that was forked after this library was loaded.
@@ -12,8 +14,10 @@ bool in_forked_child();
 // goes before any other part of it. Thread-safe.
 class AtFork {
  public:
-  // before: take every lock. after: release them; with true, in the child, also forget what belongs to the parent.
+  // before: acquire every lock. after: release them; with true, in the child, also drop what belongs to the parent.
   AtFork(std::function<void()> before, std::function<void(bool)> after);
+  // For an object with one lock.
+  explicit AtFork(Mutex& mutex);
   ~AtFork();
   AtFork(const AtFork&) = delete;
   AtFork& operator=(const AtFork&) = delete;

@@ -3,12 +3,12 @@
 
 #include <cstdint>
 #include <memory>
-#include <mutex>
 #include <stdexcept>
 #include <string>
 #include <unordered_map>
 
 #include "core/fork.h"
+#include "core/mutex.h"
 
 namespace torchcache::core {
 
@@ -19,35 +19,35 @@ class Handles {
   explicit Handles(const char* name) : name_(name) {}
 
   int64_t add(std::shared_ptr<T> object) {
-    std::lock_guard lock(mutex_);
+    MutexLock lock(mutex_);
     objects_.emplace(++last_, std::move(object));
     return last_;
   }
 
   std::shared_ptr<T> get(int64_t id) {
-    std::lock_guard lock(mutex_);
-    const auto found = objects_.find(id);
-    if (found == objects_.end())
+    MutexLock lock(mutex_);
+    const auto position = objects_.find(id);
+    if (position == objects_.end())
       throw std::invalid_argument(std::string("no open ") + name_ + " has the id " + std::to_string(id));
-    return found->second;
+    return position->second;
   }
 
-  // The caller's pointer dies after the lock is free: destructors may take locks of their own.
+  // The caller's pointer dies after the lock is free: destructors may lock other mutexes.
   std::shared_ptr<T> remove(int64_t id) {
-    std::lock_guard lock(mutex_);
-    const auto found = objects_.find(id);
-    if (found == objects_.end()) return nullptr;
-    auto object = std::move(found->second);
-    objects_.erase(found);
+    MutexLock lock(mutex_);
+    const auto position = objects_.find(id);
+    if (position == objects_.end()) return nullptr;
+    auto object = std::move(position->second);
+    objects_.erase(position);
     return object;
   }
 
  private:
   const char* name_;
-  std::mutex mutex_;
-  int64_t last_ = 0;
-  std::unordered_map<int64_t, std::shared_ptr<T>> objects_;
-  AtFork at_fork_{[this] { mutex_.lock(); }, [this](bool) { mutex_.unlock(); }};
+  Mutex mutex_;
+  int64_t last_ TORCHCACHE_GUARDED_BY(mutex_) = 0;
+  std::unordered_map<int64_t, std::shared_ptr<T>> objects_ TORCHCACHE_GUARDED_BY(mutex_);
+  AtFork at_fork_{mutex_};
 };
 
 }  // namespace torchcache::core

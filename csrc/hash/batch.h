@@ -51,14 +51,14 @@ struct Message {
   int64_t row, index, begin, size;
 };
 
-// Leaves in the order of rows: teams beside each other take bytes beside each other.
+// Leaves in the order of rows: neighbouring teams hash neighbouring bytes.
 TORCHCACHE_HD Message message_at(const Batch& batch, int64_t number) {
   const int64_t per_row = batch.leaves_per_row(), row = number / per_row, index = number - row * per_row;
   const int64_t begin = index * kLeaf, rest = batch.rows.bytes - begin;
   return {row, index, begin, rest < kLeaf ? rest : kLeaf};
 }
 
-// Who a thread of a launch is: one lane of team `first`, which takes every `step`-th message from there on.
+// Which thread of a launch is which: one lane of team `first`, which hashes every `step`-th message from there on.
 struct TeamPosition {
   int64_t first, step;
   int lane;
@@ -69,11 +69,11 @@ TORCHCACHE_HD TeamPosition team_position(int64_t block, int thread, int64_t bloc
   return {block * teams + thread / kLanes, blocks * teams, thread % kLanes};
 }
 
-// As many blocks as give each message a team, up to more than any GPU runs at once: each team then takes several.
+// As many blocks as give each message a team, up to more than any GPU runs at once: each team then hashes several.
 inline int64_t blocks_for(int64_t messages, int threads) {
-  constexpr int64_t kMost = 8192;
+  constexpr int64_t kMaxBlocks = 8192;
   const int64_t teams = threads / kLanes, blocks = (messages + teams - 1) / teams;
-  return blocks < kMost ? blocks : kMost;
+  return blocks < kMaxBlocks ? blocks : kMaxBlocks;
 }
 
 template <class Source, class Team>
@@ -104,8 +104,8 @@ TORCHCACHE_DEVICE void finish_row(Team& team, const Batch& batch, int64_t row, D
 }
 
 // What one team does. Besides what digest_by_team needs, it has writes(), true for the one thread that writes;
-// settle(), after which all of the team see what that one wrote; and last(counter, n), which settles, counts, and tells
-// all of the team whether theirs was the last of n and all see what the other n - 1 wrote.
+// settle(), after which what that one wrote is visible to all of the team; and last(counter, n), which settles, counts,
+// and tells all of the team whether theirs was the last of n, for whom all that the other n - 1 wrote is visible.
 template <class Source, class Team>
 TORCHCACHE_DEVICE void digest_batch(Team& team, const Batch& batch, int64_t first, int64_t step) {
   const int64_t messages = batch.messages(), per_row = batch.leaves_per_row();

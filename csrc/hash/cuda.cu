@@ -121,9 +121,9 @@ class Pinned {
       for (Buffer& candidate : spare()) {
         if (candidate.bytes < bytes) continue;
         std::swap(candidate, spare().back());
-        const Buffer found = spare().back();
+        const Buffer reused = spare().back();
         spare().pop_back();
-        return found;
+        return reused;
       }
     }
     size_t size = kSmallest;

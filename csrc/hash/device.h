@@ -15,7 +15,7 @@ namespace torchcache::hash {
 
 // Up to 64 bytes somewhere on a device, which a probe reads as one number.
 struct Sample {
-  static constexpr uint64_t kMost = xxh3::kStripe;
+  static constexpr uint64_t kMaxBytes = xxh3::kStripe;
   const uint8_t* at;
   uint64_t bytes;
 
@@ -23,8 +23,8 @@ struct Sample {
     constexpr uint64_t secret[8] = {xxh3::secret64(0),  xxh3::secret64(8),  xxh3::secret64(16), xxh3::secret64(24),
                                     xxh3::secret64(32), xxh3::secret64(40), xxh3::secret64(48), xxh3::secret64(56)};
     uint64_t words[8] = {};
-    if (bytes == kMost)
-      memcpy(words, at, kMost);
+    if (bytes == kMaxBytes)
+      memcpy(words, at, kMaxBytes);
     else
       memcpy(words, at, bytes);
     return xxh3::merge(words, secret, bytes);

@@ -21,7 +21,7 @@ constexpr size_t kLeafBytes = 4096;
 // Thread-safe; uses AVX2 where the processor has it. Reads nothing past the end.
 Digest digest(const void* data, size_t size) noexcept;
 
-// The same by the portable code, for tests on processors that would never take it.
+// The same by the portable code, for tests on processors that would never use it.
 Digest digest_portable(const void* data, size_t size) noexcept;
 
 void to_canonical(Digest d, uint8_t out[16]) noexcept;

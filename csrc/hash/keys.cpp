@@ -50,9 +50,9 @@ class DeviceRequests {
 
   // The next `count` digests of a device, after wait().
   std::vector<Digest> next_digests(int32_t device, size_t count) {
-    auto [found, first] = cursors_.try_emplace(device);
-    Cursor& cursor = found->second;
-    if (first) cursor.digests = pending_.at(device)->digests();
+    auto [entry, added] = cursors_.try_emplace(device);
+    Cursor& cursor = entry->second;
+    if (added) cursor.digests = pending_.at(device)->digests();
     const auto begin = cursor.digests.begin() + static_cast<std::ptrdiff_t>(cursor.position);
     cursor.position += count;
     return {begin, begin + static_cast<std::ptrdiff_t>(count)};

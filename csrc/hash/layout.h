@@ -14,7 +14,7 @@ struct Dim {
 };
 
 // Dimensions of more than one element that a tensor can have: each at least doubles its number of elements, an int64.
-constexpr int kMostDims = 62;
+constexpr int kMaxDims = 62;
 
 // Rows of equal shape. The bytes of a row are runs of contiguous bytes, enumerated in logical order.
 struct Rows {
@@ -23,7 +23,7 @@ struct Rows {
   int64_t bytes;          // of a row
   int64_t run;            // bytes that lie together
   int outer = 0;          // dimensions around a run; none: the row is one run
-  Dim dims[kMostDims];    // those, from the outermost inwards
+  Dim dims[kMaxDims];     // those, from the outermost inwards
 
   TORCHCACHE_HD const uint8_t* row(int64_t index) const { return base + index * stride; }
 

@@ -83,8 +83,8 @@ struct Padded {
   }
 };
 
-// Digests that other teams of the same launch have written: not what the first-level cache, which knows nothing of
-// them, may have kept of their neighbours.
+// Digests that other teams of the same launch have written: not what the first-level cache, which is not
+// updated by them, may still hold of their neighbours.
 struct Written {
   const uint8_t* start;
 

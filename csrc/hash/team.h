@@ -1,4 +1,4 @@
-// H by eight lanes, as a GPU computes it: one team of eight threads takes one message, lane i the i-th eight bytes of
+// H by eight lanes, as a GPU computes it: one team of eight threads hashes one message, lane i the i-th eight bytes of
 // each stripe. What the lanes do is written once, for a team of threads (cuda.cu) and for one that is a loop (the
 // tests).
 #pragma once

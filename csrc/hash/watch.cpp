@@ -23,9 +23,10 @@ int64_t offset_of(int64_t position, const Tensor& t) {
 
 // The samples that a probe reads of a tensor, none if it has no bytes. Mixes in the tensor's address and shape.
 struct TensorSamples {
-  static constexpr int64_t kLine = Sample::kMost;  // what the processor fetches at once costs as much as a part of it
-  static constexpr int64_t kWhole = 4 * kLine;     // bytes of a tensor that is read in full
-  static constexpr int64_t kApart = 16;            // elements of one that does not lie together
+  static constexpr int64_t kLine =
+      Sample::kMaxBytes;                        // what the processor fetches at once costs as much as a part of it
+  static constexpr int64_t kWhole = 4 * kLine;  // bytes of a tensor that is read in full
+  static constexpr int64_t kApart = 16;         // elements of one that does not lie together
 
   std::array<Sample, kApart> list;
   size_t count = 0;
@@ -65,6 +66,7 @@ struct TensorSamples {
 
 std::vector<std::shared_ptr<const SampleList>> upload(const std::map<int32_t, std::vector<Sample>>& samples) {
   std::vector<std::shared_ptr<const SampleList>> lists;
+  lists.reserve(samples.size());
   for (const auto& [device, list] : samples) lists.push_back(device_hasher()->upload_samples(device, list));
   return lists;
 }
@@ -87,7 +89,7 @@ HostProbe Watch::probe_host() const {
     }
   }
   if (on_devices.empty()) return {mix.value, {}};
-  std::lock_guard lock(mutex_);
+  core::MutexLock lock(mutex_);
   if (lists_.empty() || listed_ != mix.value) lists_ = upload(on_devices), listed_ = mix.value;
   return {mix.value, lists_};
 }

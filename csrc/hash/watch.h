@@ -5,10 +5,10 @@
 
 #include <cstdint>
 #include <memory>
-#include <mutex>
 #include <vector>
 
 #include "core/fork.h"
+#include "core/mutex.h"
 #include "hash/device.h"
 #include "hash/xxh3.h"
 
@@ -27,7 +27,7 @@ struct HostProbe {
 };
 
 // Keeps the tensors alive. A probe is the same number as long as nothing that it reads changed.
-// It sees replaced storage, changed shapes and updates of whole tensors that no version counter records
+// It detects replaced storage, changed shapes and updates of whole tensors that no version counter records
 // (`p.data.mul_(0.99)`); an edit of single elements of a large tensor it may miss. Thread-safe.
 class Watch {
  public:
@@ -38,10 +38,11 @@ class Watch {
   using Lists = std::vector<std::shared_ptr<const SampleList>>;
 
   std::vector<torch::stable::Tensor> tensors_;  // what they are may change: `p.data = …`, `module.half()`
-  mutable std::mutex mutex_;
-  mutable uint64_t listed_ = 0;  // the host's value that the lists belong to: addresses and shapes are part of it
-  mutable Lists lists_;
-  core::AtFork at_fork_{[this] { mutex_.lock(); }, [this](bool) { mutex_.unlock(); }};
+  mutable core::Mutex mutex_;
+  mutable uint64_t listed_ TORCHCACHE_GUARDED_BY(mutex_) =
+      0;  // the host's value that the lists belong to: addresses and shapes are part of it
+  mutable Lists lists_ TORCHCACHE_GUARDED_BY(mutex_);
+  core::AtFork at_fork_{mutex_};
 };
 
 }  // namespace torchcache::hash

@@ -11,7 +11,7 @@
 
 namespace torchcache::hash::xxh3 {
 
-constexpr size_t kStripe = 64;           // bytes that the eight lanes take at once
+constexpr size_t kStripe = 64;           // bytes that the eight lanes read at once
 constexpr size_t kSecretSize = 192;      // bytes
 constexpr size_t kStripesPerBlock = 16;  // (kSecretSize - kStripe) / 8: then the lanes are scrambled
 constexpr size_t kBlock = kStripe * kStripesPerBlock;

@@ -81,7 +81,7 @@ void Arena::write(const Tensor& rows, const std::vector<int64_t>& positions, int
 }
 
 void Arenas::add(int64_t layout, int64_t first, const std::vector<Tensor>& leaves) {
-  std::lock_guard lock(mutex_);
+  core::MutexLock lock(mutex_);
   layouts_.resize(std::max(layouts_.size(), static_cast<size_t>(layout) + 1));
   // A copy, for others may be reading what is there.
   auto arenas = layouts_[layout] == nullptr ? std::make_shared<Leaves>(leaves.begin(), leaves.end())
@@ -92,7 +92,7 @@ void Arenas::add(int64_t layout, int64_t first, const std::vector<Tensor>& leave
 }
 
 std::shared_ptr<const Arenas::Leaves> Arenas::of(int64_t layout) const {
-  std::lock_guard lock(mutex_);
+  core::MutexLock lock(mutex_);
   return layout >= 0 && layout < static_cast<int64_t>(layouts_.size()) ? layouts_[layout] : nullptr;
 }
 

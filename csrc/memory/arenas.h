@@ -6,10 +6,10 @@
 #include <cstddef>
 #include <cstdint>
 #include <memory>
-#include <mutex>
 #include <vector>
 
 #include "core/fork.h"
+#include "core/mutex.h"
 #include "core/tensors.h"
 
 namespace torchcache::memory {
@@ -76,9 +76,9 @@ class Arenas {
 
   std::shared_ptr<const Leaves> of(int64_t layout) const;
 
-  mutable std::mutex mutex_;
-  std::vector<std::shared_ptr<const Leaves>> layouts_;
-  core::AtFork at_fork_{[this] { mutex_.lock(); }, [this](bool) { mutex_.unlock(); }};
+  mutable core::Mutex mutex_;
+  std::vector<std::shared_ptr<const Leaves>> layouts_ TORCHCACHE_GUARDED_BY(mutex_);
+  core::AtFork at_fork_{mutex_};
 };
 
 }  // namespace torchcache::memory

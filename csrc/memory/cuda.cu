@@ -12,7 +12,7 @@ using core::device_memory;
 using core::refuse_capture;
 
 constexpr int kThreads = 128;  // of a block
-constexpr int64_t kMostBlocks = 1 << 20;
+constexpr int64_t kMaxBlocks = 1 << 20;
 
 template <class Unit>
 __global__ void __launch_bounds__(kThreads) gather_kernel(const Gather g) {
@@ -27,13 +27,13 @@ void gather(int32_t device, const std::vector<const uint8_t*>& rows, int64_t byt
   const cudaStream_t stream = current_stream(device);
   refuse_capture(stream);
   const torch::stable::Tensor list = device_memory(device, static_cast<int64_t>(rows.size()));
-  // From pageable memory: it has been taken from there when this returns.
+  // From pageable memory: it has been read when this returns.
   check(cudaMemcpyAsync(list.mutable_data_ptr(), rows.data(), sizeof(rows[0]) * rows.size(), cudaMemcpyHostToDevice,
                         stream),
         "copying a list of rows to a CUDA device");
   const Gather g{static_cast<const uint8_t* const*>(list.const_data_ptr()), out, static_cast<int64_t>(rows.size()),
                  bytes};
-  const int64_t blocks = std::min((g.parts() * kCopiers + kThreads - 1) / kThreads, kMostBlocks);
+  const int64_t blocks = std::min((g.parts() * kCopiers + kThreads - 1) / kThreads, kMaxBlocks);
   with_unit(rows, bytes, out, [&](auto unit) {
     gather_kernel<decltype(unit)><<<static_cast<unsigned>(blocks), kThreads, 0, stream>>>(g);
   });

@@ -11,7 +11,7 @@ namespace torchcache::store {
 namespace {
 
 constexpr size_t kLarge = 64 << 10;
-constexpr size_t kUnit = 16 << 10;  // so that batches of about one size can take each other's place
+constexpr size_t kUnit = 16 << 10;  // so that batches of about one size can reuse each other's memory
 
 }  // namespace
 
@@ -23,7 +23,7 @@ RowBuffers::Buffer RowBuffers::allocate(size_t size) {
   if (size < kLarge) return Buffer(new (std::nothrow) uint8_t[size], {this, size});
   const size_t capacity = padded(size, kUnit);
   {
-    std::lock_guard lock(mutex_);
+    core::MutexLock lock(mutex_);
     for (auto pooled = pool_.rbegin(); pooled != pool_.rend(); ++pooled) {
       if (pooled->second < capacity || pooled->second > capacity + capacity / 4) continue;
       Buffer buffer(pooled->first, {this, pooled->second});
@@ -43,7 +43,7 @@ void RowBuffers::release(uint8_t* data, size_t capacity) {
     return;
   }
   {
-    std::lock_guard lock(mutex_);
+    core::MutexLock lock(mutex_);
     if (pooled_bytes_ + capacity <= max_pooled_) {
       pool_.emplace_back(data, capacity);
       pooled_bytes_ += capacity;

@@ -4,9 +4,10 @@
 #include <cstddef>
 #include <cstdint>
 #include <memory>
-#include <mutex>
 #include <utility>
 #include <vector>
+
+#include "core/mutex.h"
 
 namespace torchcache::store {
 
@@ -29,16 +30,16 @@ class RowBuffers {
   Buffer allocate(size_t size);  // null if there is no memory
 
   // For a fork: nothing else may be done with it in between.
-  void lock() { mutex_.lock(); }
-  void unlock() { mutex_.unlock(); }
+  void lock() TORCHCACHE_ACQUIRE(mutex_) { mutex_.lock(); }
+  void unlock() TORCHCACHE_RELEASE(mutex_) { mutex_.unlock(); }
 
  private:
   void release(uint8_t* data, size_t capacity);
 
   const size_t max_pooled_;
-  std::mutex mutex_;
-  std::vector<std::pair<uint8_t*, size_t>> pool_;  // with their capacity
-  size_t pooled_bytes_ = 0;
+  core::Mutex mutex_;
+  std::vector<std::pair<uint8_t*, size_t>> pool_ TORCHCACHE_GUARDED_BY(mutex_);  // with their capacity
+  size_t pooled_bytes_ TORCHCACHE_GUARDED_BY(mutex_) = 0;
 };
 
 }  // namespace torchcache::store

@@ -28,8 +28,8 @@ uint32_t Index::intern(const std::string& layout) {
 }
 
 uint32_t Index::layout_number(const std::string& layout) const {
-  const auto found = numbers_.find(layout);
-  return found == numbers_.end() ? kNone : found->second;
+  const auto number = numbers_.find(layout);
+  return number == numbers_.end() ? kNone : number->second;
 }
 
 uint32_t Index::add_block(const Block& block) {
@@ -123,9 +123,9 @@ void Index::prefetch(const Digest* keys, size_t n) const {
 }
 
 bool Index::drop(uint64_t low, uint32_t block, uint32_t row) {
-  const Entry* found = find(low, [&](const Entry& e) { return e.block == block && e.row == row; });
-  if (found == nullptr) return false;
-  const_cast<Entry*>(found)->block = kNone;
+  const Entry* dropped = find(low, [&](const Entry& e) { return e.block == block && e.row == row; });
+  if (dropped == nullptr) return false;
+  const_cast<Entry*>(dropped)->block = kNone;
   if (find(low, [](const Entry&) { return true; }) == nullptr) --keys_;
   return true;
 }

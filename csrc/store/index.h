@@ -25,7 +25,7 @@ struct Block {
 Block to_block(const BlockHeader& header, uint32_t segment, uint32_t layout);
 
 // Not thread-safe: guarded by the store's mutex. A dropped entry stays as a dead one until its key
-// comes again. The high half of a key is not kept: the row check knows it.
+// comes again. The high half of a key is not stored: it is part of the row check.
 class Index {
  public:
   static constexpr uint32_t kNone = 0xffffffff;
@@ -51,9 +51,14 @@ class Index {
 
   // Brings the slots and entries of these keys into the processor's cache.
   void prefetch(const Digest* keys, size_t n) const;
-  // The first live entry of this key, in order of insertion, that `accept` takes; null if none.
+  // The first live entry of this key, in order of insertion, for which accept(entry) is true; null if none.
   template <class Accept>
   const Entry* find(uint64_t low, Accept accept) const;
+  // The same for accept(block of the entry).
+  template <class Accept>
+  const Entry* find_by_block(uint64_t low, Accept accept) const {
+    return find(low, [&](const Entry& entry) { return accept(blocks_[entry.block]); });
+  }
 
   // Makes this row of this block dead. False if it was not here.
   bool drop(uint64_t low, uint32_t block, uint32_t row);
@@ -99,8 +104,8 @@ template <class Accept>
 const Entry* Index::find(uint64_t low, Accept accept) const {
   if (slot_count_ == 0) return nullptr;
   for (size_t s = slot(low); slots()[s] != 0; s = next(s)) {
-    const Entry& found = entry(slots()[s] - 1);
-    if (found.low == low && found.block != kNone && accept(found)) return &found;
+    const Entry& candidate = entry(slots()[s] - 1);
+    if (candidate.low == low && candidate.block != kNone && accept(candidate)) return &candidate;
   }
   return nullptr;
 }

@@ -37,7 +37,7 @@ struct Stats {
   uint64_t queued_bytes = 0;
   uint64_t damaged_rows = 0;  // dropped since they did not verify; an unreadable range counts once
   uint64_t dropped_rows = 0;  // not written since nothing could be written
-  bool full = false;          // max_bytes kept rows out
+  bool full = false;          // max_bytes did not admit all rows
 };
 
 // What a caller should look at next.

@@ -1,4 +1,4 @@
-// First in, first out; a map from keys to rows beside it.
+// First in, first out; and a map from keys to rows.
 #include "store/queue.h"
 
 #include <algorithm>
@@ -6,13 +6,13 @@
 namespace torchcache::store {
 
 namespace {
-constexpr size_t kMostSlices = 512;  // each is a part of one write
+constexpr size_t kMaxSlices = 512;  // each is a part of one write
 }  // namespace
 
 Queue::Row Queue::find(const Digest& key) const {
-  const auto found = found_.find(key);
-  if (found == found_.end()) return {};
-  return {*found->second.first, found->second.second};
+  const auto entry = rows_by_key_.find(key);
+  if (entry == rows_by_key_.end()) return {};
+  return {*entry->second.first, entry->second.second};
 }
 
 void Queue::push(std::shared_ptr<const Batch> batch) {
@@ -22,15 +22,15 @@ void Queue::push(std::shared_ptr<const Batch> batch) {
   bytes_ += rows * batch->row_bytes;
   cost_ += rows * batch->row_cost;
   batches_.push_back(std::move(batch));
-  const auto& last = batches_.back();  // a deque keeps the place of its elements
-  for (size_t row = 0; row < rows; ++row) found_[last->keys[row]] = {&last, row};
+  const auto& last = batches_.back();  // the elements of a deque do not move
+  for (size_t row = 0; row < rows; ++row) rows_by_key_[last->keys[row]] = {&last, row};
 }
 
 std::vector<Slice> Queue::front(uint64_t bytes, uint64_t rows) const {
   std::vector<Slice> slices;
-  size_t first = taken_;
+  size_t first = popped_;
   for (const auto& batch : batches_) {
-    if (slices.size() == kMostSlices || rows == 0) break;
+    if (slices.size() == kMaxSlices || rows == 0) break;
     const Batch& oldest = *batches_.front();
     if (batch->layout != oldest.layout || batch->row_bytes != oldest.row_bytes) break;
     const uint64_t size = std::max<uint64_t>(batch->row_bytes, 1);
@@ -46,11 +46,11 @@ std::vector<Slice> Queue::front(uint64_t bytes, uint64_t rows) const {
   return slices;
 }
 
-void Queue::forget(const Batch& batch, size_t first, size_t count) {
+void Queue::drop(const Batch& batch, size_t first, size_t count) {
   for (size_t row = first; row < first + count; ++row) {
-    const auto found = found_.find(batch.keys[row]);
-    if (found != found_.end() && found->second.first->get() == &batch && found->second.second == row)
-      found_.erase(found);
+    const auto entry = rows_by_key_.find(batch.keys[row]);
+    if (entry != rows_by_key_.end() && entry->second.first->get() == &batch && entry->second.second == row)
+      rows_by_key_.erase(entry);
   }
   rows_ -= count;
   bytes_ -= count * batch.row_bytes;
@@ -59,19 +59,19 @@ void Queue::forget(const Batch& batch, size_t first, size_t count) {
 
 void Queue::pop(const std::vector<Slice>& slices) {
   for (const Slice& slice : slices) {
-    if (batches_.empty() || batches_.front() != slice.batch || taken_ != slice.first) return;
-    forget(*slice.batch, slice.first, slice.count);
-    taken_ += slice.count;
-    if (taken_ < slice.batch->keys.size()) continue;
+    if (batches_.empty() || batches_.front() != slice.batch || popped_ != slice.first) return;
+    drop(*slice.batch, slice.first, slice.count);
+    popped_ += slice.count;
+    if (popped_ < slice.batch->keys.size()) continue;
     batches_.pop_front();
-    taken_ = 0;
+    popped_ = 0;
   }
 }
 
 void Queue::clear() {
   batches_.clear();
-  found_.clear();
-  taken_ = 0;
+  rows_by_key_.clear();
+  popped_ = 0;
   rows_ = bytes_ = cost_ = 0;
 }
 

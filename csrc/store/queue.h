@@ -17,7 +17,7 @@ namespace torchcache::store {
 struct Batch {
   uint32_t layout = 0;  // number given by Index::intern
   uint64_t row_bytes = 0;
-  uint64_t row_cost = 0;  // bytes of files that a row was estimated to take
+  uint64_t row_cost = 0;  // estimated bytes of files for each row
   std::vector<Digest> keys;
   RowBuffers::Buffer rows;
 
@@ -50,7 +50,7 @@ class Queue {
   // The oldest rows, of one layout and size: as many as fit into `bytes`, at least one, at most
   // `rows`. They stay in the queue.
   std::vector<Slice> front(uint64_t bytes, uint64_t rows) const;
-  // Forgets what front() gave, as far as it is still here.
+  // Drops what front() gave, as far as it is still here.
   void pop(const std::vector<Slice>& slices);
   void clear();
 
@@ -58,13 +58,14 @@ class Queue {
   struct KeyHash {
     size_t operator()(const Digest& key) const { return key.low; }
   };
-  void forget(const Batch& batch, size_t first, size_t count);
+  void drop(const Batch& batch, size_t first, size_t count);
 
   std::deque<std::shared_ptr<const Batch>> batches_;
-  size_t taken_ = 0;  // rows of the first batch that are gone
+  size_t popped_ = 0;  // rows of the first batch that are gone
   // Nodes come and go with every row: the pool makes them cheap.
   std::pmr::unsynchronized_pool_resource nodes_;
-  std::pmr::unordered_map<Digest, std::pair<const std::shared_ptr<const Batch>*, size_t>, KeyHash> found_{&nodes_};
+  std::pmr::unordered_map<Digest, std::pair<const std::shared_ptr<const Batch>*, size_t>, KeyHash> rows_by_key_{
+      &nodes_};
   uint64_t rows_ = 0;
   uint64_t bytes_ = 0;
   uint64_t cost_ = 0;

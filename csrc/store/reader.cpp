@@ -41,7 +41,7 @@ class RowReader {
 
  private:
   void plan(const std::vector<size_t>& rows);
-  void plan_row(uint32_t layout, size_t i);
+  void plan_row(uint32_t layout, size_t i) TORCHCACHE_REQUIRES(state_.mutex);
   void locate(RowRead* read);
   Error read_row_ends(const RowRead& read, std::vector<uint32_t>* ends);
   size_t run_end(size_t first) const;
@@ -96,7 +96,7 @@ void RowReader::plan(const std::vector<size_t>& rows) {
   reads_.clear();
   reads_.reserve(rows.size());
   {
-    std::lock_guard lock(state_.mutex);
+    core::MutexLock lock(state_.mutex);
     const uint32_t layout = state_.index.layout_number(layout_);
     if (layout == Index::kNone) return;
     for (size_t i : rows) plan_row(layout, i);
@@ -111,10 +111,8 @@ void RowReader::plan_row(uint32_t layout, size_t i) {
     queued_.push_back({i, std::move(row)});
     return;
   }
-  const Entry* entry = state_.index.find(keys_[i].low, [&](const Entry& e) {
-    const Block& block = state_.index.block(e.block);
-    return block.layout == layout && block.row_bytes == row_bytes_;
-  });
+  const Entry* entry = state_.index.find_by_block(
+      keys_[i].low, [&](const Block& block) { return block.layout == layout && block.row_bytes == row_bytes_; });
   if (entry == nullptr) return;
   RowRead read;
   read.i = i;
@@ -129,15 +127,15 @@ void RowReader::plan_row(uint32_t layout, size_t i) {
 void RowReader::locate(RowRead* read) {
   std::shared_ptr<const std::vector<uint32_t>> ends;
   {
-    std::lock_guard lock(state_.mutex);
-    const auto known = state_.row_ends.find(read->entry.block);
-    if (known != state_.row_ends.end()) ends = known->second;
+    core::MutexLock lock(state_.mutex);
+    const auto cached = state_.row_ends.find(read->entry.block);
+    if (cached != state_.row_ends.end()) ends = cached->second;
   }
   if (ends == nullptr) {
     auto new_ends = std::make_shared<std::vector<uint32_t>>();
     read->error = read_row_ends(*read, new_ends.get());
     if (read->error != 0) return;
-    std::lock_guard lock(state_.mutex);
+    core::MutexLock lock(state_.mutex);
     state_.row_ends[read->entry.block] = ends = new_ends;
   }
   const uint32_t row = read->entry.row;
@@ -258,7 +256,7 @@ void RowReader::copy_to_leaves(const uint8_t* row, size_t i) {
 void RowReader::handle_unread(const RowRead& read) {
   const Error error = read.error;
   if (error == EMFILE || error == ENFILE || error == ENOMEM) return;  // a miss, for this time
-  std::lock_guard lock(state_.mutex);
+  core::MutexLock lock(state_.mutex);
   if (state_.closed) return;
   retry_.push_back(read.i);
   const bool gone = is_gone(error);

@@ -9,8 +9,8 @@
 
 namespace torchcache::store {
 
-// As Store::read. Takes the mutex; the caller must not hold it.
+// As Store::read.
 void read_rows(State& state, const Digest* keys, size_t n, const std::string& layout, const std::vector<Leaf>& out,
-               uint8_t* ok);
+               uint8_t* ok) TORCHCACHE_EXCLUDES(state.mutex);
 
 }  // namespace torchcache::store

@@ -21,18 +21,18 @@ std::string path_of(const State& state, const SegmentId& id) { return segment_pa
 // ---- the set of segments
 
 uint32_t number_of(State& state, const SegmentId& id) {
-  std::lock_guard lock(state.mutex);
+  core::MutexLock lock(state.mutex);
   const auto number = state.segments.find(id);
   return number ? *number : state.segments.add(id);
 }
 
 bool lacks_a_segment(State& state, const std::vector<SegmentId>& listed) {
-  std::lock_guard lock(state.mutex);
+  core::MutexLock lock(state.mutex);
   return !state.segments.missing_from(listed).empty();
 }
 
 void remove_missing(State& state, const std::vector<SegmentId>& listed) {
-  std::lock_guard lock(state.mutex);
+  core::MutexLock lock(state.mutex);
   for (const uint32_t number : state.segments.missing_from(listed)) state.remove_segment(number);
 }
 
@@ -43,7 +43,7 @@ Error list_sorted(const State& state, std::vector<SegmentId>* ids) {
   return error;
 }
 
-// A listing beside a compaction may pass over the new segment, which came after it had begun, and over the old ones,
+// A listing during a compaction may miss the new segment, which came after it had begun, and over the old ones,
 // which went before it ended. So one that lacks a segment is made again, until two in a row agree.
 Error list_all(State& state, std::vector<SegmentId>* ids) {
   Error error = list_sorted(state, ids);
@@ -59,14 +59,13 @@ Error list_all(State& state, std::vector<SegmentId>* ids) {
 
 void add_block(State& state, uint32_t number, const BlockHeader& header, const uint8_t* table) {
   const Table parts = split_table(header, table);
-  const std::string layout(reinterpret_cast<const char*>(parts.layout), header.layout_bytes);
-  std::lock_guard lock(state.mutex);
+  const std::string layout = layout_of(header, table);
+  core::MutexLock lock(state.mutex);
   if (state.closed) return;
   Block block = to_block(header, number, state.index.intern(layout));
   const uint32_t block_number = state.index.add_block(block);
   for (uint32_t row = 0; row < header.rows; ++row)
-    state.index.insert(
-        {from_canonical(parts.keys + 16 * row).low, load<uint64_t>(parts.checks + 8 * row), block_number, row});
+    state.index.insert({parts.key(row).low, parts.check(row), block_number, row});
 }
 
 // Scans from `position`; adds the blocks that it finds. Where a later scan goes on.
@@ -107,7 +106,7 @@ uint64_t read_index(State& state, uint32_t number, const SegmentId& id, uint64_t
   if (!file.open(state.options.directory, id, size)) return kHeaderBytes;
   uint32_t first_block = 0;
   {
-    std::lock_guard lock(state.mutex);
+    core::MutexLock lock(state.mutex);
     if (state.closed) return kHeaderBytes;
     state.index.reserve(file.rows());
     first_block = state.index.blocks();
@@ -115,14 +114,14 @@ uint64_t read_index(State& state, uint32_t number, const SegmentId& id, uint64_t
       state.index.add_block(to_block(block.header, number, state.index.intern(file.layouts()[block.layout])));
   }
   const bool whole = file.read([&](const std::vector<Entry>& entries) {
-    std::lock_guard lock(state.mutex);
+    core::MutexLock lock(state.mutex);
     if (state.closed) return;
     state.index.insert(entries.data(), entries.size(), first_block);
   });
   return whole ? std::max(kHeaderBytes, file.covered()) : kHeaderBytes;
 }
 
-void count_damage(State& state, Segment& segment) {
+void count_damage(State& state, Segment& segment) TORCHCACHE_REQUIRES(state.mutex) {
   if (segment.holes.empty()) return;
   state.damaged_rows += segment.holes.size();
   segment.holes.clear();
@@ -139,7 +138,7 @@ class RefreshScope {
  public:
   explicit RefreshScope(State& state) : state_(state), begin_(Clock::now()) {}
   ~RefreshScope() {
-    std::lock_guard lock(state_.mutex);
+    core::MutexLock lock(state_.mutex);
     const Clock::time_point now = Clock::now();
     const Clock::duration cost = now - begin_ - first_scans_;
     state_.refreshing = false;
@@ -155,44 +154,44 @@ class RefreshScope {
 };
 
 void warn_of(State& state, const SegmentId& id, Error error) {
-  std::lock_guard lock(state.mutex);
+  core::MutexLock lock(state.mutex);
   state.warn("cannot read " + path_of(state, id) + ": " + error_text(error));
 }
 
-// Scans what is new in a segment, of which `known` is a copy, and records where the scan ended.
-void scan_new_blocks(State& state, uint32_t number, const File& file, const FileState& now, Segment known) {
-  if (!known.scanned) {
-    known.position = read_index(state, number, known.id, now.size);
-    known.sealed = known.position > kHeaderBytes;
+// Scans what is new in a segment, of which `record` is a copy, and records where the scan ended.
+void scan_new_blocks(State& state, uint32_t number, const File& file, const FileState& now, Segment record) {
+  if (!record.scanned) {
+    record.position = read_index(state, number, record.id, now.size);
+    record.sealed = record.position > kHeaderBytes;
   }
-  std::vector<Hole> holes = scan_holes(state, number, file, known.id, known.holes, now.size);
-  known.position = scan(state, number, file, known.id, known.position, now.size, &holes);
-  const bool sealed = !holes.empty() && has_index(state, known.id);
-  std::lock_guard lock(state.mutex);
+  std::vector<Hole> holes = scan_holes(state, number, file, record.id, record.holes, now.size);
+  record.position = scan(state, number, file, record.id, record.position, now.size, &holes);
+  const bool sealed = !holes.empty() && has_index(state, record.id);
+  core::MutexLock lock(state.mutex);
   Segment& segment = state.segments[number];
-  if (!known.scanned || !(segment.state == now)) segment.changed = Clock::now();
+  if (!record.scanned || !(segment.state == now)) segment.changed = Clock::now();
   segment.scanned = true;
-  segment.sealed = known.sealed;
+  segment.sealed = record.sealed;
   segment.state = now;
-  segment.position = known.position;
+  segment.position = record.position;
   segment.holes = std::move(holes);
   if (sealed || Clock::now() - segment.changed > kSettled) count_damage(state, segment);
 }
 
-// Whether this refresh may pass over a segment. The caller holds the mutex.
-bool may_skip(const State& state, uint32_t number) {
+// Whether this refresh may pass over a segment.
+bool may_skip(const State& state, uint32_t number) TORCHCACHE_REQUIRES(state.mutex) {
   const Segment& segment = state.segments[number];
   const bool sealed = segment.sealed && segment.holes.empty();
   return segment.own || (sealed && (number + state.refreshes) % kSealedEvery != 0);
 }
 
-// Scans a segment if its file has changed since the last scan; `known` is a copy of its record.
-Error refresh_changed(State& state, uint32_t number, const Segment& known) {
+// Scans a segment if its file has changed since the last scan; `record` is a copy of what the registry has on it.
+Error refresh_changed(State& state, uint32_t number, const Segment& record) {
   FileState now;
-  if (const Error error = path_state(path_of(state, known.id), &now)) return error;
-  if (known.scanned && now == known.state && known.holes.empty()) {
-    const bool sealed = known.sealed || has_index(state, known.id);
-    std::lock_guard lock(state.mutex);
+  if (const Error error = path_state(path_of(state, record.id), &now)) return error;
+  if (record.scanned && now == record.state && record.holes.empty()) {
+    const bool sealed = record.sealed || has_index(state, record.id);
+    core::MutexLock lock(state.mutex);
     state.segments[number].sealed = sealed;
     return 0;
   }
@@ -201,7 +200,7 @@ Error refresh_changed(State& state, uint32_t number, const Segment& known) {
   if (file != nullptr) error = file->state(&now);
   if (error != 0) return error;
   try {
-    scan_new_blocks(state, number, *file, now, known);
+    scan_new_blocks(state, number, *file, now, record);
   } catch (const std::bad_alloc&) {  // what was read of it stays, the rest is read when there is memory
     return ENOMEM;
   }
@@ -211,15 +210,15 @@ Error refresh_changed(State& state, uint32_t number, const Segment& known) {
 void refresh_segment(State& state, const SegmentId& id, RefreshScope* scope) {
   const Clock::time_point begin = Clock::now();
   const uint32_t number = number_of(state, id);
-  Segment known;
+  Segment record;
   {
-    std::lock_guard lock(state.mutex);
+    core::MutexLock lock(state.mutex);
     if (may_skip(state, number)) return;
-    known = state.segments[number];
+    record = state.segments[number];
   }
-  const Error error = refresh_changed(state, number, known);
+  const Error error = refresh_changed(state, number, record);
   if (error != 0 && !is_gone(error)) warn_of(state, id, error);
-  if (!known.scanned && (error == 0 || error == ENOMEM)) scope->leave_out(Clock::now() - begin);
+  if (!record.scanned && (error == 0 || error == ENOMEM)) scope->leave_out(Clock::now() - begin);
 }
 
 void refresh_all(State& state, RefreshScope* scope) {
@@ -230,7 +229,7 @@ void refresh_all(State& state, RefreshScope* scope) {
     remove_missing(state, ids);
     return;
   }
-  std::lock_guard lock(state.mutex);
+  core::MutexLock lock(state.mutex);
   state.warn("cannot read the cache directory", error);
 }
 
@@ -242,7 +241,7 @@ bool refresh_is_due(const State& state) {
 
 bool refresh(State& state) {
   {
-    std::lock_guard lock(state.mutex);
+    core::MutexLock lock(state.mutex);
     if (state.refreshing || state.closed) return false;
     state.refreshing = true;
     ++state.refreshes;

@@ -5,11 +5,11 @@
 
 namespace torchcache::store {
 
-// Whether the last refresh is long enough ago: max(0.25 s, 100 times what it cost). The caller holds the mutex.
-bool refresh_is_due(const State& state);
+// Whether the last refresh is long enough ago: max(0.25 s, 100 times what it cost).
+bool refresh_is_due(const State& state) TORCHCACHE_REQUIRES(state.mutex);
 
 // Lists the directory, forgets segments that are gone, reads what is new in the others. Returns false at once if
-// another thread is at it. Takes the mutex; the caller must not hold it.
-bool refresh(State& state);
+// another thread is at it.
+bool refresh(State& state) TORCHCACHE_EXCLUDES(state.mutex);
 
 }  // namespace torchcache::store

@@ -26,13 +26,13 @@ std::shared_ptr<File> open_segment_file(State& state, uint32_t number, Error* er
   std::string path;
   *error = 0;
   {
-    std::lock_guard lock(state.mutex);
+    core::MutexLock lock(state.mutex);
     if (auto file = state.segments.file(number)) return file;
     path = segment_path(state.options.directory, state.segments[number].id);
   }
   const uint64_t mapped_bytes = state.options.mmap ? kMaxSegmentBytes : 0;
   auto file = File::open(path, mapped_bytes, error);
-  std::lock_guard lock(state.mutex);
+  core::MutexLock lock(state.mutex);
   if (file == nullptr && (*error == EMFILE || *error == ENFILE)) {
     state.segments.close_all_files();
     file = File::open(path, mapped_bytes, error);

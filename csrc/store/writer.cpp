@@ -14,7 +14,7 @@
 namespace torchcache::store {
 namespace {
 
-// While it lives, a thread that is started takes no signals: those are the application's, and
+// While it lives, a thread that is started handles no signals: those are the application's, and
 // SIGXFSZ becomes an error of the write.
 class SignalsBlocked {
  public:
@@ -36,105 +36,118 @@ Writer::Writer(std::shared_ptr<State> state)
       compressor_(state_->options.zstd_level, state_->options.zstd ? state_->options.zstd_threads : 0),
       block_bytes_(kBlockBytes) {}
 
-std::shared_ptr<Writer> Writer::start(std::shared_ptr<State> state, Error* error) {
+std::shared_ptr<Writer> Writer::start(const std::shared_ptr<State>& state, Error* error) {
   *error = make_directories(state->options.directory);
   if (*error != 0) return nullptr;
   sweep_temporaries(state->options.directory);
   auto segment = SegmentWriter::create(state->options.directory, error);
   if (segment == nullptr) return nullptr;
   const std::string path = segment_path(state->options.directory, segment->id());
-  std::shared_ptr<Writer> writer(new Writer(std::move(state)));
+  std::shared_ptr<Writer> writer(new Writer(state));
   try {
     SignalsBlocked until_started;
     writer->thread_ = std::thread([writer] {
-      Lock lock(writer->state_->mutex);
-      writer->run(lock);
+      core::MutexLock lock(writer->state_->mutex);
+      writer->run();
     });
   } catch (const std::system_error& failure) {
     *error = failure.code().value();
     ::unlink(path.c_str());
     return nullptr;
   }
+  writer->state_->mutex.assert_held();
   writer->adopt(std::move(segment));
   return writer;
 }
 
-// ---- what the store asks for
+// ---- what the store calls
 
 void Writer::push(std::shared_ptr<const Batch> batch) {
+  state_->mutex.assert_held();
   if (state_->queue.empty()) last_progress_ = Clock::now();
   state_->queue.push(std::move(batch));
   work_.notify_one();
 }
 
-bool Writer::stalled() const {
+bool Writer::is_stalled() const {
   return !state_->queue.empty() && Clock::now() - last_progress_ > seconds(state_->options.patience_seconds);
 }
 
 // False once nothing was written for too long.
-bool Writer::wait(Lock& lock) {
-  if (stalled()) return false;
+bool Writer::wait_for_progress() {
+  if (is_stalled()) return false;
   const auto patience = last_progress_ + seconds(state_->options.patience_seconds);
-  progress_.wait_until(lock, std::max(patience, Clock::now() + std::chrono::milliseconds(10)));
+  progress_.wait_until(state_->mutex, std::max(patience, Clock::now() + std::chrono::milliseconds(10)));
   return true;
 }
 
 bool Writer::has_room(uint64_t bytes) const {
+  state_->mutex.assert_held();
   const uint64_t used = state_->queue.bytes() + state_->pending_bytes;
   return used == 0 || used + bytes <= state_->options.queue_bytes;
 }
 
-bool Writer::wait_for_room(Lock& lock, uint64_t bytes) {
+bool Writer::wait_for_room(uint64_t bytes) {
+  state_->mutex.assert_held();
   while (!has_room(bytes))
-    if (!wait(lock)) return false;
+    if (!wait_for_progress()) return false;
   return true;
 }
 
-bool Writer::wait_until_empty(Lock& lock) {
+bool Writer::wait_until_empty() {
+  state_->mutex.assert_held();
   while (!state_->queue.empty())
-    if (!wait(lock)) return false;
+    if (!wait_for_progress()) return false;
   return true;
 }
 
-void Writer::stop(Lock& lock) {
+void Writer::stop() {
+  state_->mutex.assert_held();
   stop_ = true;
   work_.notify_one();
   const auto patience = Clock::now() + seconds(state_->options.patience_seconds);
-  const bool ended = progress_.wait_until(lock, patience, [this] { return ended_; });
-  if (ended) {
-    lock.unlock();
-    thread_.join();
-    lock.lock();
-  } else {
-    thread_.detach();  // in a write that does not return
-  }
+  while (!ended_ && Clock::now() < patience) progress_.wait_until(state_->mutex, patience);
+  if (!ended_) return thread_.detach();  // in a write that does not return
+  core::MutexUnlock unlocked(state_->mutex);
+  thread_.join();
+}
+
+std::shared_ptr<File> Writer::file() const {
+  state_->mutex.assert_held();
+  return file_;
 }
 
 // ---- the thread
 
-void Writer::run(Lock& lock) {
-  const auto unlocked = [&lock](auto act) {
-    lock.unlock();
-    const auto result = act();
-    lock.lock();
-    return result;
-  };
-  for (;;) {
-    work_.wait(lock, [this] { return stop_ || !state_->queue.empty(); });
-    if (state_->queue.empty()) break;
-    const Work work = next_work();
-    const Error error = unlocked([&] { return write(work); });
-    if (error == 0) {
-      block_bytes_ = kBlockBytes;
-      continue;
-    }
-    state_->warn("rows wait in memory, since they cannot be written to", error);
-    block_bytes_ = work.bytes / 2;
-    if (work.rows == 1) work_.wait_for(lock, seconds(state_->options.retry_seconds), [this] { return stop_; });
+void Writer::run() {
+  while (write_next()) continue;
+  {
+    core::MutexUnlock unlocked(state_->mutex);
+    seal();
   }
-  unlocked([this] { return seal(), 0; });
   ended_ = true;
   progress_.notify_all();
+}
+
+// Waits for rows and writes a block of them. False if the thread is to end.
+bool Writer::write_next() {
+  while (!stop_ && state_->queue.empty()) work_.wait(state_->mutex);
+  if (state_->queue.empty()) return false;
+  const Work work = next_work();
+  Error error = 0;
+  {
+    core::MutexUnlock unlocked(state_->mutex);
+    error = write(work);
+  }
+  if (error == 0) {
+    block_bytes_ = kBlockBytes;
+    return true;
+  }
+  state_->warn("rows wait in memory, since they cannot be written to", error);
+  block_bytes_ = work.bytes / 2;
+  const auto retry = Clock::now() + seconds(state_->options.retry_seconds);
+  while (work.rows == 1 && !stop_ && Clock::now() < retry) work_.wait_until(state_->mutex, retry);
+  return true;
 }
 
 Writer::Work Writer::next_work() const {
@@ -186,7 +199,7 @@ Error Writer::write(const Work& work) try {
   BlockHeader header;
   const Error error = segment_->append(block, &header);
   if (error != 0) return error;
-  std::lock_guard lock(state_->mutex);
+  core::MutexLock lock(state_->mutex);
   record(work, block, header);
   return 0;
 } catch (const std::bad_alloc&) {
@@ -219,7 +232,7 @@ void Writer::count_own_bytes() {
 
 Error Writer::prepare_segment(uint64_t block_bytes) {
   if (segment_ != nullptr && segment_->deleted()) {
-    std::lock_guard lock(state_->mutex);
+    core::MutexLock lock(state_->mutex);
     state_->warn("the cache directory " + state_->options.directory + " was deleted; it is made again for new rows");
     leave_segment(true);
   } else if (segment_ != nullptr && blocks_ > 0 && segment_->end() + block_bytes > state_->options.rotate_bytes) {
@@ -233,7 +246,7 @@ Error Writer::new_segment() {
   if (error != 0) return error;
   auto segment = SegmentWriter::create(state_->options.directory, &error);
   if (segment == nullptr) return error;
-  std::lock_guard lock(state_->mutex);
+  core::MutexLock lock(state_->mutex);
   adopt(std::move(segment));
   return 0;
 }
@@ -266,10 +279,10 @@ void Writer::seal() {
   if (empty) {
     ::unlink(segment_path(directory, segment_->id()).c_str());
   } else {
-    if (file_->on_network()) file_->sync();
+    if (segment_->file()->on_network()) segment_->file()->sync();
     write_index(directory, segment_->id());
   }
-  std::lock_guard lock(state_->mutex);
+  core::MutexLock lock(state_->mutex);
   leave_segment(empty);
 }
 

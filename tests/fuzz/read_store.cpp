@@ -63,7 +63,7 @@ void read_rows(const File& file, const BlockHeader& header, const uint8_t* table
   std::vector<uint8_t> row(header.row_bytes);
   uint64_t at = 0;
   for (uint32_t i = 0; i < header.rows; ++i) {
-    const uint64_t length = parts.lengths ? load<uint32_t>(parts.lengths + 4 * i) : header.row_bytes;
+    const uint64_t length = parts.lengths ? parts.length(i) : header.row_bytes;
     require(at + length <= payload.size());
     digest(payload.data() + at, length);
     if (header.codec == Codec::kZstd) decompress_row(payload.data() + at, length, row.data(), row.size());

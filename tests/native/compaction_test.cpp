@@ -130,7 +130,7 @@ void expect_all_rows() {
 
 void compact_all() {
   Compaction compaction(directory);
-  for (const SegmentId& id : segments()) EXPECT(compaction.take(id));
+  for (const SegmentId& id : segments()) EXPECT(compaction.add_segment(id));
   compaction.finish();
 }
 

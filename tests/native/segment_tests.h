@@ -191,7 +191,7 @@ void segments_that_grow_behind_an_index_are_looked_at_in_turn() {
 
 void compact_all() {
   Compaction compaction(directory);
-  for (const SegmentId& id : segments_here()) EXPECT(compaction.take(id));
+  for (const SegmentId& id : segments_here()) EXPECT(compaction.add_segment(id));
   compaction.finish();
 }
 

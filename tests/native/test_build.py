@@ -16,6 +16,7 @@ import pytest
 import torch
 
 from torchcache._native import build
+from torchcache.errors import BuildError
 
 # Prints the path of the library; knows torch by its folder only, so that it starts at once.
 COMPILE = """
@@ -216,22 +217,22 @@ def test_a_built_library_needs_no_compiler(tmp_path: Path, monkeypatch: pytest.M
 def test_without_a_compiler_one_line_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", "")
     monkeypatch.delenv("CXX")
-    with pytest.raises(build.BuildError, match=r"^no C\+\+ compiler .*apt-get install g\+\+.*$"):
+    with pytest.raises(BuildError, match=r"^no C\+\+ compiler .*apt-get install g\+\+.*$"):
         compiled(tree(tmp_path / "csrc", 42))
     monkeypatch.setenv("CXX", "no-such-compiler")
-    with pytest.raises(build.BuildError, match=r"^CXX names no-such-compiler, which is not there"):
+    with pytest.raises(BuildError, match=r"^CXX names no-such-compiler, which is not there"):
         build.check_toolchain()
 
 
 def test_without_zstds_headers_one_line_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CXX", os.environ["CXX"] + " -nostdinc")
-    with pytest.raises(build.BuildError, match=r"^zstd's header .*apt-get install .*libzstd-dev.*$"):
+    with pytest.raises(BuildError, match=r"^zstd's header .*apt-get install .*libzstd-dev.*$"):
         compiled(tree(tmp_path / "csrc", 42))
 
 
 @pytest.mark.parametrize("version", ["1.13.1", "2.9.1+cu128"])
 def test_an_older_torch_is_refused_in_one_line(version: str) -> None:
-    with pytest.raises(build.BuildError, match=r"needs torch 2\.10 or newer, found ") as error:
+    with pytest.raises(BuildError, match=r"needs torch 2\.10 or newer, found ") as error:
         build.check_torch(version)
     assert version in str(error.value)
     assert "\n" not in str(error.value)
@@ -245,7 +246,7 @@ def test_newer_torches_are_accepted(version: str) -> None:
 def test_sources_that_do_not_compile_are_reported_in_one_line(tmp_path: Path) -> None:
     csrc = tree(tmp_path / "csrc", 42)
     (csrc / "ops.cpp").write_text("this is not C++\n")
-    with pytest.raises(build.BuildError, match=r"^compiling .* failed: .*ops.cpp:1:\d+: error: .*$"):
+    with pytest.raises(BuildError, match=r"^compiling .* failed: .*ops.cpp:1:\d+: error: .*$"):
         compiled(csrc)
 
 
@@ -304,7 +305,7 @@ def test_cuda_is_built_for_the_architectures_asked_for(
 @pytest.mark.usefixtures("toolkit")
 def test_architectures_that_cannot_be_read_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "9.0 hopper")
-    with pytest.raises(build.BuildError, match=r"TORCH_CUDA_ARCH_LIST must be .* got 'hopper'"):
+    with pytest.raises(BuildError, match=r"TORCH_CUDA_ARCH_LIST must be .* got 'hopper'"):
         build.cuda_for(CUDA_TORCH)
 
 
@@ -312,7 +313,7 @@ def test_architectures_that_cannot_be_read_are_named(monkeypatch: pytest.MonkeyP
 def test_a_torch_without_cuda_gets_a_library_without_cuda_unless_it_is_forced(monkeypatch: pytest.MonkeyPatch) -> None:
     assert codes(CPU_TORCH) is None
     monkeypatch.setenv("FORCE_CUDA", "1")
-    with pytest.raises(build.BuildError, match="set TORCH_CUDA_ARCH_LIST"):
+    with pytest.raises(BuildError, match="set TORCH_CUDA_ARCH_LIST"):
         build.cuda_for(CPU_TORCH)
     monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "9.0")
     assert codes(CPU_TORCH) == ("sm_90",)
@@ -324,7 +325,7 @@ def test_without_a_toolkit_the_library_is_one_for_the_cpu_unless_cuda_is_forced(
     monkeypatch.setenv("CUDA_HOME", str(tmp_path))
     assert codes(CUDA_TORCH) is None
     monkeypatch.setenv("FORCE_CUDA", "1")
-    with pytest.raises(build.BuildError, match=r"there is no CUDA toolkit in .*: set CUDA_HOME"):
+    with pytest.raises(BuildError, match=r"there is no CUDA toolkit in .*: set CUDA_HOME"):
         build.cuda_for(CUDA_TORCH)
 
 
@@ -338,7 +339,7 @@ def test_a_toolkit_of_another_major_version_is_not_used_and_both_versions_are_na
     assert answer(library) == 42
     assert re.search(r"is 13\.0, but torch .* was built with 12\.8.*building without CUDA", caplog.text)
     monkeypatch.setenv("FORCE_CUDA", "1")
-    with pytest.raises(build.BuildError, match=r"is 13\.0, but torch .* was built with 12\.8"):
+    with pytest.raises(BuildError, match=r"is 13\.0, but torch .* was built with 12\.8"):
         build.cuda_for(older)
 
 
@@ -347,7 +348,7 @@ def test_the_sources_of_cuda_are_compiled_by_nvcc_and_its_complaint_is_told(tmp_
     csrc = tree(tmp_path / "csrc", 42)
     (csrc / "kernels.cu").write_text("")
     torch = build.installed_torch()._replace(cuda="13.0", codes=("sm_90",))
-    with pytest.raises(build.BuildError, match="nvcc cannot compile here"):
+    with pytest.raises(BuildError, match="nvcc cannot compile here"):
         build.compile_on_first_use(csrc, torch)
     plain = build.compile_on_first_use(csrc, torch._replace(cuda=None))  # the .cu file is not one of its sources
     assert answer(plain) == 42

@@ -1,7 +1,7 @@
 """Finds the native library: compiled ahead by the installer, or compiled here on first use.
 
-The one place that says which sources and flags make it. setup.py loads this file by its path,
-before there is a package or a torch, so it imports neither.
+The one place that says which sources and flags make it. setup.py imports this module too, where there may be no torch:
+so it imports torch in functions only.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ import fcntl
 import functools
 import hashlib
 import importlib.metadata
-import logging
 import os
 import platform
 import re
@@ -24,6 +23,9 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
+
+from torchcache._utils.logs import logger
+from torchcache.errors import BuildError
 
 LIBRARY = "_C.abi3.so"
 OLDEST_TORCH = (2, 10)  # the first one with this stable ABI, and what TORCH_TARGET_VERSION names
@@ -43,11 +45,6 @@ INSTALL = (
 )
 
 _FOLDER = Path(__file__).resolve().parent
-_logger = logging.getLogger(__name__.partition(".")[0])
-
-
-class BuildError(ImportError):
-    """The native library is not there and cannot be compiled. The message says what to install."""
 
 
 class NoCuda(BuildError):
@@ -200,7 +197,7 @@ def compile_on_first_use(csrc: Path, torch: Torch) -> Path:
                 _compile(csrc, torch, target)
             return target
     except OSError as error:
-        _logger.warning("%s cannot be used (%s): compiling for this process only", folder, error)
+        logger.warning("%s cannot be used (%s): compiling for this process only", folder, error)
     return _compile(csrc, torch, _private_folder() / LIBRARY)
 
 
@@ -247,13 +244,13 @@ def _alone_in(folder: Path) -> Iterator[None]:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            _logger.warning("another process is compiling torchcache's native library: waiting")
+            logger.warning("another process is compiling torchcache's native library: waiting")
             fcntl.flock(lock, fcntl.LOCK_EX)
         yield
 
 
 def _compile(csrc: Path, torch: Torch, target: Path) -> Path:
-    _logger.warning(
+    logger.warning(
         "compiling torchcache's native library for torch %s, once, into %s (half a minute)",
         torch.version,
         target.parent,
@@ -267,7 +264,7 @@ def compile_library(csrc: Path, torch: Torch, target: Path) -> Path:
         _toolkit(torch)
     except NoCuda as reason:
         if str(reason):
-            _logger.warning("%s; building without CUDA: rows on a GPU will be hashed through the host", reason)
+            logger.warning("%s; building without CUDA: rows on a GPU will be hashed through the host", reason)
     # A fresh name each time: compilers of a killed process may still be writing in the old folder.
     for left_by_a_kill in target.parent.glob("build-*"):
         shutil.rmtree(left_by_a_kill, ignore_errors=True)
@@ -323,6 +320,16 @@ def _compile_commands(csrc: Path, torch: Torch) -> dict[str, list[str]]:
     return commands
 
 
+def compilation_database(csrc: Path) -> list[dict[str, str | list[str]]]:
+    """How each source is compiled, as editors and clang-tidy read it from compile_commands.json."""
+    commands = _compile_commands(csrc, installed_torch())
+    return [
+        {"directory": str(csrc), "file": str(source), "arguments": [*command, "-c", str(source)]}
+        for suffix, command in commands.items()
+        for source in sorted(csrc.rglob(f"*{suffix}"))
+    ]
+
+
 def _link_flags() -> list[str]:
     return [*_words("LDFLAGS"), *(f"-l{name}" for name in LIBRARIES)]
 
@@ -359,7 +366,7 @@ def _run(command: list[str]) -> str:
         return str(error)
     if done.returncode == 0:
         return ""
-    _logger.info("%s\n%s", shlex.join(command), done.stdout)
+    logger.info("%s\n%s", shlex.join(command), done.stdout)
     lines = done.stdout.strip().splitlines() or [f"exit status {done.returncode}"]
     complaints = (line for line in lines if "error" in line or "cannot find" in line)
     return next(complaints, lines[-1]).strip()

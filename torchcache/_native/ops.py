@@ -247,19 +247,19 @@ def store_close(store: int) -> None:
     _native().store_close.default(store)
 
 
-def segment_summary(directory: str, name: str) -> tuple[list[int], list[str]]:
-    """Idle, bytes, index bytes, blocks; then codec, rows, bytes, stored bytes for each of the layouts."""
-    return cast("tuple[list[int], list[str]]", _native().segment_summary.default(directory, name))
+def segment_inspect(directory: str, name: str) -> str:
+    """What is in a segment, as JSON; the fields of this and the next ones: ``csrc/store/maintenance/report.h``."""
+    return cast(str, _native().segment_inspect.default(directory, name))
 
 
-def segment_verify(directory: str, name: str, position: int, bytes: int) -> list[int]:
-    """Position, done, rows; then kind, offset, bytes, rows of each damage: ``csrc/store/maintenance/inspect.h``."""
-    return cast("list[int]", _native().segment_verify.default(directory, name, position, bytes))
+def segment_verify(directory: str, name: str, position: int, bytes: int) -> str:
+    """Checks so many bytes of a segment from a position on → JSON: the next position, rows, damage."""
+    return cast(str, _native().segment_verify.default(directory, name, position, bytes))
 
 
-def segment_waste(directory: str, names: list[str]) -> list[int]:
-    """Duplicate rows and ranges without a block, for each segment."""
-    return cast("list[int]", _native().segment_waste.default(directory, names))
+def segment_waste(directory: str, names: list[str]) -> str:
+    """Duplicate rows and ranges without a block, for each segment → JSON."""
+    return cast(str, _native().segment_waste.default(directory, names))
 
 
 def segment_keys(directory: str, name: str, layout: str) -> Tensor:
@@ -272,9 +272,9 @@ def segment_remove(path: str) -> bool:
     return cast(bool, _native().segment_remove.default(path))
 
 
-def compact_open(directory: str, kept: list[str]) -> int:
-    """A compaction; rows of the kept segments are not copied from others."""
-    return cast(int, _native().compact_open.default(directory, kept))
+def compact_open(directory: str, retained: list[str]) -> int:
+    """A compaction; rows of the retained segments are not copied from others."""
+    return cast(int, _native().compact_open.default(directory, retained))
 
 
 def compact_add(compaction: int, name: str) -> bool:
@@ -282,9 +282,9 @@ def compact_add(compaction: int, name: str) -> bool:
     return cast(bool, _native().compact_add.default(compaction, name))
 
 
-def compact_finish(compaction: int) -> list[int]:
-    """Puts the new segments into place, removes the old → in the order of Compaction::Counts."""
-    return cast("list[int]", _native().compact_finish.default(compaction))
+def compact_finish(compaction: int) -> str:
+    """Puts the new segments into place and removes the old ones → counts as JSON."""
+    return cast(str, _native().compact_finish.default(compaction))
 
 
 def compact_close(compaction: int) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import fcntl
+import json
 import math
 import os
 import re
@@ -25,8 +26,6 @@ _SEGMENT = re.compile(r"[0-9a-f]{32}\.seg")
 _DERIVED = re.compile(r"([0-9a-f]{32})\.(idx|tmp)")
 _LARGE = 512 << 20  # bytes of a segment that is not worth rewriting unless something in it is waste
 PART = 64 << 20  # bytes between two signs of progress
-_DAMAGE = ("segment header", "no block", "rows", "index", "cut off")  # csrc/store/maintenance/inspect.h
-_CODECS = ("raw", "zstd")
 
 Progress = Callable[[int], object]  # is told of bytes that are done
 
@@ -62,10 +61,16 @@ def segments(directory: Path) -> list[Path]:
 
 
 def native(operation: Callable[..., Any], *arguments: Any) -> Any:
+    """Calls a native operation; what it could not read or write is a MaintenanceError."""
     try:
         return operation(*arguments)
     except RuntimeError as error:
         raise MaintenanceError(str(error).partition("\n")[0]) from error
+
+
+def _reported(operation: Callable[..., str], *arguments: Any) -> Any:
+    """The result of a native operation that answers with JSON: ``csrc/store/maintenance/report.h``."""
+    return json.loads(native(operation, *arguments))
 
 
 # ---- what is there
@@ -140,12 +145,11 @@ def summarize(directory: Path) -> Summary:
 
 def _segment(path: Path) -> Segment:
     modified = path.stat().st_mtime
-    numbers, layouts = native(ops.segment_summary, str(path.parent), path.stem)
-    idle, size, index_bytes, blocks, *rest = numbers
-    groups = [Group(text, _CODECS[rest[4 * i]], *rest[4 * i + 1 : 4 * i + 4]) for i, text in enumerate(layouts)]
-    state = "written" if not idle else "sealed" if index_bytes else "left"
+    report = _reported(ops.segment_inspect, str(path.parent), path.stem)
+    groups = [Group(**group) for group in report["groups"]]
+    state = "written" if not report["idle"] else "sealed" if report["index_bytes"] else "left"
     rows = sum(group.rows for group in groups)
-    return Segment(path.stem, state, size, index_bytes, blocks, rows, modified, groups)
+    return Segment(path.stem, state, report["bytes"], report["index_bytes"], report["blocks"], rows, modified, groups)
 
 
 def _module(directory: Path) -> str:
@@ -157,12 +161,20 @@ def _module(directory: Path) -> str:
 
 def duplicates(summary: Summary) -> int:
     """Rows that are there more than once, apart from one of each."""
-    return sum(_waste(summary.directory, [segment.name for segment in summary.segments])[0::2])
+    names = [segment.name for segment in summary.segments]
+    return sum(waste.duplicates for waste in _waste(summary.directory, names))
 
 
-def _waste(directory: Path, names: list[str]) -> list[int]:
-    found: list[int] = native(ops.segment_waste, str(directory), names)
-    return found
+@dataclasses.dataclass
+class _Waste:
+    """What a compaction would leave out of a segment: rows of earlier segments, ranges without a block."""
+
+    duplicates: int
+    holes: int
+
+
+def _waste(directory: Path, names: list[str]) -> list[_Waste]:
+    return [_Waste(**waste) for waste in _reported(ops.segment_waste, str(directory), names)]
 
 
 # ---- checking
@@ -189,13 +201,11 @@ def verify(path: Path, progress: Progress = lambda n: None) -> tuple[int, list[D
     position, done, rows = 64, False, 0
     found: list[Damage] = []
     while not done:
-        before = position
-        position, done, checked, *damage = native(ops.segment_verify, str(path.parent), path.stem, position, PART)
-        rows += checked
-        for i in range(0, len(damage), 4):
-            kind, offset, size, lost = damage[i : i + 4]
-            found.append(Damage(path.name, _DAMAGE[kind], offset, size, lost or None))
-        progress(position - before)
+        report = _reported(ops.segment_verify, str(path.parent), path.stem, position, PART)
+        rows += report["rows"]
+        found += [Damage(path.name, **damage) for damage in report["damage"]]
+        progress(report["position"] - position)
+        position, done = report["position"], report["done"]
     return rows, found
 
 
@@ -223,8 +233,8 @@ def compact(directory: Path, progress: Progress = lambda n: None) -> Compacted:
         _sweep(directory)
         found = summarize(directory).segments
         idle = [segment for segment in found if segment.state != "written"]
-        take, keep = _worth_rewriting(directory, idle, progress)
-        result = _rewrite(directory, take, keep, progress) if take else Compacted()
+        rewritten, retained = _worth_rewriting(directory, idle, progress)
+        result = _rewrite(directory, rewritten, retained, progress) if rewritten else Compacted()
         result.left += len(found) - len(idle)
         return result
 
@@ -234,30 +244,29 @@ def _worth_rewriting(directory: Path, idle: list[Segment], progress: Progress) -
     ordered = sorted(idle, key=lambda segment: (-segment.bytes, segment.name))
     waste = _waste(directory, [segment.name for segment in ordered])
     small = sum(segment.bytes < _LARGE for segment in ordered)
-    take: list[Segment] = []
-    keep: list[Segment] = []
-    for i, segment in enumerate(ordered):
-        wasteful = any(waste[2 * i : 2 * i + 2]) or not segment.index_bytes or not segment.rows
+    rewritten: list[Segment] = []
+    retained: list[Segment] = []
+    for segment, wasted in zip(ordered, waste):
+        wasteful = wasted.duplicates or wasted.holes or not segment.index_bytes or not segment.rows
         rewrite = (
             wasteful or (segment.bytes < _LARGE and small > 1) or bool(verify(_path(directory, segment), progress)[1])
         )
-        (take if rewrite else keep).append(segment)
-    return sorted(take, key=lambda segment: segment.modified), keep
+        (rewritten if rewrite else retained).append(segment)
+    return sorted(rewritten, key=lambda segment: segment.modified), retained
 
 
 def _path(directory: Path, segment: Segment) -> Path:
     return directory / f"{segment.name}.seg"
 
 
-def _rewrite(directory: Path, take: list[Segment], keep: list[Segment], progress: Progress) -> Compacted:
-    compaction = native(ops.compact_open, str(directory), [segment.name for segment in keep])
+def _rewrite(directory: Path, rewritten: list[Segment], retained: list[Segment], progress: Progress) -> Compacted:
+    compaction = native(ops.compact_open, str(directory), [segment.name for segment in retained])
     try:
         left = 0
-        for segment in take:
+        for segment in rewritten:
             left += not native(ops.compact_add, compaction, segment.name)
             progress(segment.bytes)
-        rows, duplicate, damaged, removed, written = native(ops.compact_finish, compaction)
-        return Compacted(rows, duplicate, damaged, removed, written, left)
+        return Compacted(**_reported(ops.compact_finish, compaction), left=left)
     finally:
         ops.compact_close(compaction)
 

@@ -1,12 +1,13 @@
 """When a call is computed as if there were no cache, and why.
 
-Everything here gives a reason in words, or None. Reasons of the first kind are normal (a call under
-vmap), those of the second say that a cached row would be wrong or would change what is trained.
+Silent reasons are normal: a call under vmap, say. The others mean that a cached row would be wrong, or would change
+what is trained, so they are worth a warning.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -30,54 +31,76 @@ _strided = torch.strided
 _is_compiling = torch.compiler.is_compiling
 
 
-def of_call(call: Call) -> str | None:
-    """Silent ones: the caller asked for something that a cache cannot give."""
+class Bypassed(NamedTuple):
+    """A call that is computed as if there were no cache.
+
+    Attributes:
+        reason: in words, after "calls are not cached: ".
+        is_silent: whether the caller asked for something that a cache cannot give, so that no warning is due.
+        details: of this call, after the reason.
+    """
+
+    reason: str
+    is_silent: bool = False
+    details: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.reason}: {self.details}" if self.details else self.reason
+
+
+_TRACED = Bypassed("the call is being traced", is_silent=True)
+_FUNCTORCH = Bypassed("the call runs under a functorch transform", is_silent=True)
+_DISPATCH_MODE = Bypassed("a torch dispatch mode is active", is_silent=True)
+_FUNCTION_MODE = Bypassed("a torch function mode is active", is_silent=True)
+_GLOBAL_HOOKS = Bypassed(
+    "forward hooks for all modules are registered (torch.nn.modules.module.register_module_forward_hook)"
+)
+_EMPTY = Bypassed("the batch is empty", is_silent=True)
+_REQUIRES_GRAD = Bypassed("an input requires grad", is_silent=True)
+_TANGENT = Bypassed("an input carries a forward-mode tangent", is_silent=True)
+
+
+def of_surroundings() -> Bypassed | None:
+    """What goes on around the call."""
+    if tracing_state() or _is_compiling():
+        return _TRACED
+    if functorch_level() is not None:
+        return _FUNCTORCH
+    if dispatch_modes() > 0:
+        return _DISPATCH_MODE
+    if function_modes() > 0 and not all(isinstance(mode, DeviceContext) for mode in function_mode_stack()):
+        return _FUNCTION_MODE
+    return _GLOBAL_HOOKS if global_forward_hooks or global_forward_pre_hooks else None
+
+
+def of_call(call: Call) -> Bypassed | None:
+    """What the inputs are."""
+    if call.batch == 0:
+        return _EMPTY
     grad = _grad_enabled()
     for t in call.tensors:
         if grad and t.requires_grad:
-            return "an input requires grad"
+            return _REQUIRES_GRAD
         if t.layout is not _strided or t.is_quantized or t.is_meta:
-            return f"an input has no plain bytes ({t.layout}, {t.device})"
-    if forward_ad_level() >= 0 and any(map(_is_dual, call.tensors)):
-        return "an input carries a forward-mode tangent"
-    return None
-
-
-def of_surroundings() -> str | None:
-    """Silent ones too: what is going on around the call."""
-    if tracing_state() or _is_compiling():
-        return "the call is being traced"
-    if functorch_level() is not None:
-        return "the call runs under a functorch transform"
-    if dispatch_modes() > 0:
-        return "a torch dispatch mode is active"
-    if function_modes() > 0 and not all(isinstance(mode, DeviceContext) for mode in function_mode_stack()):
-        return "a torch function mode is active"
-    return None
-
-
-def of_hooks() -> str | None:
-    """What runs in every module of the process, and may change what the module's parts give."""
-    if global_forward_hooks or global_forward_pre_hooks:
-        return "forward hooks for all modules are registered (torch.nn.modules.module.register_module_forward_hook)"
-    return None
+            return Bypassed("an input has no plain bytes", True, f"{t.layout}, {t.device}")
+    return _TANGENT if forward_ad_level() >= 0 and any(map(_is_dual, call.tensors)) else None
 
 
 def _is_dual(t: Tensor) -> bool:
     return torch.autograd.forward_ad.unpack_dual(t).tangent is not None  # type: ignore[no-untyped-call]
 
 
-def of_modules(modules: Sequence[nn.Module]) -> str | None:
-    """Rows that would depend on their neighbours, or ranks that would wait for each other."""
+def of_modules(modules: Sequence[nn.Module]) -> Bypassed | None:
+    """Modules whose rows depend on their neighbours, or that wait for other ranks."""
     for m in modules:
         kind = type(m).__name__
         if isinstance(m, nn.SyncBatchNorm) or kind in (
             "FullyShardedDataParallel",
             "DistributedDataParallel",
         ):
-            return f"{kind} talks to other processes, which would wait for ranks without misses"
+            return Bypassed(f"{kind} talks to other processes, which would wait for ranks without misses")
         if isinstance(m, BatchNorm) and (m.training or m.running_mean is None):
-            return (
+            return Bypassed(
                 f"{kind} uses the statistics of the batch, so rows depend on their neighbours; "
                 "put the module in eval mode, after every model.train() (override train() to keep it there)"
             )

@@ -12,10 +12,11 @@ from torch import Tensor, nn
 from torchcache._utils.lazy import lazy
 from torchcache._utils.locks import lock
 from torchcache._utils.logs import WarnOnce, logger
+from torchcache.engine.bypass import Bypassed
 from torchcache.engine.compute import Computed, MissComputer, Uncached
 from torchcache.engine.counts import CacheInfo, Counts
-from torchcache.engine.decision import Bypassed, Decider, Request
-from torchcache.engine.explain import CallParts, Explanation, differing, meta, since_directory
+from torchcache.engine.decision import Decider, Request
+from torchcache.engine.explain import CallParts, Explanation, by_name, call_parts, differing, meta, since_directory
 from torchcache.engine.keys import CallVariant
 from torchcache.engine.outputs import output
 from torchcache.options import Options
@@ -187,9 +188,10 @@ class Cache:
         request, rows = found
         if isinstance(rows, Batch):
             return self._complete(forward, request, rows)
-        if request.state is not None and request.state.live:
+        state = request.state
+        if state is not None and state.live:
             self._warn_of_parameters(request)
-        self._last = CallParts.of(request)
+        self._last = call_parts(request)
         self._counts.hits["memory"] += request.call.batch
         return output(rows, request.call)
 
@@ -220,7 +222,7 @@ class Cache:
         count = missing.shape[0]
         if count and logger.isEnabledFor(logging.DEBUG):
             self._log_explanation(request, batch)
-        self._last = CallParts.of(request)
+        self._last = call_parts(request)
         if count:
             computed = self._computer.compute(forward, request, missing)
             if isinstance(computed, Uncached):
@@ -242,7 +244,7 @@ class Cache:
         tiers = self._tiers
         if not tiers.is_described:
             assert self._last is not None
-            tiers.describe(meta(self._decider.fingerprint, self.options, self._last.by_name()))
+            tiers.describe(meta(self._decider.fingerprint, self.options, by_name(self._last)))
         tiers.write(keys, computed.layout, computed.leaves)
 
     # ---- what is said and counted
@@ -276,12 +278,12 @@ class Cache:
 
     def _explanation(self, request: Request, rows: Mapping[str, int]) -> Explanation:
         """What has changed, where each tier has so many rows of the call."""
-        parts = CallParts.of(request).by_name()
+        parts = by_name(call_parts(request))
         return Explanation(
             request.call.batch,
             rows["memory"],
             sum(rows.values()) - rows["memory"],
-            None if self._last is None else differing(parts, self._last.by_name()),
+            None if self._last is None else differing(parts, by_name(self._last)),
             None if self.cache_dir is None else since_directory(self.cache_dir, self._decider.fingerprint, parts),
         )
 

@@ -10,8 +10,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from torchcache.engine.bypass import Bypassed
 from torchcache.engine.call import Call, Indivisible
-from torchcache.engine.decision import Bypassed, Request
+from torchcache.engine.decision import Request
 from torchcache.engine.keys import CallVariant
 from torchcache.engine.outputs import UnsupportedOutput, split
 from torchcache.identity.randomness import Generators, GeneratorStates
@@ -65,7 +66,6 @@ class MissComputer:
         self._refused = refused
         self._leave_inputs: set[CallVariant] = set()  # whose forwards have been seen not to edit their inputs
         self._changed_once: set[CallVariant] = set()  # whose forwards have changed the state
-        self._last_layout: Layout | None = None
         self._running = 0  # forwards, in all threads
         self._started = 0
 
@@ -145,7 +145,4 @@ class MissComputer:
             layout, leaves = split(output, call.batch if whole else count, call.tensors, self._cache_dtype)
         except UnsupportedOutput as error:
             return Bypassed("the output cannot be kept", details=str(error))
-        if layout == self._last_layout:
-            layout = self._last_layout  # which knows its JSON already
-        self._last_layout = layout
         return Computed(layout, leaves if count == leaves[0].shape[0] else [select(t, rows) for t in leaves])

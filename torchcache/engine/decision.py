@@ -13,29 +13,13 @@ from torchcache._utils.lazy import lazy
 from torchcache._utils.locks import lock
 from torchcache.engine import bypass
 from torchcache.engine.binding import Binder
+from torchcache.engine.bypass import Bypassed
 from torchcache.engine.call import Call
 from torchcache.engine.keys import CallVariant, Keys, autocast
 from torchcache.engine.mode import Mode
 from torchcache.identity.fingerprint import Fingerprint
 from torchcache.identity.state import State, Uninitialized, Unwatchable
 from torchcache.options import Options
-
-
-class Bypassed(NamedTuple):
-    """A call that is computed as if there were no cache.
-
-    Attributes:
-        reason: in words, after "calls are not cached: ".
-        is_silent: whether the caller asked for something that a cache cannot give, so that no warning is due.
-        details: of this call, after the reason.
-    """
-
-    reason: str
-    is_silent: bool = False
-    details: str = ""
-
-    def __str__(self) -> str:
-        return f"{self.reason}: {self.details}" if self.details else self.reason
 
 
 class Request(NamedTuple):
@@ -127,18 +111,15 @@ class Decider:
         Raises:
             ValueError: the arguments are none that a cached forward may have (see `Binder.bind`).
         """
-        reason = bypass.of_surroundings()
-        if reason is not None:
-            return Bypassed(reason, is_silent=True)
-        reason = bypass.of_hooks()
-        if reason is not None:
-            return Bypassed(reason)
+        why = bypass.of_surroundings()
+        if why is not None:
+            return why
         call = self._binder.bind(args, kwargs)
         if call is None:
             return self._without_keys()
-        reason = bypass.of_call(call) if call.batch else "the batch is empty"
-        if reason is not None:
-            return Bypassed(reason, is_silent=True)
+        why = bypass.of_call(call)
+        if why is not None:
+            return why
         try:
             return self.decide_bound(call, probe)
         except Uninitialized as error:
@@ -148,10 +129,8 @@ class Decider:
 
     def decide_bound(self, call: Call, probe: bool = True) -> Request | Bypassed:
         """The same for a call whose arguments can be cached. Raises Unwatchable where the state has no bytes."""
-        request, reason = self._request(call, probe)
-        if reason is not None:
-            return Bypassed(reason)
-        return self._refused.get(request.variant, request)
+        request = self._request(call, probe)
+        return self._mode.bypassed.get(request.variant[1]) or self._refused.get(request.variant) or request
 
     def request(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Request:
         """What the keys of a call are made of, whether it is cached or not.
@@ -163,17 +142,17 @@ class Decider:
         call = self._binder.bind(args, kwargs)
         if call is None:
             raise TypeError(f"this call has no keys: {self._without_keys().reason}")
-        return self._request(call, probe=True)[0]
+        return self._request(call, probe=True)
 
-    def _request(self, call: Call, probe: bool) -> tuple[Request, str | None]:
-        """And why calls in this mode are not cached, if they are not."""
+    def _request(self, call: Call, probe: bool) -> Request:
         with self._lock:
             state = self.state
-            digest = b"" if state is None else state.digest(probe)
-            mode = self._mode.flags(0 if state is None else state.generation)
-            reason = self._mode.reason
+            if state is None:
+                digest, mode = b"", self._mode.flags(0)
+            else:
+                digest, mode = state.digest(probe), self._mode.flags(state.generation)
         variant = (call.template.description, mode, autocast(call.device_type))
-        return Request(call, variant, *self._keys.hash_request(call, variant, digest), state), reason
+        return Request(call, variant, *self._keys.hash_request(call, variant, digest), state)
 
     def _without_keys(self) -> Bypassed:
         return Bypassed(

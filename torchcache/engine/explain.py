@@ -19,23 +19,22 @@ from torchcache.tiers.meta import META_FILE, read_meta
 Parts = dict[str, bytes]
 
 
-class CallParts(NamedTuple):
-    """What the keys of a call were made of, without its rows."""
+# Template and variant of a call, and the parts of the state: what its keys are made of but for its rows.
+CallParts = tuple[CallTemplate, CallVariant, Parts]
 
-    template: CallTemplate
-    variant: CallVariant
-    state: Parts
 
-    @classmethod
-    def of(cls, request: Request) -> CallParts:
-        return cls(request.call.template, request.variant, {} if request.state is None else request.state.parts)
+def call_parts(request: Request) -> CallParts:
+    """Does not keep the tensors of the call alive."""
+    return request.call.template, request.variant, {} if request.state is None else request.state.parts
 
-    def by_name(self) -> Parts:
-        arguments: Parts = {}
-        for name, part in zip(self.template.names, self.template.parts):
-            arguments[f"argument {name}"] = arguments.get(f"argument {name}", b"") + part
-        _, mode, autocast = self.variant
-        return {**arguments, "mode (train or eval)": mode, "autocast": autocast, **self.state}
+
+def by_name(call: CallParts) -> Parts:
+    """The parts of the keys of a call."""
+    template, (_, mode, autocast), state = call
+    arguments: Parts = {}
+    for name, part in zip(template.names, template.parts):
+        arguments[f"argument {name}"] = arguments.get(f"argument {name}", b"") + part
+    return {**arguments, "mode (train or eval)": mode, "autocast": autocast, **state}
 
 
 class Explanation(NamedTuple):

@@ -40,20 +40,18 @@ class Keys:
         tensors = call.tensors
         if self._subsample_count is not None or not all(map(_is_plain, tensors)):
             tensors = [self._row_bytes(t) for t in tensors]
-        return tensors, self._call_digest((*variant, state))
+        parts = (*variant, state)
+        return tensors, self._digests.get(parts) or self._new_digest(parts)
 
-    def _call_digest(self, parts: tuple[bytes, ...]) -> Digest:
-        digest = self._digests.get(parts)
-        if digest is None:
-            encoded = encode((KEY_FORMAT, *parts))
-            low, high = ops.digests([torch.frombuffer(bytearray(encoded), dtype=torch.uint8)])[0].tolist()
-            digest = (low, high)
-            if len(encoded) <= _MAX_DESCRIPTION:
-                with self._lock:
-                    if len(self._digests) >= _MAX_DIGESTS:
-                        self._digests.clear()
-                    self._digests[parts] = digest
-        return digest
+    def _new_digest(self, parts: tuple[bytes, ...]) -> Digest:
+        encoded = encode((KEY_FORMAT, *parts))
+        low, high = ops.digests([torch.frombuffer(bytearray(encoded), dtype=torch.uint8)])[0].tolist()
+        if len(encoded) <= _MAX_DESCRIPTION:
+            with self._lock:
+                if len(self._digests) >= _MAX_DIGESTS:
+                    self._digests.clear()
+                self._digests[parts] = low, high
+        return low, high
 
     def _row_bytes(self, t: Tensor) -> Tensor:
         if self._subsample_count is not None:

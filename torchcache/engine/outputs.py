@@ -10,7 +10,7 @@ from torch import Tensor
 
 from torchcache.engine.call import Call
 from torchcache.identity.encoding import is_plain
-from torchcache.tiers.layout import Layout, Leaf, Tree, is_node
+from torchcache.tiers.layout import Layout, Tree, is_node
 from torchcache.tiers.tier import Rows
 
 
@@ -31,32 +31,35 @@ def split(
     """
     tensors: list[Tensor] = []
     tree = _flatten(output, tensors)
-    if not tensors or any(t.dim() == 0 or t.shape[0] != batch for t in tensors):
+    if not tensors or any(t.shape[:1] != (batch,) for t in tensors):
         shapes = ", ".join(str(tuple(t.shape)) for t in tensors) or "no tensors"
         raise ValueError(
             f"the output is not batched: for {batch} rows of input every output tensor must have {batch} rows "
             f"in dimension 0, got {shapes}"
         )
-    _check_rebuilds(output, Layout(tree, ()), tensors)
+    _check_rebuilds(output, tree, tensors)
     leaves = []
     kept = []
     for t in tensors:
         if type(t) not in (Tensor, torch.nn.Parameter) or t.layout is not torch.strided or t.is_quantized:
             raise UnsupportedOutput(f"{type(t).__name__} of layout {t.layout}")
         stored = cache_dtype if cache_dtype is not None and t.dtype.is_floating_point else t.dtype
-        device = None if t.device == inputs[0].device else str(t.device)
-        leaves.append(Leaf(t.dtype, stored, tuple(t.shape[1:]), device))
-        rows = t.detach().resolve_conj().resolve_neg().to(stored)
-        kept.append(rows.clone() if _is_alias(t, rows, inputs) else rows)
-    return Layout(tree, tuple(leaves)), kept
+        leaves.append((t.dtype, stored, tuple(t.shape[1:]), None if t.device == inputs[0].device else str(t.device)))
+        kept.append(_own_rows(t, stored, inputs))
+    return Layout.of(tree, tuple(leaves)), kept
 
 
-def _check_rebuilds(output: Any, layout: Layout, tensors: list[Tensor]) -> None:
+def _own_rows(t: Tensor, stored: torch.dtype, inputs: list[Tensor]) -> Tensor:
+    rows = t.detach().resolve_conj().resolve_neg().to(stored)
+    return rows.clone() if _is_alias(t, rows, inputs) else rows
+
+
+def _check_rebuilds(output: Any, tree: Tree, tensors: list[Tensor]) -> None:
     """A class may want or make more than its fields; better told now than by a later hit."""
-    if layout.tree == "*":
+    if tree == "*":
         return
     try:
-        rebuilt = layout.join(tensors)
+        rebuilt = Layout(tree, ()).join(tensors)
     except Exception as error:  # a class of the user's may raise what it likes
         raise UnsupportedOutput(f"an output of this class cannot be made anew from its fields: {error}") from error
     if not _is_like(output, rebuilt):

@@ -10,6 +10,7 @@ import functools
 import hashlib
 import os
 from collections.abc import Callable
+from itertools import chain
 from typing import Any, NamedTuple
 
 import torch
@@ -121,7 +122,7 @@ class Fingerprint:
         """
         generators = dict(self._generators)
         modules = self.modules() if state is None else state.modules
-        if any(map(generates, set().union(*(map(type, m.__dict__.values()) for m in modules)))):
+        if any(map(generates, set(map(type, chain.from_iterable([m.__dict__.values() for m in modules]))))):
             generators |= {
                 f"{path}.{name}": value
                 for path, module in self._named_modules()

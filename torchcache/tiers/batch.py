@@ -9,6 +9,8 @@ from torchcache.tiers.layout import Layout, select
 from torchcache.tiers.memory import MemoryLookup
 from torchcache.tiers.tier import Rows
 
+_NONE = torch.empty(0, dtype=torch.int64, device="cpu")
+
 
 class Batch:
     """Starts with what memory has; `add` takes rows that were read or computed, until none is missing.
@@ -47,7 +49,7 @@ class Batch:
         self.layout = rows.layout
         if rows.positions is None:
             self._parts.append((self._absent, rows.leaves))
-            self.missing = self.missing[:0]
+            self.missing = _NONE
             return
         rest = _others(rows.positions, self.missing.shape[0])
         self._parts.append((_select(self._absent, rows.positions), rows.leaves))

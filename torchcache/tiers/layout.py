@@ -44,8 +44,22 @@ class Leaf:
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
+    """What rows of one output have in common. Those of all calls are made by `of`, so that each knows its JSON."""
+
     tree: Tree
     leaves: tuple[Leaf, ...]
+
+    @staticmethod
+    def of(tree: Tree, leaves: tuple[tuple[torch.dtype, torch.dtype, tuple[int, ...], str | None], ...]) -> Layout:
+        """The one layout of this tree, with leaves of these fields."""
+        return _layout(tree, leaves)
+
+    def __hash__(self) -> int:
+        return self._hash
+
+    @remembered
+    def _hash(self) -> int:
+        return hash((self.tree, self.leaves))
 
     @remembered
     def row_bytes(self) -> int:
@@ -87,7 +101,7 @@ class Layout:
         try:
             data = json.loads(text)
             leaves = tuple(
-                Leaf(
+                (
                     _dtype_from_name(leaf["dtype"]),
                     _dtype_from_name(leaf["stored"]),
                     tuple(_size(n) for n in leaf["shape"]),
@@ -96,7 +110,7 @@ class Layout:
                 for leaf in data["leaves"]
             )
             tree = _tree_from_json(data["tree"], depth=0)
-            return cls(tree, leaves) if _count_leaves(tree) == len(leaves) else None
+            return cls.of(tree, leaves) if _count_leaves(tree) == len(leaves) else None
         except (
             ValueError,
             KeyError,
@@ -117,6 +131,11 @@ class Layout:
         if self.tree == "*":
             return tensors[0]
         return _build(self.tree, iter(tensors))
+
+
+@functools.lru_cache(maxsize=1024)
+def _layout(tree: Tree, leaves: tuple[tuple[Any, ...], ...]) -> Layout:
+    return Layout(tree, tuple(Leaf(*fields) for fields in leaves))
 
 
 # torch has no kernels for moving rows of these: the same bits as what has.

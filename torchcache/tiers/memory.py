@@ -131,7 +131,8 @@ class MemoryTier:
             held = self._held
             room = (self.limit - self.bytes) // layout.row_bytes if layout.row_bytes else keys.shape[0]
             if room > 0:
-                number = held.number(layout, self._device_for(leaves), self.limit - self.bytes)
+                device = self.device if self.is_on_host else self._device_for(leaves)
+                number = held.number(layout, device, self.limit - self.bytes)
                 written, new = held.write(keys, number, leaves, room)
             else:
                 written, new = 0, held.table.lookup(keys)[1].shape[0]

@@ -9,7 +9,7 @@ struct ZSTD_CCtx_s;
 
 namespace torchcache::store {
 
-// The range of levels that this libzstd knows.
+// The range of levels that this libzstd supports.
 int min_zstd_level();
 int max_zstd_level();
 

@@ -29,10 +29,10 @@ bool all_zero(const uint8_t* begin, const uint8_t* end) {
 }
 
 // Every row's stored length is at most the row's, and they add up to the payload.
-bool lengths_fit(const BlockHeader& h, const uint8_t* lengths) {
+bool lengths_fit(const BlockHeader& h, const Table& table) {
   uint64_t sum = 0;
   for (uint32_t row = 0; row < h.rows; ++row) {
-    const uint64_t length = load<uint32_t>(lengths + 4 * row);
+    const uint64_t length = table.length(row);
     if (length > h.row_bytes) return false;
     sum += length;
   }
@@ -97,6 +97,10 @@ bool decode_block_header(const uint8_t in[kHeaderBytes], const SegmentId& id, ui
   return within_limits(*h);
 }
 
+std::string layout_of(const BlockHeader& header, const uint8_t* table) {
+  return {reinterpret_cast<const char*>(table), header.layout_bytes};
+}
+
 Table split_table(const BlockHeader& h, const uint8_t* table) {
   Table parts;
   parts.layout = table;
@@ -114,7 +118,7 @@ bool table_is_valid(const BlockHeader& h, const uint8_t* table) {
   const uint8_t* used = parts.checks + uint64_t{8} * h.rows;
   if (h.codec == Codec::kZstd) used += uint64_t{4} * h.rows;
   if (!all_zero(used, table + size)) return false;
-  return h.codec == Codec::kRaw || lengths_fit(h, parts.lengths);
+  return h.codec == Codec::kRaw || lengths_fit(h, parts);
 }
 
 void encode_footer(const IndexFooter& footer, const SegmentId& id, uint8_t out[kFooterBytes]) {

@@ -4,8 +4,10 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <string>
 
 #include "hash/digest.h"
+#include "store/format/bytes.h"
 #include "store/format/names.h"
 
 namespace torchcache::store {
@@ -74,7 +76,12 @@ struct Table {
   const uint8_t* keys;     // 16 bytes a row, canonical
   const uint8_t* checks;   // u64 a row
   const uint8_t* lengths;  // u32 a row; null for raw blocks
+
+  Digest key(uint64_t row) const { return from_canonical(keys + 16 * row); }
+  uint64_t check(uint64_t row) const { return load<uint64_t>(checks + 8 * row); }
+  uint32_t length(uint64_t row) const { return load<uint32_t>(lengths + 4 * row); }  // as stored; of zstd blocks
 };
+std::string layout_of(const BlockHeader& header, const uint8_t* table);
 Table split_table(const BlockHeader& header, const uint8_t* table);
 
 // Whether table_bytes() bytes are the table that this header belongs to, with zero padding and

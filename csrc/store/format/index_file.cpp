@@ -30,14 +30,13 @@ struct Contents {
 void add_block(const BlockHeader& header, const uint8_t* table, std::unordered_map<std::string, uint32_t>* numbers,
                Contents* contents) {
   const Table parts = split_table(header, table);
-  const std::string layout(reinterpret_cast<const char*>(parts.layout), header.layout_bytes);
+  const std::string layout = layout_of(header, table);
   const auto [place, added] = numbers->emplace(layout, static_cast<uint32_t>(contents->layouts.size()));
   if (added) contents->layouts.push_back(layout);
   const uint32_t block = static_cast<uint32_t>(contents->blocks.size());
   contents->blocks.emplace_back(header, place->second);
   for (uint32_t row = 0; row < header.rows; ++row)
-    contents->entries.push_back(
-        {from_canonical(parts.keys + 16 * row).low, load<uint64_t>(parts.checks + 8 * row), block, row});
+    contents->entries.push_back({parts.key(row).low, parts.check(row), block, row});
 }
 
 Error collect(const std::string& directory, const SegmentId& id, Contents* contents) {
@@ -171,7 +170,7 @@ bool IndexFile::parse_page(const uint8_t* page, uint64_t number, uint64_t rows, 
                      [&](const Entry& e) { return e.block < block_rows_.size() && e.row < block_rows_[e.block]; });
 }
 
-bool IndexFile::read(const std::function<void(const std::vector<Entry>&)>& take) const {
+bool IndexFile::read(const std::function<void(const std::vector<Entry>&)>& consume) const {
   const uint64_t all = pages_bytes(footer_.rows);
   std::vector<uint8_t> bytes;
   std::vector<Entry> entries;
@@ -184,7 +183,7 @@ bool IndexFile::read(const std::function<void(const std::vector<Entry>&)>& take)
       const uint64_t rows = std::min(kPageRows, entries.size() - row);
       if (!parse_page(&bytes[page], (at + page) / kPageBytes, rows, &entries[row])) return false;
     }
-    take(entries);
+    consume(entries);
   }
   return true;
 }

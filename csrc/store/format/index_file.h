@@ -38,7 +38,7 @@ class IndexFile {
 
   // Gives the rows in order of their keys, some thousands at a time, all checked; Entry::block is a
   // number in blocks(). False at the first page that is not right.
-  bool read(const std::function<void(const std::vector<Entry>&)>& take) const;
+  bool read(const std::function<void(const std::vector<Entry>&)>& consume) const;
 
  private:
   bool parse_catalog(const std::vector<uint8_t>& bytes);

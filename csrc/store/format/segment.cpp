@@ -1,4 +1,4 @@
-// Scanning passes over damage; writing leaves whole blocks or nothing.
+// Scanning skips damage; writing leaves whole blocks or nothing.
 #include "store/format/segment.h"
 
 #include <unistd.h>
@@ -47,24 +47,24 @@ Scanner::Scanner(const File& file, const SegmentId& id, uint64_t position, uint6
 
 bool Scanner::next() {
   for (;;) {
-    const Found found = look_at(position_);
-    if (found == Found::kEnd) return false;
-    if (found == Found::kBlock) {
+    const Step step = read_block(position_);
+    if (step == Step::kEnd) return false;
+    if (step == Step::kBlock) {
       position_ = header_.end();
       return true;
     }
-    pass_over(next_header(position_ + kAlignment));
+    skip_to(next_header(position_ + kAlignment));
   }
 }
 
-Scanner::Found Scanner::look_at(uint64_t position) {
+Scanner::Step Scanner::read_block(uint64_t position) {
   uint8_t bytes[kHeaderBytes];
-  if (position + kHeaderBytes > end_ || file_.read(bytes, kHeaderBytes, position) != 0) return Found::kEnd;
-  if (!decode_block_header(bytes, id_, position, &header_)) return Found::kNothing;
-  if (header_.end() > end_) return Found::kEnd;
+  if (position + kHeaderBytes > end_ || file_.read(bytes, kHeaderBytes, position) != 0) return Step::kEnd;
+  if (!decode_block_header(bytes, id_, position, &header_)) return Step::kNoBlock;
+  if (header_.end() > end_) return Step::kEnd;
   table_.resize(header_.payload_offset() - position - kHeaderBytes);
-  if (file_.read(table_.data(), table_.size(), position + kHeaderBytes) != 0) return Found::kEnd;
-  return table_is_valid(header_, table_.data()) ? Found::kBlock : Found::kNothing;
+  if (file_.read(table_.data(), table_.size(), position + kHeaderBytes) != 0) return Step::kEnd;
+  return table_is_valid(header_, table_.data()) ? Step::kBlock : Step::kNoBlock;
 }
 
 // The next multiple of 64 with a right header, or the last one that is no more than end_.
@@ -81,7 +81,7 @@ uint64_t Scanner::next_header(uint64_t position) {
   return std::max(position_ + kAlignment, end_ / kAlignment * kAlignment);
 }
 
-void Scanner::pass_over(uint64_t end) {
+void Scanner::skip_to(uint64_t end) {
   if (!holes_.empty() && holes_.back().end == position_)
     holes_.back().end = end;
   else

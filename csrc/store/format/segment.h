@@ -6,6 +6,7 @@
 #include <cstdint>
 #include <memory>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "store/format/format.h"
@@ -22,7 +23,7 @@ struct Hole {
 // Walks over the blocks of a segment. Used by one thread; the file must outlive it.
 class Scanner {
  public:
-  // Looks at no byte from `end` on. `position` is a multiple of 64.
+  // Reads no byte from `end` on. `position` is a multiple of 64.
   Scanner(const File& file, const SegmentId& id, uint64_t position, uint64_t end);
 
   // Goes to the next whole block with a right header and a right table. False at the end, at a
@@ -34,14 +35,14 @@ class Scanner {
 
   // Where a later scan goes on.
   uint64_t position() const { return position_; }
-  // What was passed over, apart from each other, in order.
+  // What was skipped, apart from each other, in order.
   const std::vector<Hole>& holes() const { return holes_; }
 
  private:
-  enum class Found { kBlock, kNothing, kEnd };
-  Found look_at(uint64_t position);
+  enum class Step { kBlock, kNoBlock, kEnd };
+  Step read_block(uint64_t position);
   uint64_t next_header(uint64_t position);
-  void pass_over(uint64_t end);
+  void skip_to(uint64_t end);
 
   const File& file_;
   const SegmentId id_;
@@ -81,7 +82,7 @@ class SegmentWriter {
   const std::shared_ptr<File>& file() const { return file_; }
 
  private:
-  SegmentWriter(const SegmentId& id, std::shared_ptr<File> file) : id_(id), file_(file) {}
+  SegmentWriter(const SegmentId& id, std::shared_ptr<File> file) : id_(id), file_(std::move(file)) {}
 
   const SegmentId id_;
   const std::shared_ptr<File> file_;

@@ -24,7 +24,7 @@ void sync_directory(const std::string& directory) {
   ::close(fd);
 }
 
-// Rows are as old as before: what was written when is what pruning by age asks.
+// Rows are as old as before, for pruning by age.
 void set_modified(const std::string& path, int64_t nanoseconds) {
   const struct timespec modified = {nanoseconds / 1000000000, nanoseconds % 1000000000};
   const struct timespec times[2] = {modified, modified};
@@ -32,7 +32,7 @@ void set_modified(const std::string& path, int64_t nanoseconds) {
 }
 
 void rename_file(const std::string& from, const std::string& to) {
-  must(::rename(from.c_str(), to.c_str()) == 0 ? 0 : errno, "cannot make", to);
+  throw_on_error(::rename(from.c_str(), to.c_str()) == 0 ? 0 : errno, "cannot make", to);
 }
 
 }  // namespace
@@ -45,35 +45,35 @@ Compaction::~Compaction() {
   ::rmdir(work_.c_str());
 }
 
-void Compaction::keep(const SegmentId& id) {
-  for (Walk walk(directory_, id); walk.next();) {
-    const Digest layout = layout_digest(walk.header(), walk.layout());
-    for (uint32_t row = 0; row < walk.header().rows; ++row) seen_.insert(walk.key(row), layout);
+void Compaction::retain(const SegmentId& id) {
+  for (BlockCursor blocks(directory_, id); blocks.next();) {
+    const Digest layout = layout_digest(blocks.header(), blocks.layout());
+    for (uint32_t row = 0; row < blocks.header().rows; ++row) seen_.insert(blocks.key(row), layout);
   }
 }
 
-bool Compaction::take(const SegmentId& id) {
+bool Compaction::add_segment(const SegmentId& id) {
   if (!is_idle(segment_path(directory_, id))) return false;
-  Walk walk(directory_, id);
+  BlockCursor blocks(directory_, id);
   FileState state;
-  must(walk.file().state(&state), "cannot read", walk.path());
+  throw_on_error(blocks.file().state(&state), "cannot read", blocks.path());
   modified_ = state.modified;
-  while (walk.next()) {
-    const BlockHeader& header = walk.header();
-    const Kind kind(walk.layout(), header.row_bytes, header.codec);
-    const Digest layout = layout_digest(header, std::get<0>(kind));
-    BlockRows rows(walk);
+  while (blocks.next()) {
+    const BlockHeader& header = blocks.header();
+    const RowFormat format(blocks.layout(), header.row_bytes, header.codec);
+    const Digest layout = layout_digest(header, std::get<0>(format));
+    RowCursor rows(blocks);
     for (StoredRow row; rows.next(&row);) {
-      if (!row.right)
+      if (!row.valid)
         ++counts_.damaged;
       else if (!seen_.insert(row.key, layout))
         ++counts_.duplicates;
       else
-        add(kind, row);
+        add_row(format, row);
     }
   }
-  counts_.damaged += walk.holes().size();
-  copied_.emplace_back(id, walk.bytes());
+  counts_.damaged += blocks.holes().size();
+  copied_.emplace_back(id, blocks.bytes());
   return true;
 }
 
@@ -84,16 +84,16 @@ bool Compaction::is_full(uint64_t more) const {
   return used + pending_bytes_ > kHeaderBytes && used + pending_bytes_ + more > kRotateBytes;
 }
 
-void Compaction::add(const Kind& kind, const StoredRow& row) {
+void Compaction::add_row(const RowFormat& format, const StoredRow& row) {
   const uint64_t cost = row.length + row_table_bytes(Codec::kZstd);
-  if (is_full(cost + block_overhead(std::get<0>(kind).size()))) publish();
-  Pending* pending = &pending_[kind];
-  if (!pending->rows.empty() && pending->rows.size() + row.length > kBlockBytes) write(kind, pending);
-  if (pending->block.keys.size() == kMaxRows) write(kind, pending);
-  if (pending->block.keys.empty()) pending_bytes_ += block_overhead(std::get<0>(kind).size());
+  if (is_full(cost + block_overhead(std::get<0>(format).size()))) publish();
+  Pending* pending = &pending_[format];
+  if (!pending->rows.empty() && pending->rows.size() + row.length > kBlockBytes) write(format, pending);
+  if (pending->block.keys.size() == kMaxRows) write(format, pending);
+  if (pending->block.keys.empty()) pending_bytes_ += block_overhead(std::get<0>(format).size());
   pending->block.keys.push_back(row.key);
   pending->block.checks.push_back(row.check);
-  if (std::get<2>(kind) == Codec::kZstd) pending->block.lengths.push_back(static_cast<uint32_t>(row.length));
+  if (std::get<2>(format) == Codec::kZstd) pending->block.lengths.push_back(static_cast<uint32_t>(row.length));
   pending->rows.insert(pending->rows.end(), row.data, row.data + row.length);
   pending_bytes_ += cost;
   newest_ = std::max(newest_, modified_);
@@ -102,19 +102,19 @@ void Compaction::add(const Kind& kind, const StoredRow& row) {
 }
 
 // Appends the block and empties it.
-void Compaction::write(const Kind& kind, Pending* pending) {
+void Compaction::write(const RowFormat& format, Pending* pending) {
   NewBlock& block = pending->block;
   if (block.keys.empty()) return;
   if (segment_ == nullptr) {
     Error error = make_directories(work_);
     if (error == 0) segment_ = SegmentWriter::create(work_, &error);
-    must(error, "cannot write to", work_);
+    throw_on_error(error, "cannot write to", work_);
   }
-  std::tie(block.layout, block.row_bytes, block.codec) = kind;
+  std::tie(block.layout, block.row_bytes, block.codec) = format;
   block.payload = {{pending->rows.data(), pending->rows.size()}};
   block.payload_bytes = pending->rows.size();
   BlockHeader header;
-  must(segment_->append(block, &header), "cannot write to", work_);
+  throw_on_error(segment_->append(block, &header), "cannot write to", work_);
   pending_bytes_ -=
       block_overhead(block.layout.size()) + row_table_bytes(Codec::kZstd) * block.keys.size() + pending->rows.size();
   pending->rows.clear();
@@ -124,7 +124,7 @@ void Compaction::write(const Kind& kind, Pending* pending) {
 }
 
 void Compaction::write_all() {
-  for (auto& [kind, pending] : pending_) write(kind, &pending);
+  for (auto& [format, pending] : pending_) write(format, &pending);
   pending_.clear();
 }
 
@@ -136,8 +136,8 @@ void Compaction::publish() {
 
 void Compaction::seal() {
   const SegmentId id = segment_->id();
-  must(segment_->file()->sync(), "cannot write to", work_);
-  must(write_index(work_, id), "cannot write to", work_);
+  throw_on_error(segment_->file()->sync(), "cannot write to", work_);
+  throw_on_error(write_index(work_, id), "cannot write to", work_);
   set_modified(segment_path(work_, id), newest_);
   newest_ = 0;
   rename_file(index_path(work_, id), index_path(directory_, id));

@@ -1,4 +1,4 @@
-// Many segments into few, without duplicates and damage, beside readers and writers.
+// Many segments into few, without duplicates and damage, while others read and write.
 #pragma once
 
 #include <map>
@@ -31,9 +31,9 @@ class Compaction {
   Compaction& operator=(const Compaction&) = delete;
 
   // A segment that stays as it is: its rows are not copied from others.
-  void keep(const SegmentId& id);
+  void retain(const SegmentId& id);
   // Copies a segment. False, and nothing is done, if some process may still write it.
-  bool take(const SegmentId& id);
+  bool add_segment(const SegmentId& id);
   // Puts what is left into place.
   void finish();
 
@@ -44,11 +44,11 @@ class Compaction {
     NewBlock block;
     std::vector<uint8_t> rows;
   };
-  using Kind = std::tuple<std::string, uint64_t, Codec>;  // layout, bytes of a row, codec
+  using RowFormat = std::tuple<std::string, uint64_t, Codec>;  // layout, bytes of a row, codec
 
-  void add(const Kind& kind, const StoredRow& row);
+  void add_row(const RowFormat& format, const StoredRow& row);
   bool is_full(uint64_t more) const;
-  void write(const Kind& kind, Pending* pending);
+  void write(const RowFormat& format, Pending* pending);
   void write_all();
   void publish();
   void seal();
@@ -57,7 +57,7 @@ class Compaction {
   const std::string directory_;
   const std::string work_ = directory_ + "/" + to_hex(random_id()) + ".tmp";
   RowSet seen_;
-  std::map<Kind, Pending> pending_;
+  std::map<RowFormat, Pending> pending_;
   uint64_t pending_bytes_ = 0;  // in the file, at most
   std::unique_ptr<SegmentWriter> segment_;
   int64_t modified_ = 0;                                // when the segment that is being copied was last written

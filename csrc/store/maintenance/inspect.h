@@ -1,20 +1,17 @@
-// What maintenance asks of a store's files, beside readers and writers: what is in them, whether every check holds,
+// Inspects the files of a store while others read and write: what is in them, whether every check holds,
 // whether some process still writes them. What cannot be read is a std::runtime_error that names the path and the
 // cause.
 #pragma once
 
 #include <cstdint>
-#include <memory>
+#include <optional>
 #include <string>
 #include <vector>
 
-#include "store/format/compression.h"
-#include "store/format/segment.h"
+#include "store/format/format.h"
+#include "store/maintenance/cursor.h"
 
 namespace torchcache::store {
-
-// Throws unless the error is 0.
-void must(Error error, const std::string& what, const std::string& path);
 
 // Whether no process will write to this file any more. Writers lock a file when they have made it, before they write
 // to it, so one with bytes and without a lock is finished. Where locks do not work, it is one untouched for a day.
@@ -28,90 +25,30 @@ struct RowGroup {
   std::string layout;
   Codec codec;
   uint64_t rows = 0;
-  uint64_t bytes = 0;   // uncompressed
-  uint64_t stored = 0;  // as they are in the file
+  uint64_t bytes = 0;         // uncompressed
+  uint64_t stored_bytes = 0;  // as they are in the file
 };
 
 struct Summary {
   bool idle = false;
   uint64_t bytes = 0;
-  uint64_t index_bytes = 0;  // 0: no index, or none that is right
+  uint64_t index_bytes = 0;  // 0: no index, or none that is valid
   uint64_t blocks = 0;
   std::vector<RowGroup> groups;
 };
 
 // From the index, and from the tables of what it does not cover.
-Summary summarize(const std::string& directory, const SegmentId& id);
-
-// Walks over the blocks of a segment like a Scanner, but bytes that are there and cannot be read are an error: they
-// must not be taken for damage, nor for the end.
-class Walk {
- public:
-  Walk(const std::string& directory, const SegmentId& id, uint64_t position = kHeaderBytes);
-
-  bool next();
-  const BlockHeader& header() const { return scanner_.header(); }
-  Table table() const { return split_table(scanner_.header(), scanner_.table()); }
-  std::string layout() const;
-  Digest key(uint32_t row) const { return from_canonical(table().keys + 16 * uint64_t{row}); }
-
-  const std::vector<Hole>& holes() const { return scanner_.holes(); }
-  uint64_t position() const { return scanner_.position(); }
-  uint64_t bytes() const { return bytes_; }  // of the file, when the walk began
-  const File& file() const { return *file_; }
-  const std::string& path() const { return path_; }
-
- private:
-  void check_end() const;
-
-  const std::string path_;
-  const SegmentId id_;
-  const std::shared_ptr<File> file_;
-  const uint64_t bytes_;
-  Scanner scanner_;
-};
-
-// A row as it stands in the file.
-struct StoredRow {
-  uint32_t row;  // of its block
-  uint64_t offset;
-  const uint8_t* data;
-  uint64_t length;
-  Digest key;
-  uint64_t check;
-  bool right;  // what a reader would take
-};
-
-// The rows of the block at which a walk stands, read about 1 MiB at a time.
-class BlockRows {
- public:
-  explicit BlockRows(const Walk& walk);
-  bool next(StoredRow* row);  // its data is valid until the next call
-
- private:
-  uint64_t length(uint32_t row) const;
-  void read_some();
-  bool is_right(const StoredRow& row);
-
-  const Walk& walk_;
-  const BlockHeader header_;
-  const Table table_;
-  uint32_t row_ = 0, end_ = 0;  // the rows that were read: [row_, end_)
-  uint64_t offset_;             // of row_, in the segment
-  std::vector<uint8_t> bytes_, scratch_;
-  size_t used_ = 0;  // bytes before row_
-};
+Summary inspect(const std::string& directory, const SegmentId& id);
 
 struct Damage {
-  enum Kind : int64_t { kSegmentHeader, kBlocks, kRows, kIndex, kCut };
-  Kind kind;
+  std::string kind;  // "segment header", "no block", "rows", "index", "cut off"
   uint64_t offset;
   uint64_t bytes;
-  uint64_t rows;  // 0 where it cannot be known
+  std::optional<uint64_t> rows;  // none where their number is unknown
 };
 
 // Checks a segment in parts.
-struct Verified {
+struct Verification {
   uint64_t position = kHeaderBytes;  // where the next part begins
   bool done = false;
   uint64_t rows = 0;
@@ -119,13 +56,12 @@ struct Verified {
 };
 // About `bytes` of the segment from `position` on. With the first part its header is checked, with the last its index.
 // What a live or killed writer did not finish is no damage.
-Verified verify(const std::string& directory, const SegmentId& id, uint64_t position, uint64_t bytes);
+Verification verify(const std::string& directory, const SegmentId& id, uint64_t position, uint64_t bytes);
 
 // Keys and their layouts. Takes up to 64 bytes of memory a row while it grows.
 class RowSet {
  public:
   bool insert(const Digest& key, const Digest& layout);  // false if it was there
-  bool has(const Digest& key, const Digest& layout) const;
 
  private:
   static constexpr uint64_t kScramble = 0x9E3779B97F4A7C15;  // the golden ratio: keys need not be digests
