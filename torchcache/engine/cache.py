@@ -171,9 +171,10 @@ class Cache:
 
     def close(self) -> None:
         """Flushes, and frees the memory. The cache can be used again: it then starts as a new one would."""
-        self._tiers.close()
         with self._lock:
-            self.__dict__.pop("_tiers", None)
+            tiers = self.__dict__.pop("_tiers", None)
+        if tiers is not None:
+            tiers.close()
         self._decider.forget_state()
 
     # ---- one call
