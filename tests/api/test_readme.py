@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import re
 import subprocess
 import sys
@@ -26,6 +27,13 @@ def test_python_blocks_run_without_a_word_on_stderr(block: str, tmp_path: Path) 
     script.write_text(block)
     done = subprocess.run([sys.executable, script], cwd=tmp_path, capture_output=True, text=True, check=True)
     assert done.stderr == ""
+
+
+def test_the_design_says_what_each_room_is_for_as_its_package_does() -> None:
+    design = (ROOT / "docs" / "design.md").read_text()
+    for path in (ROOT / "torchcache").rglob("__init__.py"):
+        sentence = ast.get_docstring(ast.parse(path.read_text()))
+        assert f"| {sentence} |" in design, path
 
 
 def test_shell_blocks_hold_the_commands_that_ci_runs() -> None:
