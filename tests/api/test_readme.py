@@ -65,6 +65,12 @@ def test_every_limit_names_tests_that_exist() -> None:
     assert [name for file, name in named if f"\ndef {name}(" not in (ROOT / file).read_text()] == []
 
 
+def test_every_path_that_contributors_are_sent_to_exists() -> None:
+    paths = re.findall(r"`((?:csrc|docs|tests|torchcache|torchmb)/[\w./]*)`", (ROOT / "CONTRIBUTING.md").read_text())
+    assert len(paths) > 40
+    assert [path for path in paths if not (ROOT / path).exists()] == []
+
+
 def test_every_option_is_explained() -> None:
     import inspect
 
