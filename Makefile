@@ -50,7 +50,7 @@ demo: $(VENV)/.torchcache-installed $(VENV)/.torchcache-demo
 	$(BIN)/python examples/digits.py
 
 bench: $(VENV)/.torchcache-installed $(VENV)/.torchcache-demo $(VENV)/.torchcache-bench
-	for file in memory disk first_epoch cached_rows growth peers many_models; do \
+	for file in memory fixed_costs disk first_epoch cached_rows growth peers many_models; do \
 	  PYTHONPATH=benchmarks $(BIN)/python benchmarks/$$file.py || exit; \
 	done
 

@@ -163,6 +163,7 @@ std::tuple<int64_t, int64_t> table_write(int64_t table, Tensor keys, int64_t lay
   if (rows.empty()) return {0, found};
   if (!memory->arenas.write(layout, first, leaves, rows)) return {-1, found};
   std::vector<Digest> written;
+  written.reserve(rows.size());
   for (const int64_t row : rows) written.push_back(data[row]);
   memory->keys.insert(written.data(), written.size(), layout, first);
   return {static_cast<int64_t>(rows.size()), found};

@@ -214,6 +214,7 @@ def test_compacting_beside_writers_and_readers_costs_no_row(tmp_path: Path) -> N
     assert all(reopened(tmp_path, *batch(20, seed, 30)) == 20 for seed in [*range(10), *written])
 
 
+@pytest.mark.slow
 def test_a_kill_at_any_step_of_a_compaction_costs_no_row(tmp_path: Path) -> None:
     """tests/native/compaction_test.cpp: the n-th call that changes a file kills, for every n."""
     program = store_program("compaction_test.cpp", tmp_path)

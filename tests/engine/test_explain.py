@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import random
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -102,3 +104,79 @@ def test_the_first_call_has_nothing_to_compare_with() -> None:
     why = cache_of(torchcache()(Net())).explain(X)
     assert why.since_last_call is None is why.since_directory
     assert "nothing to compare with" in str(why)
+
+
+# ---- calls that are not cached
+
+
+class Dropping(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.drop = nn.Dropout(0.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.drop(x)
+
+
+class Counting(nn.Module):
+    calls: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("calls", torch.zeros(1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        return x * self.calls
+
+
+@pytest.mark.parametrize(
+    ("make", "x", "reason"),
+    [
+        (Dropping, X, "random numbers"),
+        (Counting, X, "changes the module's own state"),
+        (lambda: nn.BatchNorm1d(3, affine=False), X, "statistics of the batch"),
+        (Net, X.clone().requires_grad_(), "requires grad"),
+        (Net, X[:0], "empty"),
+        (Net, X.to_sparse(), "no plain bytes"),
+    ],
+)
+def test_a_call_that_is_not_cached_says_why(make: Callable[[], nn.Module], x: Tensor, reason: str) -> None:
+    module = torchcache()(make())
+    for _ in range(3):  # a forward must be seen to draw numbers, and to change the state twice
+        module(x)
+    why = cache_of(module).explain(x)
+    assert why.bypassed is not None and reason in why.bypassed
+    assert str(why) == f"this call is not cached: {why.bypassed}"
+    assert (why.rows, why.in_memory, why.on_disk) == (0, 0, 0)
+    assert cache_of(module).info().bypassed_calls == 3 and cache_of(module).info().misses == 0
+
+
+def test_global_hooks_are_the_reason_while_they_are_there() -> None:
+    module = torchcache()(Net())
+    module(X)
+    handle = nn.modules.module.register_module_forward_hook(lambda *args: None)
+    try:
+        assert "register_module_forward_hook" in str(cache_of(module).explain(X))
+    finally:
+        handle.remove()
+    assert cache_of(module).explain(X).bypassed is None
+    assert cache_of(module).info().bypassed_calls == 0
+
+
+@pytest.mark.parametrize("how", ["keys", "hash_tensor", "explain"])
+@pytest.mark.parametrize("make", [Dropping, lambda: nn.BatchNorm1d(3, affine=False), Net])
+def test_asking_changes_nothing(
+    how: str, make: Callable[[], nn.Module], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    module = torchcache(persistent=True, persistent_cache_dir=tmp_path)(make())
+    cache = cache_of(module)
+    before = cache.info(), cache.explain(X), random.getstate(), torch.get_rng_state()
+    for _ in range(2):
+        getattr(cache, how)(X)
+        getattr(cache, how)(X[:2] + 1)
+    assert cache.info() == before[0] and cache.explain(X) == before[1]
+    assert random.getstate() == before[2] and torch.equal(torch.get_rng_state(), before[3])
+    assert not caplog.records and not any(tmp_path.rglob("*.seg"))
+    module(X)  # a call that is not cached is still told of once
+    assert len(caplog.records) == (0 if isinstance(module, Net) else 1)

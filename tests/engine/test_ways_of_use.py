@@ -232,4 +232,4 @@ def test_an_output_of_a_class_that_wants_more_than_its_fields_is_computed_on_eve
     for _ in range(2):
         assert torch.equal(module(x).rows, x * 2)
     (said,) = (r.getMessage() for r in caplog.records if r.levelno == logging.WARNING)
-    assert "cannot be made anew from its fields" in said and "scale" in said
+    assert "cannot be rebuilt from its fields" in said and "scale" in said

@@ -354,6 +354,7 @@ if __name__ == "__main__":
 """
 
 
+@pytest.mark.slow
 def test_a_program_is_the_same_as_a_file_as_a_module_and_with_any_hash_seed(
     tmp_path: pathlib.Path,
 ) -> None:

@@ -225,6 +225,7 @@ def test_a_forward_that_imports_and_draws_is_never_cached(
     monkeypatch.delitem(sys.modules, "imported_with_random_numbers")
 
 
+@pytest.mark.slow
 def test_a_forward_that_begins_to_use_numpys_generator_in_a_new_process_is_cached_where_it_draws_nothing(
     tmp_path: pathlib.Path,
 ) -> None:

@@ -121,6 +121,7 @@ def test_what_is_held_counts_wherever_code_finds_it(load: Load, place: str, valu
     assert of(load(text.format(value % 2))) != of(load(text.format(value % 3)))
 
 
+@pytest.mark.slow
 def test_values_are_described_alike_in_processes_with_other_hash_seeds(tmp_path: Path) -> None:
     held = ", ".join(value % 2 for value in VALUES) + ", frozenset('abcdef'), {'a', 'b', 'c'}"
     path = tmp_path / "program.py"

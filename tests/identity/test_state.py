@@ -246,6 +246,7 @@ def test_tensors_and_modules_that_a_function_reaches_belong_to_its_state() -> No
     assert cache_of(cached).info().misses == 6
 
 
+@pytest.mark.slow
 def test_rows_of_a_state_are_found_again_by_a_new_process(tmp_path: Path) -> None:
     script = tmp_path / "train.py"
     script.write_text(

@@ -132,6 +132,7 @@ def compilations(tmp_path: Path) -> int:
     return sum(" -c " in call for call in calls)
 
 
+@pytest.mark.slow
 def test_the_sources_compile_on_first_use_and_compute(tmp_path: Path) -> None:
     out, err = finish(start(build.sources_folder(), COMPILE + COMPUTE))
     path, shape = out.splitlines()

@@ -356,7 +356,7 @@ def test_a_hit_waits_once_for_the_gpu() -> None:
 
 @pytest.mark.skipif(bool(ops.cuda_architectures()), reason="the installed library was built with CUDA")
 def test_a_library_without_cuda_says_once_that_rows_go_through_the_host(caplog: pytest.LogCaptureFixture) -> None:
-    ops._warn_of_the_way_through_the_host.cache_clear()
+    ops._warnings.subjects.clear()
     module = torchcache()(nn.Linear(4, 4).requires_grad_(False).to(GPU))
     x = torch.randn(4, 4, device=GPU)
     assert torch.equal(module(x), module(x))

@@ -34,6 +34,7 @@ def first_warnings(store: Store) -> list[str]:
 # ---- death
 
 
+@pytest.mark.slow
 def test_rows_flushed_before_a_kill_9_at_any_moment_are_found_again(tmp_path: Path) -> None:
     for number in range(KILLS):
         directory = tmp_path / str(number)

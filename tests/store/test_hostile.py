@@ -73,6 +73,7 @@ def hostile(tmp_path: Path) -> Iterator[Path]:
     yield tmp_path
 
 
+@pytest.mark.slow
 def test_a_hostile_directory_is_ignored_with_warnings_that_name_it(hostile: Path) -> None:
     def use() -> None:
         keys, rows = batch(10, 1)

@@ -198,6 +198,7 @@ def test_a_closed_store_is_empty_and_its_directory_stays_usable(tmp_path: Path) 
 # ---- what only native code can make happen
 
 
+@pytest.mark.slow
 def test_the_native_tests_pass(tmp_path: Path) -> None:
     """Failing, short and hanging system calls, crowded keys, forks beside threads."""
     program = store_program("store_test.cpp", tmp_path)

@@ -100,6 +100,7 @@ def test_any_loss_with_a_reduction_is_what_separate_calls_give(loss: Any, reduct
     check_loss(torch.randn(7, 6, 4), torch.rand(7, 6, 4), loss, reduction)
 
 
+@pytest.mark.slow
 @given(
     st.integers(1, 5), st.integers(1, 6), st.integers(2, 20), st.floats(0, 1), st.sampled_from(["mean", "sum", "none"])
 )

@@ -79,6 +79,7 @@ def test_an_idiom_sees_the_rows_of_one_model(name: str) -> None:
         )
 
 
+@pytest.mark.slow
 @given(
     st.lists(st.sampled_from(sorted(IDIOMS.keys() - {"squeezed", "einsum"})), min_size=1, max_size=4),
     st.integers(1, 4),

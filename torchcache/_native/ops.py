@@ -13,8 +13,15 @@ import torch
 from torch import Tensor
 
 from torchcache._native import build
-from torchcache._utils.logs import logger
+from torchcache._utils.logs import WarnOnce
 from torchcache._utils.torch_private import without_frame
+
+_warnings = WarnOnce()
+_THROUGH_THE_HOST = (
+    "tensors on a GPU are copied to the host to be hashed: torchcache's native library was built without CUDA; to "
+    "have them hashed where they are, install torchcache again (pip install --force-reinstall --no-deps .) where "
+    "CUDA_HOME is a CUDA toolkit %s; python -m torchcache says what is built in"
+)
 
 Digest = tuple[int, int]  # of something on the host: low half, high half, as int64
 
@@ -47,7 +54,7 @@ def hashable(t: Tensor) -> Tensor:
     t = t.resolve_conj().resolve_neg()
     if not t.is_cpu and not (t.is_cuda and cuda_architectures()):
         if t.is_cuda and torch.version.cuda:
-            _warn_of_the_way_through_the_host()
+            _warnings.warn("host", _THROUGH_THE_HOST, torch.version.cuda.partition(".")[0])
         t = t.cpu()
     return bits(t)
 
@@ -56,16 +63,6 @@ def hashable(t: Tensor) -> Tensor:
 def cuda_architectures() -> tuple[int, ...]:
     """100 × the compute capabilities that the library has code for, such as 900; none if it is one for the CPU only."""
     return tuple(_native().cuda_architectures.default())
-
-
-@functools.cache
-def _warn_of_the_way_through_the_host() -> None:
-    logger.warning(
-        "tensors on a GPU are copied to the host to be hashed: torchcache's native library was built without CUDA; to "
-        "have them hashed where they are, install torchcache again (pip install --force-reinstall --no-deps .) where "
-        "CUDA_HOME is a CUDA toolkit %s; python -m torchcache says what is built in",
-        (torch.version.cuda or "").partition(".")[0],
-    )
 
 
 def keys(rows: list[Tensor], call: Digest) -> Tensor:

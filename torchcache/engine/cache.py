@@ -171,9 +171,10 @@ class Cache:
 
     def close(self) -> None:
         """Flushes, and frees the memory. The cache can be used again: it then starts as a new one would."""
-        self._tiers.close()
         with self._lock:
-            self.__dict__.pop("_tiers", None)
+            tiers = self.__dict__.pop("_tiers", None)
+        if tiers is not None:
+            tiers.close()
         self._decider.forget_state()
 
     # ---- one call
@@ -189,7 +190,7 @@ class Cache:
         if isinstance(rows, Batch):
             return self._complete(forward, request, rows)
         state = request.state
-        if state is not None and state.live:
+        if state is not None and state.is_live:
             self._warn_of_parameters(request)
         self._last = call_parts(request)
         self._counts.hits["memory"] += request.call.batch
@@ -204,7 +205,7 @@ class Cache:
         watch = None if state is None else state.watch
         try:
             found, probe = self._tiers.hash_and_read(request.tensors, request.digest, 0 if watch is None else watch.id)
-            if state is None or watch is None or state.still(probe):
+            if state is None or watch is None or probe == state.probe:
                 return request, found
             decision = self._decider.decide_bound(request.call)
             if isinstance(decision, Bypassed):

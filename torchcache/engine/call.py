@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from torchcache._utils.torch_private import versions
 from torchcache.tiers.layout import select
 
 
@@ -73,9 +74,9 @@ class Call:
         args = tuple(map_tensors(a, pick) for a in self.args)
         return args, {name: map_tensors(a, pick) for name, a in self.kwargs.items()}
 
-    def versions(self) -> list[int] | None:
+    def versions(self) -> list[object] | None:
         """What changes when the tensors are edited; None where torch does not count edits."""
-        return None if any(t.is_inference() for t in self.tensors) else [t._version for t in self.tensors]
+        return None if any(t.is_inference() for t in self.tensors) else versions(self.tensors)
 
 
 class Indivisible(Exception):

@@ -130,7 +130,8 @@ class Decider:
     def decide_bound(self, call: Call, probe: bool = True) -> Request | Bypassed:
         """The same for a call whose arguments can be cached. Raises Unwatchable where the state has no bytes."""
         request = self._request(call, probe)
-        return self._mode.bypassed.get(request.variant[1]) or self._refused.get(request.variant) or request
+        variant = request.variant
+        return self._mode.bypassed.get(variant[1]) or self._refused.get(variant) or request
 
     def request(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Request:
         """What the keys of a call are made of, whether it is cached or not.
@@ -151,7 +152,8 @@ class Decider:
                 digest, mode = b"", self._mode.flags(0)
             else:
                 digest, mode = state.digest(probe), self._mode.flags(state.generation)
-        variant = (call.template.description, mode, autocast(call.device_type))
+        first = call.tensors[0]
+        variant = (call.template.description, mode, autocast("cpu" if first.is_cpu else first.device.type))
         return Request(call, variant, *self._keys.hash_request(call, variant, digest), state)
 
     def _without_keys(self) -> Bypassed:

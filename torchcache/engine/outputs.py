@@ -55,16 +55,16 @@ def _own_rows(t: Tensor, stored: torch.dtype, inputs: list[Tensor]) -> Tensor:
 
 
 def _check_rebuilds(output: Any, tree: Tree, tensors: list[Tensor]) -> None:
-    """A class may want or make more than its fields; better told now than by a later hit."""
+    """A class may need or create more than its fields. This says so now, rather than at a later hit."""
     if tree == "*":
         return
     try:
         rebuilt = Layout(tree, ()).join(tensors)
-    except Exception as error:  # a class of the user's may raise what it likes
-        raise UnsupportedOutput(f"an output of this class cannot be made anew from its fields: {error}") from error
+    except Exception as error:  # a class of the user may raise anything
+        raise UnsupportedOutput(f"an output of this class cannot be rebuilt from its fields: {error}") from error
     if not _is_like(output, rebuilt):
         raise UnsupportedOutput(
-            f"made anew from its fields an output would differ: {type(output).__qualname__}, or a class in it, "
+            f"rebuilt from its fields, an output would differ: {type(output).__qualname__}, or a class in it, "
             "changes them in its constructor or holds something else"
         )
 

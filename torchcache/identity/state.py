@@ -73,6 +73,14 @@ class State:
         describe: gives name → canonical bytes of the code and configuration of the modules; called again when a
             submodule is replaced or configured differently.
         own: the module whose own plain attributes are compared on every call, or None.
+
+    Attributes:
+        generation: counts the sets of submodules.
+        parts: what the digest is made of; replaced, never changed.
+        modules: all of them as of the last scan; replaced, never changed.
+        is_live: whether there are tensors that are digested on every call.
+        watch: the native watch of the frozen tensors, if there are any. The caller holds it while using it.
+        probe: what the watch found when they were digested.
     """
 
     def __init__(
@@ -89,12 +97,11 @@ class State:
         self._own_set_by_forward: dict[str, Any] = {}  # attributes of `own`: their first values
         self._set_by_forward: SetByForward = {}  # of all modules
         self._owners: dict[int, weakref.ref[nn.Module]] = {}  # by the id of their __dict__
-        self.generation = 0  # of the set of submodules
-        self.parts: dict[str, bytes] = {}  # what the digest is made of; replaced, never changed
-        self.modules: list[nn.Module] = []  # as of the last scan; replaced, never changed
-        self._probe = 0
+        self.generation = 0
+        self.parts: dict[str, bytes] = {}
+        self.modules: list[nn.Module] = []
+        self.probe = 0
         self._versions: list[object] = []
-        self._watch = NativeWatch([])
         self._scan()
 
     # ---- checking
@@ -103,7 +110,7 @@ class State:
         """16 bytes that change with the state. Cheap when nothing changed.
 
         Args:
-            probe: whether to probe the tensors natively. Else the caller probes the `watch` and asks `still`.
+            probe: whether to probe the tensors natively. Else the caller probes the `watch` and compares with `probe`.
         """
         # map() over prepared lists: this runs on every call, and a loop would take three times as long.
         if (
@@ -126,15 +133,6 @@ class State:
             self._combine()
         return self._value
 
-    @property
-    def watch(self) -> NativeWatch | None:
-        """The native watch of the frozen tensors, None without such tensors. The caller holds it while using it."""
-        return self._watch if self._frozen else None
-
-    def still(self, probe: int) -> bool:
-        """Whether a probe of the `watch` found the frozen tensors unchanged."""
-        return probe == self._probe
-
     def _changed(self, probe: bool) -> list[_Watched]:
         """The frozen tensors that may have other bytes than at the last check."""
         changed = []
@@ -142,14 +140,9 @@ class State:
         if present != self._versions:
             changed = [w for w, v in zip(self._frozen, present) if w.version != v]
             self._versions = present
-        if probe and not self.still(result := self._watch.probe()):
-            changed, self._probe = self._frozen, result
+        if probe and self.watch is not None and (result := self.watch.probe()) != self.probe:
+            changed, self.probe = self._frozen, result
         return changed
-
-    @property
-    def live(self) -> bool:
-        """Whether there are tensors that are digested on every call."""
-        return bool(self._live)
 
     @property
     def live_names(self) -> list[str]:
@@ -227,8 +220,9 @@ class State:
         self._frozen_tensors = [w.tensor for w in self._frozen]
         self._versions = versions(self._frozen_tensors)
         _compute_digests(watched)
-        self._watch = NativeWatch([w.tensor for w in self._frozen])
-        self._probe = self._watch.probe()
+        self.is_live = bool(self._live)
+        self.watch = NativeWatch(self._frozen_tensors) if self._frozen else None
+        self.probe = self.watch.probe() if self.watch is not None else 0
         self._attributes: dict[str, Any] = self._own_attributes()
         self._combine()
 

@@ -67,9 +67,10 @@ class Chain:
     def hash_and_read(self, rows: list[Tensor], call_digest: Digest, watch: int = 0) -> tuple[Rows | Batch, int]:
         """All rows of a call from memory, or else a batch that begins with those that memory has.
 
-        And what a native watch that is not 0 sees at the same time: see `Keys.request` and `State.watch`.
+        And the probe of a native watch, if that is not 0: see `Keys.hash_request` and `State.watch`.
         """
-        staging.drain()
+        if staging.queue:
+            staging.drain()
         found, probe = self.memory.hash_and_read(rows, call_digest, watch)
         return found if isinstance(found, Rows) else Batch(found), probe
 

@@ -203,8 +203,9 @@ class _Held:
         """The number of a layout, whose arenas are made when it is new."""
         number = self._numbers.get(layout)
         if number is None:
-            number = self._numbers[layout] = len(self.arenas)
+            number = len(self.arenas)
             self.arenas.append(RowArena(layout, device, limit, self._native_chunks(layout, number, device)))
+            self._numbers[layout] = number  # last: wherever this is interrupted, a number has its arena
         return number
 
     def _native_chunks(self, layout: Layout, number: int, device: torch.device) -> AddChunk | None:

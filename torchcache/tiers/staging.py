@@ -62,8 +62,8 @@ def enqueue(leaves: list[Tensor], writes: list[Write]) -> None:
             write(on_host)
         return
     with _lock:
-        _queue.append((copy, writes))
-        is_full = sum(copy.bytes for copy, _ in _queue) > _MAX_QUEUED_BYTES
+        queue.append((copy, writes))
+        is_full = sum(copy.bytes for copy, _ in queue) > _MAX_QUEUED_BYTES
     _drain_at_exit()
     if is_full:
         drain()
@@ -71,17 +71,17 @@ def enqueue(leaves: list[Tensor], writes: list[Write]) -> None:
 
 def drain() -> None:
     """Returns when everything that was enqueued has arrived and is written."""
-    if not _queue:
+    if not queue:
         return
     with _lock:
-        while _queue:
-            copy, writes = _queue[0]
+        while queue:
+            copy, writes = queue[0]
             try:
                 on_host = copy.wait()
                 for write in writes:
                     write(on_host)
             finally:
-                _queue.popleft()  # not before: another thread would look for the rows too early
+                queue.popleft()  # not before: another thread would look for the rows too early
 
 
 @functools.cache
@@ -106,9 +106,9 @@ def _forget_queue() -> None:
     """In a forked child: its parent sees to them, and a GPU is out of reach here."""
     global _lock
     _lock = threading.RLock()
-    _queue.clear()
+    queue.clear()
 
 
 _lock = threading.RLock()
-_queue: deque[tuple[HostCopy, list[Write]]] = deque()  # the oldest first
+queue: deque[tuple[HostCopy, list[Write]]] = deque()  # the oldest first
 os.register_at_fork(after_in_child=_forget_queue)
