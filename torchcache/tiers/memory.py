@@ -80,9 +80,9 @@ class MemoryTier:
     # ---- whole batches
 
     def hash_and_read(self, rows: list[Tensor], call_digest: Digest, watch: int = 0) -> tuple[Rows | MemoryLookup, int]:
-        """All rows of a call (see `Keys.request`) if they are here and of one layout, else what was found.
+        """All rows of a call if they are here and of one layout, else what was found; and a probe.
 
-        And what a native watch that is not 0 sees at the same time.
+        See `Keys.hash_request`, and `State.watch` for the native watch that is probed unless it is 0.
         """
         held = self._held
         if held.written:
