@@ -20,7 +20,8 @@ import torch
 from torch import Tensor
 
 from torchcache._native import ops
-from torchcache.cli.maintenance import PART, Group, Progress, Summary, native, summarize
+from torchcache.cli.maintenance import PART, Group, Summary, native, summarize
+from torchcache.cli.progress import Progress
 from torchcache.errors import MaintenanceError
 
 _DTYPES = {  # what safetensors calls them

@@ -6,16 +6,14 @@ The exit status is 0, or 1 where something is wrong with what was looked at, or 
 from __future__ import annotations
 
 import argparse
-import contextlib
 import dataclasses
-import importlib
 import importlib.metadata
 import json
 import platform
 import re
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlparse
@@ -26,7 +24,8 @@ from torchcache._native import build, ops
 from torchcache._version import __version__
 from torchcache.cli import maintenance
 from torchcache.cli.export import export
-from torchcache.cli.maintenance import Damage, Progress, Summary
+from torchcache.cli.maintenance import Damage, Summary
+from torchcache.cli.progress import Progress, byte_progress
 from torchcache.errors import MaintenanceError
 
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
@@ -139,7 +138,7 @@ def _print_summary(summary: Summary) -> None:
 def _verify(chosen: argparse.Namespace) -> int:
     paths = [path for store in maintenance.stores(chosen.directory) for path in maintenance.segments(store)]
     results: list[dict[str, Any]] = []
-    with _progress("verify", sum(path.stat().st_size for path in paths)) as progress:
+    with byte_progress("verify", sum(path.stat().st_size for path in paths)) as progress:
         for path in paths:
             results.append(_verified(path, progress))
     bad = [result for result in results if result["damage"] or result["error"]]
@@ -171,7 +170,7 @@ def _verified(path: Path, progress: Progress) -> dict[str, Any]:
 def _compact(chosen: argparse.Namespace) -> int:
     for directory in maintenance.stores(chosen.directory):
         total = sum(path.stat().st_size for path in maintenance.segments(directory))
-        with _progress(f"compact {directory.name}", total) as progress:
+        with byte_progress(f"compact {directory.name}", total) as progress:
             done = maintenance.compact(directory, progress)
         print(
             f"{directory.name}: {done.removed:,} segments became {done.written:,}; {done.rows:,} rows kept, "
@@ -217,7 +216,7 @@ def _export(chosen: argparse.Namespace) -> int:
     if len(found) != 1:
         names = ", ".join(path.name for path in found) or "none"
         raise MaintenanceError(f"{str(chosen.directory)!r} has {len(found)} folders with rows ({names}): name one")
-    with _progress("export", maintenance.summarize(found[0]).bytes) as progress:
+    with byte_progress("export", maintenance.summarize(found[0]).bytes) as progress:
         rows = export(found[0], chosen.file, progress)
     print(f"{rows:,} rows in {chosen.file}")
     return 0
@@ -269,35 +268,6 @@ def _bytes(n: int) -> str:
 
 def _date(seconds: float | None) -> str:
     return "never" if seconds is None else time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(seconds))
-
-
-@contextlib.contextmanager
-def _progress(name: str, total: int) -> Iterator[Progress]:
-    """A bar on a terminal: tqdm's where it is installed, else a percentage; elsewhere nothing."""
-    if not sys.stderr.isatty():
-        yield lambda n: None
-        return
-    try:
-        tqdm = importlib.import_module("tqdm").tqdm
-    except ImportError:
-        yield _Percentage(name, total)
-        print(file=sys.stderr)
-        return
-    with tqdm(total=total, desc=name, unit="B", unit_scale=True) as bar:
-        yield bar.update
-
-
-class _Percentage:
-    """A line that says how much is done."""
-
-    def __init__(self, name: str, total: int) -> None:
-        self._name = name
-        self._total = max(1, total)
-        self._done = 0
-
-    def __call__(self, n: int) -> None:
-        self._done += n
-        print(f"\r{self._name}: {100 * self._done // self._total} %", end="", file=sys.stderr, flush=True)
 
 
 # ---- what is installed

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from torchcache._native import ops
+from torchcache.cli.progress import Progress
 from torchcache.errors import MaintenanceError
 from torchcache.tiers.meta import META_FILE, read_meta
 
@@ -26,8 +27,6 @@ _SEGMENT = re.compile(r"[0-9a-f]{32}\.seg")
 _DERIVED = re.compile(r"([0-9a-f]{32})\.(idx|tmp)")
 _LARGE = 512 << 20  # bytes of a segment that is not worth rewriting unless something in it is waste
 PART = 64 << 20  # bytes between two signs of progress
-
-Progress = Callable[[int], object]  # is told of bytes that are done
 
 
 def stores(directory: Path) -> list[Path]:
