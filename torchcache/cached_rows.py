@@ -13,14 +13,15 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset, default_collate
 
+from torchcache._utils.columns import map_columns, signature
 from torchcache.errors import MissingRows
 from torchcache.options import Options
 from torchcache.tiers.chain import Chain
 from torchcache.tiers.layout import Layout, select
 
 _FORMAT = "torchcache.CachedRows 1"
-_CHECK_ROWS = 256  # read at a time
-_STORE_OPTIONS = (  # with the same ones, caches of one directory share a store
+_AT_ONCE = 256  # rows
+_STORE_OPTIONS = (  # caches of one directory with equal values of these share a store
     "max_persistent_cache_size",
     "zstd_compression",
     "zstd_compression_level",
@@ -30,26 +31,38 @@ _STORE_OPTIONS = (  # with the same ones, caches of one directory share a store
 
 
 class CachedRows(Dataset[Any]):
-    """Outputs of a cached module by number, beside what rode along with their inputs. Made by ``precompute``.
+    """Cached outputs of a module as a dataset, with extra columns such as labels. Made by ``precompute``.
 
-    Item `i` is what the module gave for row `i`, without the batch dimension; where something rode
-    along, it is ``(output, *rest)``, or ``(output, {name: rest})`` for batches that were dicts.
-    Outputs are on the device of the memory tier. ::
+    Item `i` is the output for row `i`, without the batch dimension. With extra columns it is ``(output, *columns)``, or
+    ``(output, {name: column})`` for batches that were dicts. Outputs are on the device of the memory tier. With
+    ``collate_fn=rows.collate`` a ``DataLoader`` reads each batch by one lookup; without it, it gives the same tensors
+    more slowly. Forked workers share the rows in memory; spawned ones read the directory, which needs
+    ``persistent=True``. ::
 
-        DataLoader(rows, batch_size=256, shuffle=True, collate_fn=rows.collate)
-
-    is one lookup a batch; without `collate_fn` it gives the same tensors more slowly. Workers: those
-    that fork see the rows in memory; spawned ones read the directory, which takes ``persistent=True``.
+        >>> double = torchcache.torchcache()(lambda x: x * 2)
+        >>> rows = torchcache.precompute(double, [(torch.eye(3), ["a", "b", "c"])], progress=False)
+        >>> rows[1]
+        (tensor([0., 2., 0.]), 'b')
+        >>> loader = torch.utils.data.DataLoader(rows, batch_size=3, collate_fn=rows.collate)
+        >>> outputs, names = next(iter(loader))
+        >>> outputs.shape, names
+        (torch.Size([3, 3]), ['a', 'b', 'c'])
+        >>> rows
+        <CachedRows: 3 rows in memory, extra columns (list,)>
 
     Attributes:
         keys: int64 ``[N, 2]``, on the CPU.
-        rest: what rode along: a tuple or dict of tensors ``[N, …]`` and lists of N.
+        rest: the extra columns: a tuple or dict of tensors ``[N, …]`` and lists of N values.
     """
 
     def __init__(self, tiers: Chain, keys: Tensor, rest: tuple[Any, ...] | dict[str, Any] = ()) -> None:
         self._tiers = tiers
         self.keys = keys
         self.rest = rest
+
+    def __repr__(self) -> str:
+        columns = f", extra columns {signature(self.rest)}" if self.rest else ""
+        return f"<CachedRows: {len(self)} rows in {self._location()}{columns}>"
 
     def __len__(self) -> int:
         return len(self.keys)
@@ -58,53 +71,75 @@ class CachedRows(Dataset[Any]):
         return self.__getitems__([range(len(self))[index]])[0]
 
     def __getitems__(self, indices: Sequence[int]) -> list[Any]:
-        """The items of these numbers, by one lookup. Raises LookupError for rows that no tier has any more.
+        """The items of these numbers, by one lookup. Negative numbers count from the end, as those of a list do.
 
-        Numbers below 0 count from the end, as those of a list do; IndexError for what is out of range.
+        Raises:
+            IndexError: a number is out of range.
+            torchcache.errors.MissingRows: rows are in no tier any more.
+            ValueError: the outputs differ in shape or type, so they cannot be one batch.
         """
         if len(indices) == 0:
             return []
-        where = torch.as_tensor(indices, dtype=torch.int64, device="cpu")
-        outside = (where < -len(self)) | (where >= len(self))
-        if outside.any():
-            raise IndexError(f"row {int(where[outside][0])} is out of range: there are {len(self)} rows")
-        where = where.where(where >= 0, where + len(self))
+        numbers = self._checked_numbers(indices)
         try:
-            layout, leaves = self._tiers.fetch(self.keys.index_select(0, where))
+            layout, leaves = self._tiers.fetch(self.keys.index_select(0, numbers))
         except MissingRows as error:
-            raise self._lost([int(indices[i]) for i in error.places]) from None
-        return _Batch(layout, leaves, _map(self.rest, lambda column: _take(column, where)), len(where))
+            raise self._missing_rows([int(indices[i]) for i in error.positions]) from None
+        return _Batch(layout, leaves, map_columns(self.rest, lambda column: _select(column, numbers)), len(numbers))
 
     @staticmethod
     def collate(batch: list[Any]) -> Any:
-        """What ``__getitems__`` gave, as one output ``[B, …]`` and columns ``[B, …]``: for ``DataLoader(collate_fn=)``.
+        """The items of ``__getitems__`` as one batch: for ``DataLoader(collate_fn=)``.
 
-        Lists stay lists.
+        Returns:
+            The output ``[B, …]``, with extra columns as items have them, each a tensor ``[B, …]`` or a list of B.
         """
         return batch.collated() if isinstance(batch, _Batch) else default_collate(batch)
 
-    def _lost(self, rows: list[int]) -> MissingRows:
+    def _checked_numbers(self, indices: Sequence[int]) -> Tensor:
+        numbers = torch.as_tensor(indices, dtype=torch.int64, device="cpu")
+        outside = (numbers < -len(self)) | (numbers >= len(self))
+        if outside.any():
+            raise IndexError(f"row {int(numbers[outside][0])} is out of range: there are {len(self)} rows")
+        return numbers.where(numbers >= 0, numbers + len(self))
+
+    def _location(self) -> str:
+        return "memory" if self._tiers.directory is None else f"memory and {self._tiers.directory}"
+
+    def _missing_rows(self, rows: list[int]) -> MissingRows:
         names = ", ".join(f"{i} (key {_hex(self.keys[i])})" for i in rows[:3])
         more = f" and {len(rows) - 3} others" if len(rows) > 3 else ""
-        where = "memory" if self._tiers.directory is None else f"memory and {self._tiers.directory}"
         return MissingRows(
-            f"rows {names}{more} are not in {where}: they were cleared, removed or damaged, or are of a class that "
-            "this process has not imported; torchcache.precompute with the same batches computes what is missing",
+            f"rows {names}{more} are not in {self._location()}: they were cleared, removed or damaged, or are of a "
+            "class that this process has not imported; call torchcache.precompute with the same batches again",
             rows,
         )
 
     # ---- files
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Writes keys, what rode along, and where the rows lie, as a safetensors file for ``load``.
+        """Writes the keys, the extra columns and the path of the directory to a safetensors file for ``load``.
 
-        The rows themselves stay in their directory. Lists must hold what JSON can hold.
+        The rows themselves stay in their directory. ::
+
+            >>> linear = torchcache.torchcache(persistent=True, persistent_cache_dir=folder)(nn.Linear(3, 2))
+            >>> torchcache.precompute(linear, [torch.eye(3)], progress=False).save(folder / "rows.safetensors")
+            >>> len(torchcache.CachedRows.load(folder / "rows.safetensors"))
+            3
+
+        Args:
+            path: the file, which is replaced if it exists.
+
+        Raises:
+            ValueError: rows are not in a lasting directory, or a list holds values that JSON cannot hold.
+            ImportError: safetensors is not installed.
+            OSError: the file cannot be written.
         """
         directory = self._tiers.directory
         if directory is None or self._tiers.options.persistent_cache_dir is None:
-            lasting = "in the memory of this process only" if directory is None else "in a temporary directory"
+            location = "in the memory of this process only" if directory is None else "in a temporary directory"
             raise ValueError(
-                f"these rows are {lasting}, so no file can refer to them: "
+                f"these rows are {location}, so no file can refer to them: "
                 "cache with persistent=True and persistent_cache_dir=..., then precompute again"
             )
         self._tiers.flush()
@@ -129,10 +164,10 @@ class CachedRows(Dataset[Any]):
         stats = disk.stats()
         if not stats.full and not stats.dropped_rows:
             return
-        lost = sum(len(disk.missing(self.keys[i : i + _CHECK_ROWS])) for i in range(0, len(self), _CHECK_ROWS))
-        if lost:
+        missing = sum(len(disk.missing(self.keys[i : i + _AT_ONCE])) for i in range(0, len(self), _AT_ONCE))
+        if missing:
             raise ValueError(
-                f"{lost} of {len(self)} rows are not in {disk.directory}, which is full: "
+                f"{missing} of {len(self)} rows are not in {disk.directory}, which is full: "
                 "raise max_persistent_cache_size, or free space on the disk, then precompute again"
             )
 
@@ -144,77 +179,74 @@ class CachedRows(Dataset[Any]):
         max_memory_cache_size: float = int(1e9),
         memory_cache_device: str | torch.device = "cpu",
     ) -> CachedRows:
-        """What ``save`` wrote. No module is needed; classes of outputs must have been imported.
+        """The rows that ``save`` wrote. No module is needed; the classes of outputs must have been imported.
 
         Args:
             path: the file.
-            directory: where the rows lie now, if they were moved.
-            max_memory_cache_size: bytes of rows that this process keeps in memory.
-            memory_cache_device: where it keeps them.
+            directory: the directory that holds the rows now, if they were moved.
+            max_memory_cache_size: the limit for rows in the memory of this process, in bytes.
+            memory_cache_device: the device of the memory tier.
+
+        Raises:
+            FileNotFoundError: the file or the directory does not exist.
+            ValueError: ``save`` did not write the file, or an argument is out of its range.
+            ImportError: safetensors is not installed.
         """
         tensors, metadata = _read(path)
-        found = Path(metadata["directory"] if directory is None else directory)
-        if not found.is_dir():
-            raise FileNotFoundError(f"the rows of {os.fspath(path)} were in {found}: give directory= if they moved")
+        folder = Path(metadata["directory"] if directory is None else directory)
+        if not folder.is_dir():
+            raise FileNotFoundError(f"the rows of {os.fspath(path)} were in {folder}: pass directory= if they moved")
         options = Options.checked(
             persistent=True,
-            persistent_cache_dir=found.parent,
+            persistent_cache_dir=folder.parent,
             max_memory_cache_size=max_memory_cache_size,
             memory_cache_device=memory_cache_device,
             **json.loads(metadata["options"]),
         )
-        return cls(Chain.open(options, found), tensors["keys"], _unpack(json.loads(metadata["rest"]), tensors))
+        return cls(Chain.open(options, folder), tensors["keys"], _unpack(json.loads(metadata["rest"]), tensors))
 
 
 class _Batch(list[Any]):
-    """The items of a batch. They are made when one is first looked at, which ``collate`` never does."""
+    """The items of a batch, which are built only when somebody reads one. ``collate`` never does."""
 
-    def __init__(self, layout: Layout, leaves: list[Tensor], rest: Any, count: int) -> None:
+    def __init__(self, layout: Layout, leaves: list[Tensor], columns: Any, count: int) -> None:
         super().__init__([None] * count)
         self._layout = layout
         self._leaves = leaves
-        self._rest = rest
-        self._made = False
+        self._columns = columns
+        self._is_built = False
 
     def collated(self) -> Any:
-        return _beside(self._layout.join(self._leaves), self._rest)
+        return _join(self._layout.join(self._leaves), self._columns)
 
     def __getitem__(self, index: Any) -> Any:
-        self._make()
+        self._build()
         return super().__getitem__(index)
 
     def __iter__(self) -> Iterator[Any]:
-        self._make()
+        self._build()
         return super().__iter__()
 
-    def _make(self) -> None:
-        if not self._made:
-            self._made = True
+    def _build(self) -> None:
+        if not self._is_built:
+            self._is_built = True
             leaves = [t.unbind(0) for t in self._leaves]
-            rest = _map(self._rest, lambda column: list(column))
-            self[:] = [self._item(leaves, rest, i) for i in range(len(self))]
+            columns = map_columns(self._columns, list)
+            self[:] = [self._item(leaves, columns, i) for i in range(len(self))]
 
-    def _item(self, leaves: list[tuple[Tensor, ...]], rest: Any, i: int) -> Any:
-        return _beside(self._layout.join([rows[i] for rows in leaves]), _map(rest, lambda column: column[i]))
+    def _item(self, leaves: list[tuple[Tensor, ...]], columns: Any, i: int) -> Any:
+        output = self._layout.join([rows[i] for rows in leaves])
+        return _join(output, map_columns(columns, lambda column: column[i]))
 
 
-def _beside(output: Any, rest: tuple[Any, ...] | dict[str, Any]) -> Any:
-    if not rest:
+def _join(output: Any, columns: tuple[Any, ...] | dict[str, Any]) -> Any:
+    if not columns:
         return output
-    return (output, rest) if isinstance(rest, dict) else (output, *rest)
+    return (output, columns) if isinstance(columns, dict) else (output, *columns)
 
 
-def _map(rest: Any, function: Any) -> Any:
-    """The same nesting with every column replaced."""
-    if isinstance(rest, tuple):
-        return tuple(_map(column, function) for column in rest)
-    if isinstance(rest, dict):
-        return {name: _map(column, function) for name, column in rest.items()}
-    return function(rest)
-
-
-def _take(column: Tensor | list[Any], where: Tensor) -> Tensor | list[Any]:
-    return select(column, where) if isinstance(column, Tensor) else [column[i] for i in where.tolist()]
+def _select(column: Tensor | list[Any], numbers: Tensor) -> Tensor | list[Any]:
+    return select(column, numbers) if isinstance(column, Tensor) else [column[i] for i in numbers.tolist()]
 
 
 def _hex(key: Tensor) -> str:
@@ -223,7 +255,7 @@ def _hex(key: Tensor) -> str:
     return f"{high:016x}{low:016x}"
 
 
-# ---- the file: columns as tensors, lists as the bytes of their JSON, the nesting as JSON in the metadata
+# ---- the file: tensors, lists as the bytes of their JSON, and the nesting of the columns as JSON in the metadata
 
 
 def _pack(rest: Any, name: str, tensors: dict[str, Tensor]) -> Any:
@@ -252,7 +284,7 @@ def _to_json_bytes(column: list[Any], name: str) -> Tensor:
         same = False
     if not same:
         kinds = ", ".join(sorted({type(v).__name__ for v in column}))
-        raise ValueError(f"{name} is a list of {kinds}, which JSON does not keep: make it a tensor, strings or numbers")
+        raise ValueError(f"{name} is a list of {kinds}, which JSON cannot hold: make it a tensor, strings or numbers")
     return torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8)
 
 

@@ -1,7 +1,7 @@
 """The decorator: patches a class, an existing instance or a function; nothing else.
 
-A class is patched in place, so its name, pickling, ``super()`` and ``isinstance`` stay what they are.
-The state of an instance is one handle in its ``__dict__``.
+It patches a class in place, so its name, pickling, ``super()`` and ``isinstance`` work as before. The caches of an
+instance are in one handle in its ``__dict__``.
 """
 
 from __future__ import annotations
@@ -52,33 +52,47 @@ def torchcache(
 ) -> Callable[[T], T]:
     """Caches the outputs of a module class, a module instance or a function, row by row.
 
-    Every tensor argument must have the same batch size B in dimension 0, and so must every tensor of
-    the output. Each distinct row is computed once; outputs come back detached.
+    All tensor arguments, and all tensors of the output, must have the same batch size B in dimension 0. Each distinct
+    row is computed once. Outputs are detached. ::
+
+        >>> @torchcache.torchcache()
+        ... class Backbone(nn.Module):
+        ...     def forward(self, x):
+        ...         return x * 2
+        >>> backbone = Backbone()
+        >>> backbone(torch.ones(2, 3))
+        tensor([[2., 2., 2.],
+                [2., 2., 2.]])
+        >>> info = backbone.cache_instance.info()
+        >>> info.misses, info.memory_hits
+        (1, 1)
+
+    The second row is equal to the first, so it is a hit.
 
     Args:
-        enabled: whether to cache; per instance by the attribute ``torchcache_enabled``, live.
-        memory_cache_device: where rows in memory lie.
-        subsample_count: elements of a row that are hashed with ``subsample=True``.
-        persistent: keep rows on disk too, for other processes and later runs.
-        persistent_cache_dir: the directory; None: a temporary one, removed at a normal exit.
-        persistent_module_hash: name of the subdirectory instead of the module hash: rows then stay
-            valid whatever changes in the code, the arguments and the weights.
-        max_persistent_cache_size: bytes of the files that this process may write.
-        max_memory_cache_size: bytes of rows in memory.
+        enabled: whether to cache. The attribute ``torchcache_enabled`` of an instance overrides it at any time.
+        memory_cache_device: the device of the rows in memory.
+        subsample_count: how many elements of a row are hashed with ``subsample=True``.
+        persistent: store rows on disk, too, for other processes and later runs.
+        persistent_cache_dir: the directory. None: a temporary one, which is deleted at a normal exit.
+        persistent_module_hash: the name of the subdirectory, instead of the module hash. Rows then stay valid,
+            whatever changes in the code, the arguments and the weights.
+        max_persistent_cache_size: the limit for the files that this process writes, in bytes.
+        max_memory_cache_size: the limit for rows in memory, in bytes.
         zstd_compression: compress rows on disk with zstd (needs ``persistent=True``).
-        zstd_compression_level: -131072 to 22.
+        zstd_compression_level: -131072 (fastest) to 22 (smallest).
         zstd_compression_threads: 1 to 256.
-        cache_dtype: floating-point dtype in which rows are kept; outputs have the original dtype.
+        cache_dtype: the floating-point dtype of stored rows. Outputs have the original dtype.
         use_mmap_on_load: read files through a memory map.
-        subsample: hash only about ``subsample_count`` elements of a row. Rows that differ elsewhere
-            are then taken for the same: only for inputs where that cannot matter.
+        subsample: hash only about ``subsample_count`` elements of a row. Rows that differ only in other elements
+            count as equal, so use it only for inputs where this cannot happen.
 
     Returns:
-        A decorator. It patches a class or instance in place and returns it; a function it wraps.
+        A decorator. It patches a class or an instance in place and returns it; it wraps a function.
 
     Raises:
         ValueError: an option is out of its range.
-        TypeError: the decorated thing is no nn.Module subclass, instance of one, or function.
+        TypeError: the decorated object is not an nn.Module subclass, an instance of one, or a function.
     """
     options = Options.checked(**locals())
 
@@ -97,35 +111,35 @@ def torchcache(
     return decorate
 
 
-def _wrong_target(what: str) -> TypeError:
+def _wrong_target(name: str) -> TypeError:
     return TypeError(
         "torchcache can only decorate nn.Module subclasses, instances of them, and functions defined in Python; "
-        f"got {what}"
+        f"got {name}"
     )
 
 
-def _nobody() -> None:
+def _no_module() -> None:
     return None
 
 
 class _Handle:
-    """What torchcache knows of one instance. A copy, or one out of a pickle, starts without rows."""
+    """The caches of one instance, one for each forward. A copied or unpickled handle starts without rows."""
 
     def __init__(self, owner: type[nn.Module], options: Options | None, init: bytes) -> None:
         self.owner = owner
         self.options = options  # of the instance; None: those of its class
-        self.init = init
+        self.init = init  # encoded init arguments
         self.caches: dict[Forward, Cache] = {}
-        self.module: Callable[[], nn.Module | None] = _nobody  # whose it is: the first one that uses it
+        self.module: Callable[[], nn.Module | None] = _no_module  # the first module that uses the handle
 
-    def of(self, module: nn.Module) -> _Handle:
-        """This handle for its module and replicas of that; a new one for a module that is a shallow copy."""
-        if self.module is _nobody:
+    def for_module(self, module: nn.Module) -> _Handle:
+        """This handle for its own module and replicas of it; a new handle for a shallow copy of the module."""
+        if self.module is _no_module:
             self.module = weakref.ref(module)
         if self.module() is module or "_is_replica" in module.__dict__:
             return self
-        own = module.__dict__[_HANDLE] = _Handle(self.owner, self.options, self.init)
-        return own.of(module)
+        new = module.__dict__[_HANDLE] = _Handle(self.owner, self.options, self.init)
+        return new.for_module(module)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> _Handle:
         return _Handle(self.owner, self.options, self.init)
@@ -151,16 +165,16 @@ def _patch_class(cls: type[nn.Module], options: Options) -> None:
 
     @functools.wraps(original)
     def __init__(self: nn.Module, *args: Any, **kwargs: Any) -> None:
-        outermost = _HANDLE not in self.__dict__
-        if outermost:  # before the arguments can be changed, and before nn.Module's own __init__
+        is_outermost = _HANDLE not in self.__dict__
+        if is_outermost:  # before __init__ can change the arguments, and before nn.Module's own __init__
             init = init_arguments(type(self).__qualname__, args, kwargs)
             self.__dict__[_HANDLE] = _Handle(type(self), None, init)
         original(self, *args, **kwargs)
-        if outermost:
-            _options_of(self, options)  # wrong torchcache_ attributes are told now, not at the first call
-            own = self.__dict__.get("forward")
-            if own is not None and not hasattr(own, _ORIGINAL):
-                self.__dict__["forward"] = _InstanceForward(self, own, options)
+        if is_outermost:
+            _options_of(self, options)  # wrong torchcache_ attributes raise now, not at the first call
+            forward = self.__dict__.get("forward")
+            if forward is not None and not hasattr(forward, _ORIGINAL):
+                self.__dict__["forward"] = _InstanceForward(self, forward, options)
 
     setattr(__init__, _ORIGINAL, original)
     cls.__init__ = __init__  # type: ignore[method-assign]
@@ -169,24 +183,26 @@ def _patch_class(cls: type[nn.Module], options: Options) -> None:
 def _patch_instance(module: T, options: Options) -> T:
     assert isinstance(module, nn.Module)
     _options_of(module, options)
-    own = module.__dict__.get("forward")
+    custom = module.__dict__.get("forward")
     if isinstance(module, torch.jit.ScriptModule):
-        own = module.forward  # compiled for this instance; its class has none
+        custom = module.forward  # compiled for this instance; its class has none
         _add_cache_instance(type(module))
     else:
         _patch_forward(type(module), None)
     if isinstance(module, nn.modules.lazy.LazyModuleMixin) and module.cls_to_become is not None:
         _patch_forward(module.cls_to_become, None)  # its class from the first call on
     module.__dict__[_HANDLE] = _Handle(type(module), options, b"")
-    if own is not None:
-        module.__dict__["forward"] = _InstanceForward(module, own)
+    if custom is not None:
+        module.__dict__["forward"] = _InstanceForward(module, custom)
     return module
 
 
 def _patch_forward(cls: type[nn.Module], options: Options | None) -> None:
-    """Gives the class one forward that dispatches. Without options it acts for marked instances only."""
+    """Makes the forward of a class dispatch. Without options it caches only instances that have a handle."""
     if isinstance(inspect.getattr_static(cls, "forward", None), (staticmethod, classmethod)):
-        raise TypeError(f"the forward of {cls.__qualname__} must be a method of its instances, not of the class")
+        raise TypeError(
+            f"the forward of {cls.__qualname__} must be a method of its instances: it is a static or class method"
+        )
     with _lock:
         forward = cls.__dict__.get("forward")
         if forward is None or not hasattr(forward, _ORIGINAL):
@@ -200,7 +216,7 @@ def _patch_forward(cls: type[nn.Module], options: Options | None) -> None:
 def _add_cache_instance(cls: type[nn.Module]) -> None:
     if "cache_instance" not in cls.__dict__:
         cls.cache_instance = property(_cache_instance)  # type: ignore[attr-defined]
-        unused = getattr(cls, "__jit_unused_properties__", [])  # else TorchScript would compile it
+        unused = getattr(cls, "__jit_unused_properties__", [])  # or TorchScript would compile it
         cls.__jit_unused_properties__ = [*unused, "cache_instance"]  # type: ignore[attr-defined]
 
 
@@ -212,7 +228,7 @@ def _dispatching(original: Forward) -> Any:
             return call(self, forward, original, args, kwargs)
         return original(self, *args, **kwargs)
 
-    # TorchScript compiles the source of the original with the globals of what stands in its place.
+    # TorchScript compiles the source of the original with the globals of its replacement.
     scope = getattr(original, "__globals__", globals())
     forward = types.FunctionType(forward.__code__, scope, closure=forward.__closure__)
     functools.update_wrapper(forward, original)
@@ -223,7 +239,7 @@ def _dispatching(original: Forward) -> Any:
 
 @untraced
 def _call(module: nn.Module, forward: Forward, original: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """One call of a patched class's forward."""
+    """One call of the forward of a patched class."""
     cache = _cache_of(module, forward)
     if cache is None:
         return original(module, *args, **kwargs)
@@ -231,7 +247,7 @@ def _call(module: nn.Module, forward: Forward, original: Forward, args: tuple[An
 
 
 class _InstanceForward:
-    """The forward of an instance that had one of its own (a compiled module, a patched one)."""
+    """Replaces the custom forward of an instance, such as a compiled or a patched module."""
 
     def __init__(self, module: nn.Module, original: Forward, options: Options | None = None) -> None:
         self.module = module
@@ -249,7 +265,7 @@ class _InstanceForward:
 
 
 def _cache_of(module: nn.Module, forward: Any) -> Cache | None:
-    """The cache of this forward of the instance; None where it has none or is disabled."""
+    """The cache of this forward of the instance; None if it has none or is disabled."""
     attributes = module.__dict__
     handle: _Handle | None = attributes.get(_HANDLE)
     options = forward._torchcache_options
@@ -258,7 +274,7 @@ def _cache_of(module: nn.Module, forward: Any) -> Cache | None:
             return None
         handle = attributes.setdefault(_HANDLE, _Handle(type(module), None, b""))
     if handle.module() is not module:
-        handle = handle.of(module)
+        handle = handle.for_module(module)
     options = handle.options or options
     if options is None:
         return None
@@ -285,10 +301,7 @@ def _options_of(module: nn.Module, options: Options) -> Options:
 
 
 def _cache_instance(module: nn.Module) -> Cache:
-    forwards = [
-        module.__dict__.get("forward"),
-        *(c.__dict__.get("forward") for c in type(module).__mro__),
-    ]
+    forwards = [module.__dict__.get("forward"), *(c.__dict__.get("forward") for c in type(module).__mro__)]
     forward = next((f for f in forwards if hasattr(f, _ORIGINAL)), None)
     cache = None if forward is None else _cache_of(module, forward)
     if cache is None:

@@ -1,4 +1,4 @@
-"""What torchcache raises, besides ValueError and TypeError for wrong arguments."""
+"""The exceptions of torchcache. For wrong arguments it raises ValueError and TypeError."""
 
 from __future__ import annotations
 
@@ -6,24 +6,24 @@ from collections.abc import Sequence
 
 
 class TorchcacheError(Exception):
-    """What all errors of torchcache have in common."""
+    """The base class of all exceptions of torchcache."""
 
 
 class MissingRows(TorchcacheError, LookupError):
-    """Rows that no tier has.
+    """Rows are in no tier.
 
     Attributes:
-        places: the positions of these rows among those that were asked for.
+        positions: the positions of these rows in the request, such as in the indices of ``CachedRows.__getitems__``.
     """
 
-    def __init__(self, message: str, places: Sequence[int] = ()) -> None:
+    def __init__(self, message: str, positions: Sequence[int] = ()) -> None:
         super().__init__(message)
-        self.places = tuple(places)
+        self.positions = tuple(positions)
 
 
 class MaintenanceError(TorchcacheError):
-    """A cache directory cannot be looked at, or not as asked. The message says why."""
+    """An operation on a cache directory is impossible. The message says why."""
 
 
 class BuildError(TorchcacheError, ImportError):
-    """The native library is not there and cannot be compiled. The message says what to install."""
+    """The native library is missing and cannot be compiled. The message says what to install."""

@@ -1,6 +1,6 @@
-"""The documented keywords of the decorator: their defaults, what they may be, and the ``torchcache_`` attributes.
+"""The keywords of the decorator: defaults, allowed values, and the ``torchcache_`` attributes that override them.
 
-Everything is checked when it is given, not at the first call.
+All values are checked when they are set, not at the first call.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _HASH_LENGTH = 200  # bytes; file systems allow 255
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """One checked set of options; see ``torchcache`` for what each does."""
+    """One set of checked options. The docstring of ``torchcache.torchcache`` explains each."""
 
     enabled: bool = True
     memory_cache_device: str = "cpu"
@@ -41,7 +41,11 @@ class Options:
 
     @classmethod
     def checked(cls, **given: Any) -> Options:
-        """Options from keywords. Raises ValueError that names the value, the range and what to do."""
+        """Options from the keywords of the decorator.
+
+        Raises:
+            ValueError: a value is out of its range, or needs another option.
+        """
         checked: dict[str, Any] = {name: _CHECKS[name](name, value) for name, value in given.items()}
         options = cls(**checked)
         if options.zstd_compression and not options.persistent:
@@ -52,7 +56,14 @@ class Options:
         return options
 
     def with_attributes(self, attributes: dict[str, Any]) -> Options:
-        """These options, changed by a module's ``torchcache_*`` attributes, which take precedence."""
+        """These options, overridden by the ``torchcache_*`` attributes of a module.
+
+        Args:
+            attributes: all attributes of the module and its class by name.
+
+        Raises:
+            ValueError: an attribute does not name an option, or its value is out of its range.
+        """
         given = {
             name[len(ATTRIBUTE_PREFIX) :]: value
             for name, value in attributes.items()
@@ -64,11 +75,11 @@ class Options:
             if name not in _CHECKS:
                 close = difflib.get_close_matches(name, _CHECKS, n=1)
                 hint = f"did you mean {ATTRIBUTE_PREFIX}{close[0]}?" if close else "see help(torchcache)"
-                raise ValueError(f"{ATTRIBUTE_PREFIX}{name} is no option of torchcache: {hint}")
+                raise ValueError(f"{ATTRIBUTE_PREFIX}{name} is not an option of torchcache: {hint}")
         return Options.checked(**{**dataclasses.asdict(self), **given})
 
     def stored(self) -> dict[str, Any]:
-        """The options that change what is stored: those that belong to the module hash."""
+        """The options that change the bytes of stored rows, and so belong to the module hash."""
         return {
             "subsample_count": self.subsample_count,
             "subsample": self.subsample,

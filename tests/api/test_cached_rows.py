@@ -47,7 +47,7 @@ def test_any_rows_in_any_order_are_the_module_s_from_whatever_tier(
     assert torch.equal(outputs, X[indices] * 2 + 1) and torch.equal(labels, LABELS[indices])
 
 
-def test_an_item_is_one_row_of_the_output_beside_what_rode_along() -> None:
+def test_an_item_is_one_row_of_the_output_with_its_extra_columns() -> None:
     rows = precompute(cached(), labelled())
     output, label = rows[3]
     assert torch.equal(output, X[3] * 2 + 1) and label == 30
@@ -141,6 +141,15 @@ def test_rows_of_different_shapes_are_refused_in_one_batch_but_given_alone(tmp_p
         rows.__getitems__([1, 5])
 
 
+def test_the_repr_says_how_many_rows_where_and_which_columns(tmp_path: Path) -> None:
+    assert repr(precompute(cached(), X.split(16))) == "<CachedRows: 40 rows in memory>"
+    module = cached(tmp_path)
+    rows = precompute(module, [{"x": X, "id": LABELS, "more": {"name": ["a"] * N, "box": X}}])
+    columns = "{'id': torch.int64 [B], 'more': {'name': list, 'box': torch.float32 [B, 3]}}"
+    directory = cache_of(module).cache_dir
+    assert repr(rows) == f"<CachedRows: 40 rows in memory and {directory}, extra columns {columns}>"
+
+
 # ---- lost rows
 
 
@@ -151,7 +160,7 @@ def test_a_lost_row_is_an_error_that_names_it_also_from_a_worker() -> None:
     low, high = (int(half) % 2**64 for half in rows.keys[5])
     with pytest.raises(LookupError, match=f"rows 5 .key {high:016x}{low:016x}., 2 .*precompute") as found:
         rows.__getitems__([5, 2, 5])
-    assert found.value.places == (5, 2)  # type: ignore[attr-defined]
+    assert found.value.positions == (5, 2)  # type: ignore[attr-defined]
     with pytest.raises(LookupError, match="precompute"):
         list(DataLoader(rows, batch_size=N, num_workers=1, multiprocessing_context="fork"))
     precompute(module, labelled())
@@ -233,7 +242,7 @@ def test_rows_that_do_not_last_cannot_be_saved(tmp_path: Path) -> None:
 
 def test_values_that_a_file_cannot_hold_are_refused(tmp_path: Path) -> None:
     rows = precompute(cached(tmp_path), [(X, [object()] * N)])
-    with pytest.raises(ValueError, match=r"rest\[0\] is a list of object, which JSON does not keep"):
+    with pytest.raises(ValueError, match=r"rest\[0\] is a list of object, which JSON cannot hold"):
         rows.save(tmp_path / "rows")
 
 

@@ -1,4 +1,4 @@
-"""precompute computes what is missing, tells inputs from what rides along, and can be stopped at any moment."""
+"""precompute computes what is missing, tells inputs from extra columns, and can be stopped at any moment."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def test_an_interrupted_run_is_taken_up_where_it_stopped(tmp_path: Path) -> None
     assert all(torch.equal(rows[i], wide[i] * 2 + 1) for i in range(0, N, 3))
 
 
-def test_a_forward_that_sets_something_up_first_is_kept_from_the_second_time_on() -> None:
+def test_a_forward_that_initialises_something_is_cached_from_the_second_time_on() -> None:
     class Lazy(Counting):
         offset: Tensor
 
@@ -111,7 +111,7 @@ def test_a_damaged_row_is_computed_again_by_a_new_process(tmp_path: Path) -> Non
     assert_rows(rows)
 
 
-# ---- what is an input, and what rides along
+# ---- inputs and extra columns
 
 ONES = torch.ones(4, 3)
 NAMES = ["a", "b", "c", "d"]
@@ -128,7 +128,7 @@ NAMES = ["a", "b", "c", "d"]
         (({"x": ONES, "scale": ONES * 3}, tuple(NAMES)), (NAMES,)),
     ],
 )
-def test_inputs_are_told_from_what_rides_along(batch: Any, rest: Any) -> None:
+def test_inputs_are_told_apart_from_extra_columns(batch: Any, rest: Any) -> None:
     rows = precompute(torchcache()(Two()), [batch, batch])
     expected = rest if isinstance(rest, dict) else {str(i): column for i, column in enumerate(rest)}
     got = rows.rest if isinstance(rows.rest, dict) else {str(i): column for i, column in enumerate(rows.rest)}
@@ -149,19 +149,19 @@ def test_plain_arguments_are_arguments() -> None:
     assert torch.equal(rows[0], ONES[0] * 8)
 
 
-def test_arrays_ride_along_as_tensors_and_empty_batches_are_nothing() -> None:
+def test_arrays_become_tensors_and_empty_batches_add_nothing() -> None:
     rows = precompute(cached(), [(X[:0], LABELS[:0].numpy()), (X, LABELS.numpy())])
     assert len(rows) == N and rows[3][1] == 30
     assert isinstance(rows.rest, tuple) and isinstance(rows.rest[0], Tensor)
 
 
-def test_arrays_of_texts_ride_along_as_lists() -> None:
+def test_arrays_of_strings_become_lists() -> None:
     names = numpy.array([f"row {i}" for i in range(N)])
     rows = precompute(cached(), [(X, names), (X, names.astype(object))])
     assert isinstance(rows.rest, tuple) and rows.rest[0] == [*names.tolist(), *names.tolist()] and rows[3][1] == "row 3"
 
 
-def test_what_rides_along_is_copied() -> None:
+def test_extra_columns_are_copied() -> None:
     def batches() -> Iterator[tuple[Tensor, Tensor]]:
         label = torch.zeros(4)
         for value in (1.0, 2.0):
@@ -182,7 +182,11 @@ def test_what_rides_along_is_copied() -> None:
         ([(X, LABELS[:3])], ValueError, r"the batch\[1\].*each of 40 rows, got a tensor of shape \(3,\)"),
         ([(X, 5)], ValueError, "got a int"),
         ([{"x": X, "id": ["a"]}], ValueError, r"the batch\['id'\].*got a list of 1"),
-        ([(X, X), (X, X[:, 0])], ValueError, r"batch 1 has \('torch.float32 \[B\]',\)"),
+        (
+            [(X, X), (X, X[:, 0])],
+            ValueError,
+            r"batch 1 has \(torch.float32 \[B\],\)",
+        ),
         ([(X, X), X], ValueError, "batch 1 has"),
     ],
 )
@@ -212,7 +216,7 @@ def test_rows_that_do_not_fit_are_an_error_that_names_the_option(tmp_path: Path)
 
 def test_a_module_whose_calls_are_not_cached_is_an_error() -> None:
     module = torchcache()(nn.Dropout())
-    with pytest.raises(RuntimeError, match="not kept: a warning"):
+    with pytest.raises(RuntimeError, match="not cached: a warning"):
         precompute(module, [X])
 
 

@@ -147,11 +147,11 @@ def test_memory_is_bounded_by_the_part(tmp_path: Path) -> None:
     assert torch.equal(load_file(tmp_path / "file")["rows"][:, -1].sort().values, torch.arange(64).to(torch.uint8))
 
 
-def test_what_is_no_regular_file_is_never_replaced(directory: Path, tmp_path: Path) -> None:
+def test_only_a_regular_file_is_replaced(directory: Path, tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "fifo")
     (tmp_path / "folder").mkdir()
     for name in ("fifo", "folder", "."):
-        with pytest.raises(MaintenanceError, match="is no regular file"):
+        with pytest.raises(MaintenanceError, match="is not a regular file"):
             export(directory, tmp_path / name)
     assert stat.S_ISFIFO((tmp_path / "fifo").stat().st_mode)
 

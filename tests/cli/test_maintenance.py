@@ -113,7 +113,7 @@ def test_segments_of_a_later_version_are_left_with_an_error(tmp_path: Path) -> N
 
 def test_a_second_maintenance_at_the_same_time_is_told_to_wait(tmp_path: Path) -> None:
     write(tmp_path, batch(5, 1))
-    with maintenance._alone(tmp_path), pytest.raises(errors.MaintenanceError, match="at work"):
+    with maintenance._locked(tmp_path), pytest.raises(errors.MaintenanceError, match="is running"):
         maintenance.compact(tmp_path)
 
 

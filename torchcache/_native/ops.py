@@ -147,7 +147,7 @@ def table_write(table: int, keys: Tensor, layout: int, first: int, leaves: list[
 
 
 def table_insert(table: int, keys: Tensor, layout: int, first: int) -> None:
-    """The keys get the slots ``first``, ``first + 1``, …"""
+    """Gives the keys the slots ``first``, ``first + 1`` and so on."""
     _native().table_insert.default(table, keys, layout, first)
 
 

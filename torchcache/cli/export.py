@@ -1,6 +1,6 @@
-"""Keys and rows of a cache to a safetensors file, for what does not know torchcache.
+"""Exports keys and rows of a cache to a safetensors file, for programs that do not use torchcache.
 
-The file is written here, not by the package of that name: it writes tensors that are in memory as a whole. Its format:
+The package safetensors can only write tensors that are in memory as a whole, so this module writes the file itself:
 https://github.com/huggingface/safetensors#format
 """
 
@@ -20,10 +20,11 @@ import torch
 from torch import Tensor
 
 from torchcache._native import ops
-from torchcache.cli.maintenance import PART, Group, Progress, Summary, native, summarize
+from torchcache.cli.maintenance import PART, Group, Summary, native, summarize
+from torchcache.cli.progress import Progress
 from torchcache.errors import MaintenanceError
 
-_DTYPES = {  # what safetensors calls them
+_DTYPES = {  # torch → safetensors
     "bool": "BOOL",
     "uint8": "U8",
     "int8": "I8",
@@ -47,18 +48,23 @@ _DTYPES = {  # what safetensors calls them
 
 
 def export(directory: Path, file: Path, progress: Progress = lambda n: None, part: int = PART) -> int:
-    """Writes the keys and rows of a folder to a safetensors file: how many rows.
+    """Writes the keys and rows of a folder to a safetensors file, without damaged rows.
 
-    The tensors are ``keys`` (int64 ``[N, 2]``: low half, high half) and ``rows``, or ``rows.0``, ``rows.1`` … where an
-    output has several; with several layouts they begin with the number of the layout (``0.keys``). The metadata has the
-    layouts. Damaged rows are left out.
+    The tensors are ``keys`` (int64 ``[N, 2]``: low half, high half) and ``rows``, or ``rows.0``, ``rows.1`` … if
+    outputs have several tensors. If there are several layouts, names start with the number of the layout (``0.keys``).
+    The metadata holds the layouts.
 
     Args:
-        file: a regular file, which is replaced as a whole, or none yet.
-        part: bytes of rows that are in memory at once, beside the keys of all of them.
+        directory: a folder that holds segments.
+        file: a regular file, which is replaced atomically, or a new one.
+        progress: called with the bytes of rows that were written since the last call.
+        part: how many bytes of rows are in memory at once, in addition to all keys.
+
+    Returns:
+        The number of rows in the file.
 
     Raises:
-        MaintenanceError: there are no rows, or the file is something else, such as a directory or a device.
+        MaintenanceError: there are no rows, or the file is not regular, such as a directory or a device.
     """
     file = _regular(file)
     summary = summarize(directory)
@@ -70,15 +76,15 @@ def export(directory: Path, file: Path, progress: Progress = lambda n: None, par
     tables = [_table(summary, group, prefix) for prefix, group in zip(prefixes, groups.values())]
     with _store(directory) as store, _replaced(file) as temporary:
         while not _write(temporary, store, tables, about, progress, part):
-            pass  # again, without the rows that turned out to be damaged
+            pass  # write it again, without the rows that turned out to be damaged
     return sum(len(table.keys) for table in tables)
 
 
 def _regular(file: Path) -> Path:
-    """Where the file is, or will be: what a link points to."""
+    """The path of the file, or of the target of a link."""
     target = Path(os.path.realpath(file))
     if target.exists() and not target.is_file():
-        raise MaintenanceError(f"{str(file)!r} is no regular file: name one, or one that is not there yet")
+        raise MaintenanceError(f"{str(file)!r} is not a regular file: name a regular or a new file")
     return target
 
 
@@ -93,7 +99,7 @@ def _store(directory: Path) -> Iterator[int]:
 
 @contextlib.contextmanager
 def _replaced(file: Path) -> Iterator[Path]:
-    """A temporary name for the file, which is there as a whole or not at all."""
+    """The path of a temporary file, which then replaces the file atomically."""
     temporary = file.with_name(f".{file.name}.{os.getpid()}")
     try:
         yield temporary
@@ -102,7 +108,7 @@ def _replaced(file: Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
-# ---- what is written
+# ---- tables
 
 
 @dataclasses.dataclass
@@ -129,19 +135,19 @@ def _table(summary: Summary, group: Group, prefix: str) -> _Table:
     leaves = _leaves(group)
     names = ["rows"] if len(leaves) == 1 else [f"rows.{i}" for i in range(len(leaves))]
     columns = [_Column(prefix + name, dtype, shape) for name, (dtype, shape) in zip(names, leaves)]
-    found = [
+    keys = [
         native(ops.segment_keys, str(summary.directory), segment.name, group.layout) for segment in summary.segments
     ]
-    return _Table(group.layout, _distinct(torch.cat(found)), [_Column(f"{prefix}keys", torch.int64, [2]), *columns])
+    return _Table(group.layout, _distinct(torch.cat(keys)), [_Column(f"{prefix}keys", torch.int64, [2]), *columns])
 
 
 def _leaves(group: Group) -> list[tuple[torch.dtype, list[int]]]:
-    """Stored dtype and shape of each leaf. What a layout claims is checked before memory is taken for it."""
+    """Stored dtype and shape of each leaf, checked against the size of the rows before memory is allocated for them."""
     try:
         stored = [(leaf["stored"], leaf["shape"]) for leaf in json.loads(group.layout)["leaves"]]
         leaves = [(getattr(torch, name), shape) for name, shape in stored if name in _DTYPES]
-        right = sum(dtype.itemsize * math.prod(shape) for dtype, shape in leaves) * group.rows == group.bytes
-        if right and len(leaves) == len(stored):
+        row_bytes = sum(dtype.itemsize * math.prod(shape) for dtype, shape in leaves)
+        if row_bytes * group.rows == group.bytes and len(leaves) == len(stored):
             return leaves
     except (ValueError, KeyError, TypeError, AttributeError):
         pass
@@ -149,18 +155,18 @@ def _leaves(group: Group) -> list[tuple[torch.dtype, list[int]]]:
 
 
 def _distinct(keys: Tensor) -> Tensor:
-    """Each key once, where it stood first: rows are then read in the order in which they lie."""
+    """Each key once, in the order of first occurrence, so that rows are read in the order of the files."""
     distinct, numbers = torch.unique(keys, dim=0, return_inverse=True)
     first = torch.full((len(distinct),), len(keys))
     first.scatter_reduce_(0, numbers, torch.arange(len(keys)), "amin")
     return keys.index_select(0, first.sort().values)
 
 
-# ---- writing it
+# ---- the file
 
 
 def _write(path: Path, store: int, tables: list[_Table], about: dict[str, str], progress: Progress, part: int) -> bool:
-    """Writes the file. False if rows were damaged: then it is not right, and they are no longer in the tables."""
+    """Writes the file. False: rows were damaged and are removed from the tables, so the file must be written again."""
     header, starts = _header(tables, about)
     whole = True
     with path.open("wb") as file:
@@ -173,9 +179,9 @@ def _write(path: Path, store: int, tables: list[_Table], about: dict[str, str], 
 
 
 def _header(tables: list[_Table], about: dict[str, str]) -> tuple[bytes, dict[str, int]]:
-    """The beginning of a safetensors file, and where the bytes of each tensor stand."""
+    """The header of a safetensors file, and the offset in the file of the bytes of each tensor."""
     columns = [(column, len(table.keys)) for table in tables for column in table.columns]
-    columns.sort(key=lambda pair: -pair[0].dtype.itemsize)  # so that all are aligned
+    columns.sort(key=lambda pair: -pair[0].dtype.itemsize)  # so that each is aligned
     entries: dict[str, object] = {"__metadata__": about}
     begins, end = {}, 0
     for column, rows in columns:
@@ -190,12 +196,13 @@ def _header(tables: list[_Table], about: dict[str, str]) -> tuple[bytes, dict[st
 
 
 def _copy(file: BinaryIO, store: int, table: _Table, starts: dict[str, int], progress: Progress, part: int) -> Tensor:
-    """Copies the rows of a table, some at a time → bool ``[N]``: which were right."""
+    """Copies the rows of a table, some at a time → bool ``[N]``: which are undamaged."""
     row_bytes = sum(column.row_bytes for column in table.columns)
-    buffers = [bytearray(max(1, part // row_bytes) * column.row_bytes) for column in table.columns]
+    step = max(1, part // row_bytes)
+    buffers = [bytearray(step * column.row_bytes) for column in table.columns]
     good = []
-    for first in range(0, len(table.keys), max(1, part // row_bytes)):
-        keys = table.keys[first : first + max(1, part // row_bytes)]
+    for first in range(0, len(table.keys), step):
+        keys = table.keys[first : first + step]
         keys_out, *leaves = [_bytes(buffer, len(keys), column) for buffer, column in zip(buffers, table.columns)]
         keys_out.view(torch.int64).copy_(keys)
         good.append(ops.store_read(store, keys, table.layout, leaves))
@@ -207,7 +214,7 @@ def _copy(file: BinaryIO, store: int, table: _Table, starts: dict[str, int], pro
 
 
 def _bytes(buffer: bytearray, rows: int, column: _Column) -> Tensor:
-    """The memory of a buffer as uint8 ``[rows, bytes of a row]``."""
+    """The memory of a buffer as uint8 ``[rows, bytes per row]``."""
     size = rows * column.row_bytes
     flat = torch.frombuffer(buffer, dtype=torch.uint8, count=size) if size else torch.empty(0, dtype=torch.uint8)
     return flat.view(rows, column.row_bytes)

@@ -1,21 +1,19 @@
-"""The command line: what is installed, how the native library is there, what cache directories hold, and their care.
+"""The command line: reports what is installed, and inspects, verifies, compacts, prunes and exports cache directories.
 
-The exit status is 0, or 1 where something is wrong with what was looked at, or 2 where it could not be looked at.
+Exit status: 0, success; 1, something is damaged, missing or was not confirmed; 2, the command failed.
 """
 
 from __future__ import annotations
 
 import argparse
-import contextlib
 import dataclasses
-import importlib
 import importlib.metadata
 import json
 import platform
 import re
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlparse
@@ -26,7 +24,8 @@ from torchcache._native import build, ops
 from torchcache._version import __version__
 from torchcache.cli import maintenance
 from torchcache.cli.export import export
-from torchcache.cli.maintenance import Damage, Progress, Summary
+from torchcache.cli.maintenance import Damage, Summary
+from torchcache.cli.progress import Progress, byte_progress
 from torchcache.errors import MaintenanceError
 
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
@@ -35,26 +34,33 @@ _SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86400, "w": 7 * 86400}
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Runs the command line; the result is the exit status."""
-    chosen = _parser().parse_args(arguments)
-    if chosen.command is None:
+    """Runs the command line.
+
+    Args:
+        arguments: None: those of the process.
+
+    Returns:
+        The exit status.
+    """
+    args = _parser().parse_args(arguments)
+    if args.command is None:
         return report()
     try:
-        status: int = _COMMANDS[chosen.command](chosen)
+        status: int = _COMMANDS[args.command](args)
         return status
     except (MaintenanceError, ImportError, OSError) as error:
         print(f"torchcache: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("torchcache: stopped; nothing is lost", file=sys.stderr)
+        print("torchcache: interrupted; no rows are lost", file=sys.stderr)
         return 130
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="torchcache",
-        description="Looks after cache directories. Without a command: says what is installed and how the native "
-        "library is there.",
+        description="Maintains cache directories. Without a command: reports what is installed and the state of the "
+        "native library.",
     )
     parser.add_argument("--version", action="version", version=f"torchcache {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")
@@ -63,18 +69,20 @@ def _parser() -> argparse.ArgumentParser:
         added = commands.add_parser(name, help=text, description=text)
         added.add_argument("directory", metavar="DIR", type=Path, help="a persistent_cache_dir, or a folder in it")
         if json:
-            added.add_argument("--json", action="store_true", help="for machines")
+            added.add_argument("--json", action="store_true", help="print JSON")
         return added
 
     command("ls", "Lists the folders: module hash, class, rows, bytes, when last written.", json=True)
     command("stat", "Shows layouts, codecs, segments and duplicates.", json=True)
     command("verify", "Checks every checksum. The exit status is 1 if something is damaged.", json=True)
-    command("compact", "Makes few segments of many, without duplicates and damage, while others read and write.")
-    prune = command("prune", "Removes segments that a rule names, the oldest first.")
-    prune.add_argument("--older-than", type=_age, metavar="AGE", help="last written so long ago: 30d, 12h, 2w")
-    prune.add_argument("--max-bytes", type=_size, metavar="N", help="until so much is left: 50e9, 50GB, 40GiB")
-    prune.add_argument("--module-hash", metavar="H", help="of this folder only; alone: all of it")
-    prune.add_argument("--yes", action="store_true", help="do not ask")
+    command("compact", "Rewrites many segments into few, without duplicates and damage, while other processes go on.")
+    prune = command("prune", "Removes segments that match a rule, the oldest first.")
+    prune.add_argument("--older-than", type=_age, metavar="AGE", help="last written longer ago than this: 30d, 12h, 2w")
+    prune.add_argument(
+        "--max-bytes", type=_size, metavar="N", help="until at most this size remains: 50e9, 50GB, 40GiB"
+    )
+    prune.add_argument("--module-hash", metavar="H", help="only in this folder; without another rule: all of it")
+    prune.add_argument("--yes", action="store_true", help="do not ask for confirmation")
     command("export", "Writes keys and rows of one folder to a safetensors file.").add_argument(
         "file", metavar="FILE", type=Path
     )
@@ -82,39 +90,43 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _age(text: str) -> float:
-    """Seconds of an age such as 30d."""
+    """An age such as 30d, in seconds."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?)([smhdw])", text)
     if match is None:
-        raise argparse.ArgumentTypeError(f"an age is a number and s, m, h, d or w, such as 30d; got {text!r}")
+        raise argparse.ArgumentTypeError(f"an age must be a number and s, m, h, d or w, such as 30d; got {text!r}")
     return float(match[1]) * _SECONDS[match[2]]
 
 
 def _size(text: str) -> int:
-    """Bytes of a size such as 50e9, 50GB or 40GiB."""
+    """A size such as 50e9, 50GB or 40GiB, in bytes."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?(?:e\d{1,2})?)\s*([kmgt]?i?)b?", text.lower())
     unit = None if match is None else (_UNITS | _BINARY).get(match[2])
     if match is None or unit is None:
-        raise argparse.ArgumentTypeError(f"a size is a number of bytes such as 50e9, 50GB or 40GiB; got {text!r}")
+        raise argparse.ArgumentTypeError(f"a size must be a number of bytes such as 50e9, 50GB or 40GiB; got {text!r}")
     return int(float(match[1]) * unit)
 
 
 # ---- the commands
 
 
-def _ls(chosen: argparse.Namespace) -> int:
-    found = [maintenance.summarize(path) for path in maintenance.stores(chosen.directory)]
-    if chosen.json:
-        return _print_json([_as_json(summary) for summary in found])
-    rows = [(s.module_hash, s.module, f"{s.rows:,}", _bytes(s.bytes), _date(s.modified)) for s in found]
+def _ls(args: argparse.Namespace) -> int:
+    summaries = _summaries(args)
+    if args.json:
+        return _print_json([_as_json(summary) for summary in summaries])
+    rows = [(s.module_hash, s.module, f"{s.rows:,}", _bytes(s.bytes), _date(s.modified)) for s in summaries]
     _print_table(("module hash", "class", "rows", "bytes", "last written"), rows)
     return 0
 
 
-def _stat(chosen: argparse.Namespace) -> int:
-    found = [maintenance.summarize(path) for path in maintenance.stores(chosen.directory)]
-    if chosen.json:
-        return _print_json([_as_json(s) | _details(s) for s in found])
-    for summary in found:
+def _summaries(args: argparse.Namespace) -> list[Summary]:
+    return [maintenance.summarize(path) for path in maintenance.stores(args.directory)]
+
+
+def _stat(args: argparse.Namespace) -> int:
+    summaries = _summaries(args)
+    if args.json:
+        return _print_json([_as_json(s) | _details(s) for s in summaries])
+    for summary in summaries:
         _print_summary(summary)
     return 0
 
@@ -136,69 +148,68 @@ def _print_summary(summary: Summary) -> None:
     print()
 
 
-def _verify(chosen: argparse.Namespace) -> int:
-    paths = [path for store in maintenance.stores(chosen.directory) for path in maintenance.segments(store)]
-    results: list[dict[str, Any]] = []
-    with _progress("verify", sum(path.stat().st_size for path in paths)) as progress:
-        for path in paths:
-            results.append(_verified(path, progress))
+def _verify(args: argparse.Namespace) -> int:
+    paths = [path for store in maintenance.stores(args.directory) for path in maintenance.segments(store)]
+    with byte_progress("verify", sum(path.stat().st_size for path in paths)) as progress:
+        results = [_verified(path, progress) for path in paths]
     bad = [result for result in results if result["damage"] or result["error"]]
     rows = sum(result["rows"] for result in results)
-    if chosen.json:
+    if args.json:
         _print_json({"segments": len(paths), "rows": rows, "damaged": bad})
     else:
-        for result in bad:
-            folder = Path(result["directory"])
-            for damage in result["damage"]:
-                print(f"damaged: {folder / str(Damage(**damage))}")
-            if result["error"]:
-                print(f"damaged: {result['error']}")
+        _print_damage(bad)
         print(f"{rows:,} rows in {len(paths):,} segments: {len(bad) or 'none'} damaged")
     return 1 if bad else 0
 
 
+def _print_damage(results: list[dict[str, Any]]) -> None:
+    for result in results:
+        folder = Path(result["directory"])
+        for damage in result["damage"]:
+            print(f"damaged: {folder / str(Damage(**damage))}")
+        if result["error"]:
+            print(f"damaged: {result['error']}")
+
+
 def _verified(path: Path, progress: Progress) -> dict[str, Any]:
-    """What is damaged; a segment that cannot be read is, one that a compaction has removed meanwhile is not."""
+    """The damage of a segment. An unreadable one is an error, one that a compaction has removed meanwhile is not."""
     rows, damage, error = 0, list[Damage](), None
     try:
         rows, damage = maintenance.verify(path, progress)
     except MaintenanceError as problem:
         error = str(problem) if path.exists() else None
-    found = [dataclasses.asdict(d) for d in damage]
-    return {"directory": str(path.parent), "segment": path.name, "rows": rows, "damage": found, "error": error}
+    damaged = [dataclasses.asdict(d) for d in damage]
+    return {"directory": str(path.parent), "segment": path.name, "rows": rows, "damage": damaged, "error": error}
 
 
-def _compact(chosen: argparse.Namespace) -> int:
-    for directory in maintenance.stores(chosen.directory):
+def _compact(args: argparse.Namespace) -> int:
+    for directory in maintenance.stores(args.directory):
         total = sum(path.stat().st_size for path in maintenance.segments(directory))
-        with _progress(f"compact {directory.name}", total) as progress:
+        with byte_progress(f"compact {directory.name}", total) as progress:
             done = maintenance.compact(directory, progress)
         print(
-            f"{directory.name}: {done.removed:,} segments became {done.written:,}; {done.rows:,} rows kept, "
-            f"{done.duplicates:,} duplicates and {done.damaged:,} damaged left out"
-            + (f"; {done.left:,} segments are still written and were left" if done.left else "")
+            f"{directory.name}: {done.removed:,} segments became {done.written:,}; {done.rows:,} rows copied, "
+            f"{done.duplicates:,} duplicates and {done.damaged:,} damaged rows dropped"
+            + (f"; {done.left:,} segments stay because a process may still write them" if done.left else "")
         )
     return 0
 
 
-def _prune(chosen: argparse.Namespace) -> int:
-    if chosen.older_than is None and chosen.max_bytes is None and chosen.module_hash is None:
-        raise MaintenanceError("nothing says what to remove: give --older-than, --max-bytes or --module-hash")
-    found = [maintenance.summarize(path) for path in maintenance.stores(chosen.directory)]
-    if chosen.module_hash is not None:
-        known = ", ".join(summary.module_hash for summary in found)
-        found = [summary for summary in found if summary.module_hash == chosen.module_hash]
-        if not found:
-            raise MaintenanceError(f"no folder is named {chosen.module_hash!r}; there are: {known}")
-    segments = maintenance.prunable(found, chosen.older_than, chosen.max_bytes)
-    busy = sum(segment.state == "written" for summary in found for segment in summary.segments)
+def _prune(args: argparse.Namespace) -> int:
+    if args.older_than is None and args.max_bytes is None and args.module_hash is None:
+        raise MaintenanceError("no rule says what to remove: add --older-than, --max-bytes or --module-hash")
+    summaries = _summaries(args)
+    if args.module_hash is not None:
+        summaries = [_named(summaries, args.module_hash)]
+    segments = maintenance.prunable(summaries, args.older_than, args.max_bytes)
+    busy = sum(segment.state == "written" for summary in summaries for segment in summary.segments)
     if busy:
-        print(f"{busy:,} segments are still written and stay")
+        print(f"{busy:,} segments stay because a process may still write them")
     if not segments:
         print("nothing to remove")
         return 0
     rows, size = sum(s.rows for _, s in segments), sum(s.all_bytes for _, s in segments)
-    if not chosen.yes and not _agreed(f"Remove {rows:,} rows, {len(segments):,} segments, {_bytes(size)}?"):
+    if not args.yes and not _is_confirmed(f"Remove {rows:,} rows, {len(segments):,} segments, {_bytes(size)}?"):
         print("nothing was removed")
         return 1
     removed, freed = maintenance.prune(segments)
@@ -206,27 +217,35 @@ def _prune(chosen: argparse.Namespace) -> int:
     return 0
 
 
-def _agreed(question: str) -> bool:
+def _named(summaries: list[Summary], module_hash: str) -> Summary:
+    for summary in summaries:
+        if summary.module_hash == module_hash:
+            return summary
+    names = ", ".join(summary.module_hash for summary in summaries)
+    raise MaintenanceError(f"no folder is named {module_hash!r}: name one of {names}")
+
+
+def _is_confirmed(question: str) -> bool:
     if not sys.stdin.isatty():
-        raise MaintenanceError(f"{question} There is nobody to ask: add --yes")
+        raise MaintenanceError(f"{question} Standard input is not a terminal, so nobody can answer: add --yes")
     return input(f"{question} [y/N] ").strip().lower() in ("y", "yes")
 
 
-def _export(chosen: argparse.Namespace) -> int:
-    found = maintenance.stores(chosen.directory)
-    if len(found) != 1:
-        names = ", ".join(path.name for path in found) or "none"
-        raise MaintenanceError(f"{str(chosen.directory)!r} has {len(found)} folders with rows ({names}): name one")
-    with _progress("export", maintenance.summarize(found[0]).bytes) as progress:
-        rows = export(found[0], chosen.file, progress)
-    print(f"{rows:,} rows in {chosen.file}")
+def _export(args: argparse.Namespace) -> int:
+    folders = maintenance.stores(args.directory)
+    if len(folders) != 1:
+        names = ", ".join(path.name for path in folders) or "none"
+        raise MaintenanceError(f"{str(args.directory)!r} has {len(folders)} folders with rows ({names}): name one")
+    with byte_progress("export", maintenance.summarize(folders[0]).bytes) as progress:
+        rows = export(folders[0], args.file, progress)
+    print(f"{rows:,} rows in {args.file}")
     return 0
 
 
 _COMMANDS = {"ls": _ls, "stat": _stat, "verify": _verify, "compact": _compact, "prune": _prune, "export": _export}
 
 
-# ---- what is shown
+# ---- output
 
 
 def _as_json(summary: Summary) -> dict[str, Any]:
@@ -271,38 +290,15 @@ def _date(seconds: float | None) -> str:
     return "never" if seconds is None else time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(seconds))
 
 
-@contextlib.contextmanager
-def _progress(name: str, total: int) -> Iterator[Progress]:
-    """A bar on a terminal: tqdm's where it is installed, else a percentage; elsewhere nothing."""
-    if not sys.stderr.isatty():
-        yield lambda n: None
-        return
-    try:
-        tqdm = importlib.import_module("tqdm").tqdm
-    except ImportError:
-        yield _Percentage(name, total)
-        print(file=sys.stderr)
-        return
-    with tqdm(total=total, desc=name, unit="B", unit_scale=True) as bar:
-        yield bar.update
+# ---- the report
 
 
-class _Percentage:
-    """A line that says how much is done."""
-
-    def __init__(self, name: str, total: int) -> None:
-        self._name = name
-        self._total = max(1, total)
-        self._done = 0
-
-    def __call__(self, n: int) -> None:
-        self._done += n
-        print(f"\r{self._name}: {100 * self._done // self._total} %", end="", file=sys.stderr, flush=True)
-
-
-# ---- what is installed
 def report() -> int:
-    """Prints versions, the state of the native library and where it is."""
+    """Prints versions, and the state and path of the native library.
+
+    Returns:
+        The exit status.
+    """
     print(f"torchcache  {__version__} in {Path(__file__).parents[1]}")
     print(f"python      {platform.python_version()}")
     print(f"torch       {torch.__version__}")
@@ -316,7 +312,11 @@ def report() -> int:
 
 
 def library_state() -> tuple[str, int]:
-    """How the native library is there, and the exit status; compiles it if that is still to do."""
+    """Loads the native library, compiling it if necessary.
+
+    Returns:
+        In words whether and where it is, and the exit status.
+    """
     try:
         path = build.library()
         torch.ops.load_library(str(path))  # type: ignore[no-untyped-call]
@@ -326,7 +326,7 @@ def library_state() -> tuple[str, int]:
 
 
 def _cuda() -> str:
-    """Which GPUs the native library has code for."""
+    """The compute capabilities that the native library has code for, in words."""
     built = ", ".join(f"{number / 100:.1f}" for number in ops.cuda_architectures())
     if not built:
         return "not built in"
@@ -334,7 +334,7 @@ def _cuda() -> str:
 
 
 def _source() -> str:
-    """What to give to pip to install the same torchcache again."""
+    """The argument of pip that installs the same torchcache again."""
     try:
         recorded = importlib.metadata.distribution("torchcache").read_text("direct_url.json")
     except importlib.metadata.PackageNotFoundError:

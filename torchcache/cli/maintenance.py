@@ -1,7 +1,7 @@
-"""Maintenance of cache directories, beside the processes that use them: what to look at, check, rewrite and remove.
+"""Maintenance of cache directories while other processes use them: inspects, verifies, compacts and prunes segments.
 
-Decisions stand here; bytes are moved natively (csrc/store/maintenance). No function touches a
-segment that a process may still write. A cache directory holds a folder for each module hash; both are accepted.
+This module decides, native code (csrc/store/maintenance) moves the bytes. No function changes a segment that a process
+may still write. A cache directory holds a folder for each module hash. Functions accept either.
 """
 
 from __future__ import annotations
@@ -19,19 +19,22 @@ from pathlib import Path
 from typing import Any
 
 from torchcache._native import ops
+from torchcache.cli.progress import Progress
 from torchcache.errors import MaintenanceError
 from torchcache.tiers.meta import META_FILE, read_meta
 
 _SEGMENT = re.compile(r"[0-9a-f]{32}\.seg")
 _DERIVED = re.compile(r"([0-9a-f]{32})\.(idx|tmp)")
-_LARGE = 512 << 20  # bytes of a segment that is not worth rewriting unless something in it is waste
-PART = 64 << 20  # bytes between two signs of progress
-
-Progress = Callable[[int], object]  # is told of bytes that are done
+_LARGE = 512 << 20  # bytes; compact rewrites a segment of this size only if it wastes space
+PART = 64 << 20  # bytes between two reports of progress
 
 
 def stores(directory: Path) -> list[Path]:
-    """The folders of a cache directory that hold rows, by name; the directory itself if it is such a folder."""
+    """The folders of a cache directory that hold rows, by name; the directory itself if it is such a folder.
+
+    Raises:
+        MaintenanceError: it is not a cache directory, or cannot be read.
+    """
     if not directory.exists():
         raise MaintenanceError(f"there is no directory {str(directory)!r}: name the persistent_cache_dir of a cache")
     if not directory.is_dir():
@@ -39,15 +42,16 @@ def stores(directory: Path) -> list[Path]:
     try:
         if _is_store(directory):
             return [directory]
-        inside = sorted(directory.iterdir())
-        found = [path for path in inside if path.is_dir() and not path.is_symlink() and _is_store(path)]
+        entries = sorted(directory.iterdir())
+        folders = [path for path in entries if path.is_dir() and not path.is_symlink() and _is_store(path)]
     except OSError as error:
         raise MaintenanceError(f"{error.filename!r} cannot be read: {error.strerror}") from error
-    if inside and not found:
+    if entries and not folders:
         raise MaintenanceError(
-            f"{str(directory)!r} is no cache directory: neither it nor a folder in it holds {META_FILE} or *.seg files"
+            f"{str(directory)!r} is not a cache directory: neither it nor a folder in it holds {META_FILE} or "
+            "*.seg files; name the persistent_cache_dir of a cache"
         )
-    return found
+    return folders
 
 
 def _is_store(directory: Path) -> bool:
@@ -55,30 +59,42 @@ def _is_store(directory: Path) -> bool:
 
 
 def segments(directory: Path) -> list[Path]:
-    """The segments of a folder; as for readers, only regular files are."""
-    found = (path for path in directory.iterdir() if _SEGMENT.fullmatch(path.name))
-    return sorted(path for path in found if path.is_file() and not path.is_symlink())
+    """The segments of a folder, by name. Like readers, it ignores everything but regular files."""
+    named = (path for path in directory.iterdir() if _SEGMENT.fullmatch(path.name))
+    return sorted(path for path in named if path.is_file() and not path.is_symlink())
 
 
 def native(operation: Callable[..., Any], *arguments: Any) -> Any:
-    """Calls a native operation; what it could not read or write is a MaintenanceError."""
+    """Calls a native operation.
+
+    Raises:
+        MaintenanceError: the operation could not read or write a file.
+    """
     try:
         return operation(*arguments)
     except RuntimeError as error:
         raise MaintenanceError(str(error).partition("\n")[0]) from error
 
 
-def _reported(operation: Callable[..., str], *arguments: Any) -> Any:
-    """The result of a native operation that answers with JSON: ``csrc/store/maintenance/report.h``."""
+def _report(operation: Callable[..., str], *arguments: Any) -> Any:
+    """The result of a native operation that returns JSON: ``csrc/store/maintenance/report.h``."""
     return json.loads(native(operation, *arguments))
 
 
-# ---- what is there
+# ---- inspecting
 
 
 @dataclasses.dataclass
 class Group:
-    """Rows of one layout and codec."""
+    """Rows of one layout and codec.
+
+    Attributes:
+        layout: as JSON.
+        codec: ``raw`` or ``zstd``.
+        rows: how many.
+        bytes: their size before compression.
+        stored_bytes: their size in the file.
+    """
 
     layout: str
     codec: str
@@ -89,8 +105,15 @@ class Group:
 
 @dataclasses.dataclass
 class Segment:
+    """One segment file with its index. Sizes are in bytes, `modified` in seconds since the epoch.
+
+    Attributes:
+        state: ``sealed``: it has an index; ``left``: it has none and nobody writes it; ``written``: a process may
+            still write it.
+    """
+
     name: str
-    state: str  # sealed: has an index; left: has none and nobody writes it; written: a process may write it
+    state: str
     bytes: int
     index_bytes: int
     blocks: int
@@ -100,12 +123,13 @@ class Segment:
 
     @property
     def all_bytes(self) -> int:
+        """The size of the segment and its index."""
         return self.bytes + self.index_bytes
 
 
 @dataclasses.dataclass
 class Summary:
-    """One folder of a cache directory."""
+    """One folder of a cache directory; `module` is the name of the class."""
 
     directory: Path
     module_hash: str
@@ -114,38 +138,46 @@ class Summary:
 
     @property
     def rows(self) -> int:
+        """Rows of all segments, with duplicates."""
         return sum(segment.rows for segment in self.segments)
 
     @property
     def bytes(self) -> int:
+        """The size of all segments and indexes."""
         return sum(segment.all_bytes for segment in self.segments)
 
     @property
     def modified(self) -> float | None:
+        """When a segment was last written; None: there are no segments."""
         return max((segment.modified for segment in self.segments), default=None)
 
     def groups(self) -> list[Group]:
-        """Layouts of all segments, those with most rows first."""
+        """The groups of all segments, those with most rows first."""
         total: dict[tuple[str, str], Group] = {}
         for group in (group for segment in self.segments for group in segment.groups):
-            known = total.setdefault((group.layout, group.codec), Group(group.layout, group.codec))
-            known.rows += group.rows
-            known.bytes += group.bytes
-            known.stored_bytes += group.stored_bytes
+            merged = total.setdefault((group.layout, group.codec), Group(group.layout, group.codec))
+            merged.rows += group.rows
+            merged.bytes += group.bytes
+            merged.stored_bytes += group.stored_bytes
         return sorted(total.values(), key=lambda group: (-group.rows, group.layout))
 
 
 def summarize(directory: Path) -> Summary:
-    found = []
+    """Inspects the segments of a folder.
+
+    Raises:
+        MaintenanceError: a segment cannot be read.
+    """
+    inspected = []
     for path in segments(directory):
-        with contextlib.suppress(FileNotFoundError):  # somebody else's compaction
-            found.append(_segment(path))
-    return Summary(directory, directory.absolute().name, _module(directory), found)
+        with contextlib.suppress(FileNotFoundError):  # another process compacted it
+            inspected.append(_segment(path))
+    return Summary(directory, directory.absolute().name, _module(directory), inspected)
 
 
 def _segment(path: Path) -> Segment:
     modified = path.stat().st_mtime
-    report = _reported(ops.segment_inspect, str(path.parent), path.stem)
+    report = _report(ops.segment_inspect, str(path.parent), path.stem)
     groups = [Group(**group) for group in report["groups"]]
     state = "written" if not report["idle"] else "sealed" if report["index_bytes"] else "left"
     rows = sum(group.rows for group in groups)
@@ -156,37 +188,39 @@ def _module(directory: Path) -> str:
     name = read_meta(directory).get("class")
     if not isinstance(name, str):
         return "?"
-    return name if name.isprintable() else ascii(name)[1:-1]  # it goes to a terminal
+    return name if name.isprintable() else ascii(name)[1:-1]  # a terminal may show it
 
 
 def duplicates(summary: Summary) -> int:
-    """Rows that are there more than once, apart from one of each."""
+    """How many rows are copies of other rows of the folder."""
     names = [segment.name for segment in summary.segments]
     return sum(waste.duplicates for waste in _waste(summary.directory, names))
 
 
 @dataclasses.dataclass
 class _Waste:
-    """What a compaction would leave out of a segment: rows of earlier segments, ranges without a block."""
+    """What a compaction would drop from a segment: rows of earlier segments, and ranges without a block."""
 
     duplicates: int
     holes: int
 
 
 def _waste(directory: Path, names: list[str]) -> list[_Waste]:
-    return [_Waste(**waste) for waste in _reported(ops.segment_waste, str(directory), names)]
+    return [_Waste(**waste) for waste in _report(ops.segment_waste, str(directory), names)]
 
 
-# ---- checking
+# ---- verifying
 
 
 @dataclasses.dataclass
 class Damage:
+    """A damaged range of a segment; `offset` and `bytes` are in bytes."""
+
     segment: str
     kind: str
     offset: int
     bytes: int
-    rows: int | None  # None where it cannot be known
+    rows: int | None  # None: unknown
 
     def __str__(self) -> str:
         rows = "" if self.rows is None else f", {self.rows} row{'s' * (self.rows != 1)}"
@@ -194,27 +228,44 @@ class Damage:
 
 
 def verify(path: Path, progress: Progress = lambda n: None) -> tuple[int, list[Damage]]:
-    """Checks every checksum of a segment and its index: rows that were looked at, and what is damaged.
+    """Checks every checksum of a segment and its index. What a writer has not finished does not count as damage.
 
-    What a writer has not finished, or did not finish before it was killed, is no damage.
+    Args:
+        path: the segment.
+        progress: called with the bytes that were read since the last call.
+
+    Returns:
+        The number of checked rows, and the damaged ranges.
+
+    Raises:
+        MaintenanceError: the segment cannot be read.
     """
     position, done, rows = 64, False, 0
-    found: list[Damage] = []
+    damaged: list[Damage] = []
     while not done:
-        report = _reported(ops.segment_verify, str(path.parent), path.stem, position, PART)
+        report = _report(ops.segment_verify, str(path.parent), path.stem, position, PART)
         rows += report["rows"]
-        found += [Damage(path.name, **damage) for damage in report["damage"]]
+        damaged += [Damage(path.name, **damage) for damage in report["damage"]]
         progress(report["position"] - position)
         position, done = report["position"], report["done"]
-    return rows, found
+    return rows, damaged
 
 
-# ---- rewriting
+# ---- compacting
 
 
 @dataclasses.dataclass
 class Compacted:
-    """What a compaction did; `left` are segments that some process may still write."""
+    """The result of a compaction.
+
+    Attributes:
+        rows: rows of the new segments.
+        duplicates: rows that were dropped because another segment has them.
+        damaged: rows that were dropped because they failed their checksum.
+        removed: segments that were removed.
+        written: segments that were written.
+        left: segments that stayed because a process may still write them.
+    """
 
     rows: int = 0
     duplicates: int = 0
@@ -225,17 +276,24 @@ class Compacted:
 
 
 def compact(directory: Path, progress: Progress = lambda n: None) -> Compacted:
-    """Many segments into few, without duplicates and damage, while readers and writers go on.
+    """Rewrites many segments into few, without duplicates and damage, while other processes read and write.
 
-    Takes up to 64 bytes of memory a row, and room on the disk for about two segments.
+    It needs up to 64 bytes of memory for each row, and space on the disk for about two segments.
+
+    Args:
+        directory: a folder that holds segments.
+        progress: called with the bytes that were processed since the last call.
+
+    Raises:
+        MaintenanceError: another compact or prune is running, or a file cannot be read or written.
     """
-    with _alone(directory):
-        _sweep(directory)
-        found = summarize(directory).segments
-        idle = [segment for segment in found if segment.state != "written"]
+    with _locked(directory):
+        _remove_leftovers(directory)
+        inspected = summarize(directory).segments
+        idle = [segment for segment in inspected if segment.state != "written"]
         rewritten, retained = _worth_rewriting(directory, idle, progress)
         result = _rewrite(directory, rewritten, retained, progress) if rewritten else Compacted()
-        result.left += len(found) - len(idle)
+        result.left += len(inspected) - len(idle)
         return result
 
 
@@ -266,20 +324,22 @@ def _rewrite(directory: Path, rewritten: list[Segment], retained: list[Segment],
         for segment in rewritten:
             left += not native(ops.compact_add, compaction, segment.name)
             progress(segment.bytes)
-        return Compacted(**_reported(ops.compact_finish, compaction), left=left)
+        return Compacted(**_report(ops.compact_finish, compaction), left=left)
     finally:
         ops.compact_close(compaction)
 
 
 @contextlib.contextmanager
-def _alone(directory: Path) -> Iterator[None]:
-    """Keeps out a second compact or prune. It would do no harm, so file systems that cannot lock do not matter."""
+def _locked(directory: Path) -> Iterator[None]:
+    """Excludes a second compact or prune. It would do no harm, so a file system without locks is fine."""
     descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         os.close(descriptor)
-        raise MaintenanceError(f"another compact or prune is at work in {str(directory)!r}: wait for it") from None
+        raise MaintenanceError(
+            f"another compact or prune is running in {str(directory)!r}: wait until it ends"
+        ) from None
     except OSError:
         pass
     try:
@@ -288,8 +348,8 @@ def _alone(directory: Path) -> Iterator[None]:
         os.close(descriptor)
 
 
-def _sweep(directory: Path) -> None:
-    """Removes what killed processes left: unfinished folders and files, and indexes without a segment."""
+def _remove_leftovers(directory: Path) -> None:
+    """Removes unfinished folders and files of killed processes, and indexes without a segment."""
     for path in list(directory.iterdir()):
         if not _DERIVED.fullmatch(path.name) or path.is_symlink():
             continue
@@ -297,12 +357,12 @@ def _sweep(directory: Path) -> None:
             if not path.with_suffix(".seg").exists():
                 path.unlink(missing_ok=True)
         elif path.is_dir():
-            _sweep_folder(path)
+            _remove_leftover_folder(path)
         else:
             ops.segment_remove(str(path))
 
 
-def _sweep_folder(folder: Path) -> None:
+def _remove_leftover_folder(folder: Path) -> None:
     for path in segments(folder):
         if not ops.segment_remove(str(path)):
             return
@@ -313,17 +373,21 @@ def _sweep_folder(folder: Path) -> None:
         folder.rmdir()
 
 
-# ---- removing
+# ---- pruning
 
 
 def prunable(
     summaries: list[Summary], older_than: float | None = None, max_bytes: int | None = None
 ) -> list[tuple[Summary, Segment]]:
-    """Segments to remove, the oldest first; all of them where there is no rule. None that may still be written.
+    """Segments that the rules remove, the oldest first; without a rule, all that no process may still write.
 
     Args:
-        older_than: seconds since a segment was last written.
-        max_bytes: what may stay of all summaries together; the oldest segments go first.
+        summaries: the folders.
+        older_than: remove segments that were last written more than so many seconds ago.
+        max_bytes: remove the oldest segments until all folders together have at most so many bytes.
+
+    Returns:
+        Each segment with the summary of its folder.
     """
     all_segments = [(summary, segment) for summary in summaries for segment in summary.segments]
     idle = [pair for pair in all_segments if pair[1].state != "written"]
@@ -341,15 +405,22 @@ def prunable(
 
 
 def prune(chosen: list[tuple[Summary, Segment]]) -> tuple[int, int]:
-    """Removes segments, and folders that have none left: how many, and their bytes."""
+    """Removes segments, and folders that become empty.
+
+    Returns:
+        How many segments were removed, and their size in bytes.
+
+    Raises:
+        MaintenanceError: another compact or prune is running.
+    """
     removed, freed = 0, 0
     for directory in {summary.directory for summary, _ in chosen}:
-        with _alone(directory):
+        with _locked(directory):
             for summary, segment in chosen:
                 if summary.directory == directory and ops.segment_remove(str(_path(directory, segment))):
                     _path(directory, segment).with_suffix(".idx").unlink(missing_ok=True)
                     removed, freed = removed + 1, freed + segment.all_bytes
-            _sweep(directory)
+            _remove_leftovers(directory)
             _remove_if_empty(directory)
     return removed, freed
 
@@ -357,6 +428,6 @@ def prune(chosen: list[tuple[Summary, Segment]]) -> tuple[int, int]:
 def _remove_if_empty(directory: Path) -> None:
     if segments(directory):
         return
-    with contextlib.suppress(OSError):  # something else is in it
+    with contextlib.suppress(OSError):  # other files are in it
         (directory / META_FILE).unlink(missing_ok=True)
         directory.rmdir()
