@@ -122,7 +122,7 @@ def test_a_subset_is_collated_as_the_whole_is() -> None:
     assert torch.equal(outputs, X[[4, 9, 2]] * 2 + 1) and labels.tolist() == [40, 90, 20]
 
 
-def test_rows_keep_neither_the_module_nor_the_inputs_alive() -> None:
+def test_rows_do_not_keep_the_module_or_the_inputs_alive() -> None:
     module = cached()
     gone = weakref.ref(module)
     rows = precompute(module, labelled())

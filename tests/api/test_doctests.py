@@ -56,7 +56,7 @@ def test_the_public_names_are_those_that_the_package_exports() -> None:
     assert set(PUBLIC) <= scope.keys()
 
 
-def test_errors_are_caught_by_their_base_class_and_by_what_python_calls_them() -> None:
+def test_errors_have_a_base_class_and_a_builtin_one() -> None:
     for error in (BuildError, MaintenanceError, MissingRows):
         assert issubclass(error, TorchcacheError)
     assert issubclass(MissingRows, LookupError) and issubclass(BuildError, ImportError)

@@ -89,7 +89,7 @@ def test_functions_are_filled_too() -> None:
     assert torch.equal(precompute(double, [X])[7], X[7] * 2)
 
 
-def test_the_first_pass_is_not_taken_for_inputs_that_never_repeat(caplog: pytest.LogCaptureFixture) -> None:
+def test_the_first_pass_gives_no_warning_of_inputs_that_never_repeat(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.WARNING, logger="torchcache")
     module = cached()
     precompute(module, torch.arange(11_000.0).view(-1, 1).split(5_500))

@@ -179,7 +179,7 @@ def test_prune_by_size_stays_in_the_folder_that_is_named(cache: Path) -> None:
     assert [path.name for path in cache.iterdir()] == ["first"]
 
 
-def test_ages_and_sizes_are_what_people_write() -> None:
+def test_ages_and_sizes_have_the_usual_units() -> None:
     assert [_age(text) for text in ("30d", "12h", "1.5m", "2w")] == [2592000, 43200, 90, 1209600]
     sizes = ("50e9", "50GB", "50 gb", "1.5k", "40GiB", "7", "7B")
     assert [_size(text) for text in sizes] == [50e9, 50e9, 50e9, 1500, 40 * 2**30, 7, 7]
@@ -196,7 +196,7 @@ def test_a_wrong_age_or_size_says_how_to_write_it(cache: Path, wrong: list[str],
 
 
 @pytest.mark.parametrize("command", ["ls", "stat", "verify", "compact"])
-def test_a_directory_that_is_none_is_named_with_what_to_do(command: str, tmp_path: Path, capsys: Output) -> None:
+def test_a_wrong_directory_is_an_error_that_says_what_to_do(command: str, tmp_path: Path, capsys: Output) -> None:
     (tmp_path / "file").write_text("")
     for wrong in (tmp_path / "missing", tmp_path / "file", tmp_path):
         assert run(command, wrong) == 2
@@ -216,7 +216,7 @@ def test_prune_says_which_folders_there_are_and_that_it_needs_a_rule(cache: Path
     assert "--older-than" in capsys.readouterr().err
 
 
-def test_verify_calls_what_it_cannot_read_damaged(tmp_path: Path, capsys: Output) -> None:
+def test_verify_reports_an_unreadable_segment_as_damaged(tmp_path: Path, capsys: Output) -> None:
     write_segment(tmp_path, [(ZSTD, [Row(1, b"layout", b"12345678")])])
     (segment,) = files(tmp_path, "seg")
     header = segment.read_bytes()[:8] + (2).to_bytes(4, "little") + segment.read_bytes()[12:56]
@@ -225,7 +225,7 @@ def test_verify_calls_what_it_cannot_read_damaged(tmp_path: Path, capsys: Output
     assert f"{segment} is of version 2" in capsys.readouterr().out
 
 
-def test_what_is_no_segment_is_passed_over(cache: Path, capsys: Output) -> None:
+def test_other_files_are_ignored(cache: Path, capsys: Output) -> None:
     (cache / "first" / f"{1:032x}.seg").mkdir()
     (cache / "first" / f"{2:032x}.seg").symlink_to("/dev/zero")
     os.mkfifo(cache / "first" / f"{3:032x}.seg")

@@ -156,7 +156,7 @@ def test_only_a_regular_file_is_replaced(directory: Path, tmp_path: Path) -> Non
     assert stat.S_ISFIFO((tmp_path / "fifo").stat().st_mode)
 
 
-def test_a_link_stays_and_what_it_points_to_gets_the_rows(directory: Path, tmp_path: Path) -> None:
+def test_a_link_stays_and_its_target_gets_the_rows(directory: Path, tmp_path: Path) -> None:
     (tmp_path / "target").touch()
     (tmp_path / "link").symlink_to(tmp_path / "target")
     export(directory, tmp_path / "link")

@@ -111,13 +111,13 @@ def test_segments_of_a_later_version_are_left_with_an_error(tmp_path: Path) -> N
     assert contents(tmp_path) == before
 
 
-def test_a_second_maintenance_at_the_same_time_is_told_to_wait(tmp_path: Path) -> None:
+def test_a_second_maintenance_at_the_same_time_is_an_error(tmp_path: Path) -> None:
     write(tmp_path, batch(5, 1))
     with maintenance._locked(tmp_path), pytest.raises(errors.MaintenanceError, match="is running"):
         maintenance.compact(tmp_path)
 
 
-def test_what_killed_processes_left_is_swept_and_what_is_not_theirs_stays(tmp_path: Path) -> None:
+def test_leftovers_of_killed_processes_are_removed_and_other_files_stay(tmp_path: Path) -> None:
     write(tmp_path, batch(5, 1))
     (index,) = files(tmp_path, "idx")
     work = tmp_path / f"{5:032x}.tmp"

@@ -126,7 +126,7 @@ def test_the_persistent_limit_counts_bytes_of_files_and_keeps_the_oldest_rows(
     assert first.calls == 0
 
 
-def test_max_persistent_cache_size_zero_keeps_nothing_on_disk(tmp_path: Path) -> None:
+def test_max_persistent_cache_size_zero_stores_nothing_on_disk(tmp_path: Path) -> None:
     module = cached(tmp_path, max_persistent_cache_size=0)
     assert torch.equal(module(X), X * 2)
     cache_of(module).flush()

@@ -1,4 +1,4 @@
-"""Rows that are on their way from a GPU: kept late, never missed. The copies are stood in for, so no GPU is needed."""
+"""Rows that are copied from a GPU are written late and never missed. A fake copy stands in, so no GPU is needed."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ LOOKS: dict[str, Callable[[Cache], bool]] = {
 
 
 @pytest.mark.parametrize("look", LOOKS)
-def test_whoever_looks_sees_them(look: str, tmp_path: Path) -> None:
+def test_every_reader_gets_queued_rows(look: str, tmp_path: Path) -> None:
     module = cached(tmp_path)
     module(X)
     assert LOOKS[look](cache_of(module))
@@ -136,7 +136,7 @@ def test_clear_forgets_rows_on_their_way_too(tmp_path: Path) -> None:
     assert module.rows == 2 * len(X)
 
 
-def test_where_no_copy_can_be_started_rows_are_kept_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rows_are_written_at_once_if_no_copy_can_be_started(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(leaves: list[Tensor]) -> None:
         raise RuntimeError("CUDA out of memory")
 

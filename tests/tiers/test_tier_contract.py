@@ -127,7 +127,7 @@ def test_one_read_gives_rows_of_one_layout(tier: Tier) -> None:
     assert read(tier, [1, 3, 2], LAYOUTS[2]) is None
 
 
-def test_an_empty_batch_is_no_error(tier: Tier) -> None:
+def test_an_empty_batch_is_not_an_error(tier: Tier) -> None:
     empty = torch.empty((0, 2), dtype=torch.int64)
     tier.write(empty, LAYOUTS[0], leaves_of([], LAYOUTS[0]))
     assert tier.lookup(empty).tolist() == [] and tier.read(empty) is None
@@ -166,7 +166,7 @@ def test_stats_grow_with_the_rows(tier: Tier) -> None:
 
 
 @pytest.mark.parametrize("name", ["memory", "disk"])
-def test_a_full_tier_keeps_what_it_has_and_says_so(name: str, tmp_path: Path) -> None:
+def test_a_full_tier_keeps_its_rows_and_reports_that_it_is_full(name: str, tmp_path: Path) -> None:
     options = Options.checked(persistent=True, max_persistent_cache_size=4096)
     tier: Tier = MemoryTier("cpu", 24) if name == "memory" else DiskTier(tmp_path / "d", options)
     write(tier, [1])

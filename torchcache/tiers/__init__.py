@@ -1,1 +1,1 @@
-"""Rows by key, in memory and on disk; nothing here knows a module or a call."""
+"""Stores rows by key, in memory and on disk. Nothing here depends on modules or calls."""

@@ -1,7 +1,7 @@
-"""Where the rows of one layout lie in memory: chunks of tensors ``[rows, …]``, one tensor for each leaf.
+"""An arena stores the rows of one layout in memory: in chunks of tensors ``[rows, …]``, one tensor for each leaf.
 
-On the CPU one chunk is reserved for all rows that the limit allows, and costs nothing until it is touched. Where the
-system refuses that much address space, and on other devices, chunks are added as rows come.
+On the CPU it reserves one chunk for all rows that the limit allows, which uses no memory before rows are written. If
+the system refuses that much address space, and on other devices, it adds chunks as rows come.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import contextlib
 import mmap
 from bisect import bisect_right
 from collections.abc import Callable, Iterator
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,25 +18,32 @@ from torch import Tensor
 from torchcache.tiers.layout import Layout, Leaf, movable, select
 
 _CHUNK_BYTES = 64 << 20
-_GROWTH = 8  # a chunk is at least an eighth of all before it: few chunks, little of the last one unused
+_GROWTH = 8  # a chunk has at least 1/8 of the rows of all earlier ones: few chunks, little unused memory
 _MAP_NORESERVE = 0x4000  # Linux; Python's mmap does not name it
-_SMALL_BYTES = 16 << 20  # of a leaf: only behind those pages may be huge, of which the last is hardly ever full
+_SMALL_BYTES = 16 << 20  # huge pages start at this offset of a leaf, because the last one is mostly unused
 
-# Told of every new chunk: the slot of its first row, and its tensors.
+# Called with every new chunk: the slot of its first row, and its tensors.
 AddChunk = Callable[[int, list[Tensor]], None]
 
 
+class _Span(NamedTuple):
+    chunk: list[Tensor]
+    start: int  # first row in the chunk
+    rows: int
+    done: int  # rows of earlier spans
+
+
 class RowArena:
-    """Rows of one layout on one device, numbered by slots. Rows are only ever added.
+    """Rows of one layout on one device, numbered by slots. Rows are never removed.
 
     Args:
-        layout: of the rows.
-        device: where they lie.
-        limit: bytes of rows that the arena may get.
-        add_chunk: is told of every new chunk; None: nobody is.
+        layout: the layout of all rows.
+        device: the device of the chunks.
+        limit: the most bytes of rows that the arena may hold.
+        add_chunk: registers every new chunk with native code; None: native code cannot use the chunks.
 
     Attributes:
-        used: the first slot that no row has.
+        used: the number of used slots, which is the first free one.
         is_native: whether native code can write rows here.
     """
 
@@ -51,43 +59,47 @@ class RowArena:
         self.used = 0
 
     def append(self, leaves: list[Tensor], count: int) -> int:
-        """Copies rows to the slots behind the last row; gives the first of these. Where it raises, no slot is used."""
+        """Copies rows to the first free slots. If it raises, no slot is used.
+
+        Returns:
+            The first of these slots.
+        """
         first = self.used
         while self._allocated < first + count:
             self._grow()
-        for chunk, at, done, here in self._spans(first, count):
-            for kept, rows in zip(chunk, leaves):
+        for span in self._spans(first, count):
+            for target, rows in zip(span.chunk, leaves):
                 with torch.no_grad():
-                    kept[at : at + here].copy_(rows[done : done + here])
+                    target[span.start : span.start + span.rows].copy_(rows[span.done : span.done + span.rows])
         self.used += count
         return first
 
     def gather(self, slots: Tensor) -> list[Tensor]:
-        """Rows of these slots (int64 ``[N]``, on the CPU) as fresh leaves ``[N, …]`` on the device."""
+        """The rows of these slots (int64 ``[N]``, on the CPU) as new leaves ``[N, …]`` on the device."""
         if len(self._chunks) == 1:
-            there = slots.to(self.device)
-            return [select(kept, there) for kept in self._chunks[0]]
+            slots = slots.to(self.device)
+            return [select(stored, slots) for stored in self._chunks[0]]
         outputs = [self._empty(leaf, slots.shape[0]) for leaf in self.layout.leaves]
         starts = torch.tensor(self._starts, device="cpu")
         number = torch.bucketize(slots, starts, right=True) - 1
         for chunk in torch.unique(number).tolist():
-            where = (number == chunk).nonzero().squeeze(1)
-            rows = (slots.index_select(0, where) - self._starts[chunk]).to(self.device)
-            where = where.to(self.device)
-            for kept, out in zip(self._chunks[chunk], outputs):
-                movable(out).index_copy_(0, where, movable(select(kept, rows)))
+            positions = (number == chunk).nonzero().squeeze(1)
+            rows = (slots.index_select(0, positions) - self._starts[chunk]).to(self.device)
+            positions = positions.to(self.device)
+            for stored, out in zip(self._chunks[chunk], outputs):
+                movable(out).index_copy_(0, positions, movable(select(stored, rows)))
         return outputs
 
-    def _spans(self, first: int, count: int) -> Iterator[tuple[list[Tensor], int, int, int]]:
-        """(chunk, row in it, rows done before, rows) that hold the slots first … first + count - 1."""
+    def _spans(self, first: int, count: int) -> Iterator[_Span]:
+        """The parts of chunks that hold the slots first … first + count - 1."""
         done = 0
         while done < count:
             number = bisect_right(self._starts, first + done) - 1
-            at = first + done - self._starts[number]
+            start = first + done - self._starts[number]
             end = self._starts[number + 1] if number + 1 < len(self._starts) else self._allocated
-            here = min(count - done, end - self._starts[number] - at)
-            yield self._chunks[number], at, done, here
-            done += here
+            span = _Span(self._chunks[number], start, min(count - done, end - self._starts[number] - start), done)
+            yield span
+            done += span.rows
 
     def _grow(self) -> None:
         rows, chunk = self._capacity, self._reserve() if not self._chunks and self.device.type == "cpu" else None
@@ -102,13 +114,13 @@ class RowArena:
         self._allocated += rows
 
     def _reserve(self) -> list[Tensor] | None:
-        """Address space for all rows; None where that is refused."""
+        """A chunk for all rows; None if the system refuses the address space."""
         leaves = []
         for leaf in self.layout.leaves:
-            kept = _reserve(leaf, self._capacity)
-            if kept is None:
+            stored = _reserve(leaf, self._capacity)
+            if stored is None:
                 return None
-            leaves.append(kept)
+            leaves.append(stored)
         return leaves
 
     def _empty(self, leaf: Leaf, rows: int) -> Tensor:
@@ -117,13 +129,13 @@ class RowArena:
 
 
 def _reserve(leaf: Leaf, capacity: int) -> Tensor | None:
-    """Address space for all rows of a leaf, without memory behind it until it is touched."""
+    """Reserves address space for all rows of a leaf. The system adds memory when rows are written."""
     size = capacity * leaf.row_bytes
     if size == 0 or not hasattr(mmap, "MAP_ANONYMOUS"):
         return None
     flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_NORESERVE
     try:
-        # Private: a forked child must not write into its parent. Never closed: the tensor keeps it alive.
+        # Private, so that a forked child does not write into its parent. The tensor keeps the map alive.
         memory = mmap.mmap(-1, size, flags=flags)
         _use_huge_pages(memory)
         with torch.inference_mode(False):
@@ -134,7 +146,7 @@ def _reserve(leaf: Leaf, capacity: int) -> Tensor | None:
 
 
 def _use_huge_pages(memory: mmap.mmap) -> None:
-    """Fewer page faults while rows come, and fewer misses of the address cache while they are gathered."""
+    """Reduces page faults while rows are written, and TLB misses while they are gathered."""
     if hasattr(mmap, "MADV_HUGEPAGE") and len(memory) > _SMALL_BYTES:
-        with contextlib.suppress(OSError):  # a system without them
+        with contextlib.suppress(OSError):  # the system has none
             memory.madvise(mmap.MADV_HUGEPAGE, _SMALL_BYTES)

@@ -1,4 +1,4 @@
-"""The rows of one batch, gathered from several places: memory, farther tiers, and the forward."""
+"""Merges the rows of one batch from several sources: memory, farther tiers, and the forward."""
 
 from __future__ import annotations
 
@@ -13,14 +13,15 @@ _NONE = torch.empty(0, dtype=torch.int64, device="cpu")
 
 
 class Batch:
-    """Starts with what memory has; `add` takes rows that were read or computed, until none is missing.
+    """Starts with the rows in memory; `add` adds rows that were read or computed, until none is missing.
 
     Attributes:
         keys: int64 ``[B, 2]``.
-        missing: int64 ``[M]``, for each distinct row that nobody has so far the first position in the batch.
-        layout: that of the rows found so far, which all others must have; None: none is found.
+        missing: int64 ``[M]``: the first position in the batch of each distinct row that is still missing.
+        layout: the layout of all rows so far, which the missing ones must have, too; None: there are no rows yet.
         count: B.
-        hits: rows by the name of the tier that had them. Repetitions of a row in the batch count as hits in memory.
+        hits: the number of rows by the name of the tier that had them. Repetitions of a row in the batch count as hits
+            in memory.
     """
 
     def __init__(self, lookup: MemoryLookup) -> None:
@@ -29,23 +30,24 @@ class Batch:
         self.layout = lookup.layout
         self.count = lookup.keys.shape[0]
         self._memory = lookup
-        self._distinct = self.missing.shape[0]  # rows that memory lacks
+        self._distinct = self.missing.shape[0]  # number of distinct rows that memory lacks
         self.hits = {"memory": self.count - self._distinct}
-        self._absent: Tensor | None = None  # int64 [M], which of those the missing ones are; None: all
-        self._parts: list[tuple[Tensor | None, list[Tensor]]] = []  # which of those, and their leaves
+        # Those are numbered; None means all of them.
+        self._absent: Tensor | None = None  # int64 [M], the numbers of the missing rows
+        self._parts: list[tuple[Tensor | None, list[Tensor]]] = []  # numbers of added rows, and their leaves
 
     @property
     def is_mixed(self) -> bool:
-        """Whether memory has rows of several layouts: they cannot be one output."""
+        """Whether memory has rows of several layouts, which cannot be one output."""
         return self._memory.is_mixed
 
     @property
     def missing_keys(self) -> Tensor:
-        """int64 ``[M, 2]``."""
+        """The keys of the missing rows: int64 ``[M, 2]``."""
         return self.keys if self.missing.shape[0] == self.count else self.keys.index_select(0, self.missing)
 
     def add(self, rows: Rows) -> None:
-        """Takes rows whose positions are numbers of missing ones."""
+        """Adds rows. Their positions are those in `missing_keys`."""
         self.layout = rows.layout
         if rows.positions is None:
             self._parts.append((self._absent, rows.leaves))
@@ -56,15 +58,15 @@ class Batch:
         self._absent = _select(self._absent, rest)
         self.missing = self.missing.index_select(0, rest)
 
-    def untouched(self) -> Rows | None:
-        """All rows, if they need not be put together: they are distinct, and came from one place."""
+    def unmerged(self) -> Rows | None:
+        """All rows, if they need no merging: they are distinct and come from one source. Else None."""
         if len(self._parts) != 1 or self._distinct != self.count:
             return None
         ((numbers, leaves),) = self._parts
         return Rows(None, self._layout(), leaves) if numbers is None and self.missing.shape[0] == 0 else None
 
     def rows(self) -> Rows | None:
-        """All rows found so far, put together; None if there are none."""
+        """All rows so far, merged in the order of the batch; None if there are none."""
         slots = self._memory.slots
         in_memory = (slots >= 0).nonzero().squeeze(1)
         parts = [leaves for _, leaves in self._parts]
@@ -83,9 +85,9 @@ class Batch:
         return Rows(positions, self._layout(), [select(pool, order.to(pool.device)) for pool in pools])
 
     def _numbers(self) -> Tensor:
-        """For each distinct row that memory lacks its place in the parts, one behind the other: int64 ``[distinct]``.
+        """The index of each distinct row that memory lacks in the concatenated parts: int64 ``[distinct]``.
 
-        -1 for those that are missing.
+        -1 for rows that are missing.
         """
         numbers = torch.full((self._distinct,), -1, dtype=torch.int64, device="cpu")
         first = 0
@@ -100,12 +102,12 @@ class Batch:
         return self.layout
 
 
-def _select(numbers: Tensor | None, where: Tensor) -> Tensor:
-    return where if numbers is None else numbers.index_select(0, where)
+def _select(numbers: Tensor | None, positions: Tensor) -> Tensor:
+    return positions if numbers is None else numbers.index_select(0, positions)
 
 
 def _others(some: Tensor, count: int) -> Tensor:
-    """Of the numbers 0 … count - 1 those that are not among `some`, int64, ascending."""
+    """The numbers 0 … count - 1 that are not in `some`: int64, ascending."""
     absent = torch.ones(count, dtype=torch.bool, device="cpu")
     absent[some] = False
     return absent.nonzero().squeeze(1)
@@ -115,5 +117,5 @@ def _concatenate(parts: tuple[Tensor, ...]) -> Tensor:
     if len(parts) == 1:
         return parts[0]
     device = next((p.device for p in parts if not p.is_cpu), parts[0].device)
-    with torch.autocast(device.type, enabled=False):  # which would have cat change dtypes
+    with torch.autocast(device.type, enabled=False):  # under autocast, cat changes dtypes
         return torch.cat([p.to(device) for p in parts])

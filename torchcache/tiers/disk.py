@@ -1,6 +1,6 @@
-"""The disk tier: the native store of one directory, shared by all caches of a process that use it.
+"""The disk tier: the native store of one directory, shared by all caches of a process that use the directory.
 
-Whatever fails here is a miss and a warning, never an exception in a training step.
+A failure here is a miss and a warning, never an exception in a training step.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ from torchcache.tiers.tier import Rows, TierStats
 
 T = TypeVar("T")
 
-QUEUE_BYTES = 64 << 20  # of rows that wait to be written
+QUEUE_BYTES = 64 << 20  # rows that wait to be written
 _MAX_ROW_BYTES = 1 << 30  # docs/format.md
 
-_FULL = "the disk cache is full: new rows are computed but not kept; raise max_persistent_cache_size to keep more"
+_FULL = "the disk cache is full: new rows are computed but not stored; raise max_persistent_cache_size to store more"
 
 
 class DiskTier:
-    """Rows on disk. Writing happens behind the training step; rows that wait for it are found already."""
+    """Rows on disk. A thread writes them; lookups already find rows that wait to be written."""
 
     name = "disk"
     is_on_host = True
@@ -44,69 +44,84 @@ class DiskTier:
         self._meta: Mapping[str, Any] | None = None
         self._has_meta_file = False
         self._warnings = WarnOnce("disk cache") if warnings is None else warnings
-        self._said = WarnOnce("disk cache")
+        self._disk_warnings = WarnOnce("disk cache")
         self._store = _shared_store(directory, options)
         self._layouts: dict[str, Layout | None] = {}
-        self._last_read: Layout | None = None  # the next rows probably have it, too
+        self._last_read: Layout | None = None  # a guess of the layout of the next rows
         self._report()
 
     @property
     def is_described(self) -> bool:
+        """Whether `describe` was called."""
         return self._meta is not None
 
     def lookup(self, keys: Tensor) -> Tensor:
+        """Which of these rows the store has: bool ``[B]``."""
         present: Tensor = self._store.call(ops.store_lookup, keys)[0]
         while True:  # once for each layout
             absent = (~present).nonzero().squeeze(1)
             if absent.shape[0] == 0:
                 return present
-            found = self._store.call(ops.store_lookup, keys.index_select(0, absent))[0]
-            if not found.any():
+            others = self._store.call(ops.store_lookup, keys.index_select(0, absent))[0]
+            if not others.any():
                 return present
-            present[absent] = found
+            present[absent] = others
 
     def read(self, keys: Tensor, layout: Layout | None = None, pin: bool = False) -> Rows | None:
+        """See `Tier.read`. Rows that cannot be read are missing."""
         try:
             return self._read(keys, layout, pin)
         except (RuntimeError, OSError, MemoryError, ValueError) as error:
-            self._said.warn("read", "reading failed, the rows are computed again: %s", error)
+            self._disk_warnings.warn("read", "reading failed, so the rows are computed again: %s", error)
             return None
 
-    def _read(self, keys: Tensor, wanted: Layout | None, pin: bool) -> Rows | None:
-        layout = wanted or self._last_read
-        rows, found = self._read_layout(keys, layout, wanted is not None, pin)
-        if rows is None and wanted is None and found and (layout is None or found != layout.json):
-            layout = self._layout(found)
+    def _read(self, keys: Tensor, required: Layout | None, pin: bool) -> Rows | None:
+        layout = required or self._last_read
+        rows, stored = self._read_layout(keys, layout, required is not None, pin)
+        if rows is None and required is None and stored and (layout is None or stored != layout.json):
+            layout = self._layout(stored)
             rows, _ = self._read_layout(keys, layout, True, pin) if layout is not None else (None, "")
         self._last_read = layout
         return rows
 
     def _read_layout(self, keys: Tensor, layout: Layout | None, only: bool, pin: bool) -> tuple[Rows | None, str]:
-        """The rows if they have this layout, and the layout that they have."""
-        text, like = ("", []) if layout is None else (layout.json, [ops.bits(t) for t in layout.no_rows])
-        positions, leaves, found, alerts = self._store.call(ops.store_lookup_and_read, keys, text, only, like, pin)
+        """The rows, if they have this layout, and the JSON of the layout that they have.
+
+        Args:
+            keys: int64 ``[B, 2]``.
+            layout: a guess; None: no rows are read.
+            only: ignore rows of other layouts.
+            pin: read into pinned memory.
+        """
+        layout_json, empty = ("", []) if layout is None else (layout.json, [ops.bits(t) for t in layout.no_rows])
+        positions, leaves, stored, alerts = self._store.call(
+            ops.store_lookup_and_read, keys, layout_json, only, empty, pin
+        )
         if alerts & ops.WARNINGS:
             self._report()
         if not leaves or layout is None:
-            return None, found
+            return None, stored
         leaves = [t if t.dtype is leaf.stored else t.view(leaf.stored) for t, leaf in zip(leaves, layout.leaves)]
-        return Rows(None if positions.shape[0] == keys.shape[0] else positions, layout, leaves), found
+        return Rows(None if positions.shape[0] == keys.shape[0] else positions, layout, leaves), stored
 
     def write(self, keys: Tensor, layout: Layout, leaves: list[Tensor]) -> None:
         """Queues copies of the rows, as far as the limit of the directory allows."""
         try:
             self._write(keys, layout, leaves)
         except (RuntimeError, OSError, MemoryError, ValueError) as error:
-            self._said.warn("write", "writing failed, training goes on without: %s", error)
+            self._disk_warnings.warn("write", "writing failed, so the rows are not stored: %s", error)
 
     def _write(self, keys: Tensor, layout: Layout, leaves: list[Tensor]) -> None:
         if layout.row_bytes > _MAX_ROW_BYTES:
-            self._said.warn("row", "rows of %d bytes are not kept: the most is 1 GiB", layout.row_bytes)
+            self._disk_warnings.warn(
+                "row",
+                "rows of %d bytes are not stored on disk: the limit is 1 GiB, so cache smaller outputs",
+                layout.row_bytes,
+            )
             return
-        text = layout.json
-        self._layouts.setdefault(text, layout)
+        self._layouts.setdefault(layout.json, layout)
         on_host = [ops.bits(t.cpu().contiguous()) for t in leaves]
-        written, alerts = self._store.call(ops.store_write, keys.contiguous(), text, on_host)
+        written, alerts = self._store.call(ops.store_write, keys.contiguous(), layout.json, on_host)
         if written and not self._has_meta_file:
             self._write_meta()
         if alerts & ops.WARNINGS:
@@ -115,41 +130,45 @@ class DiskTier:
             self._warnings.warn("disk full", _FULL)
 
     def describe(self, meta: Mapping[str, Any]) -> None:
-        """What ``meta.json`` says, which is written with the first rows where the directory has none."""
+        """Sets the content of ``meta.json``, which is written with the first rows if the directory has none."""
         self._meta = meta
 
     def stats(self) -> TierStats:
-        rows, written, queued, _, damaged, dropped, full = self._store.call(
-            ops.store_stats
-        )  # csrc/store/options.h: Stats
+        """The counters of the store: `Stats` in csrc/store/options.h."""
+        rows, written, queued, _, damaged, dropped, full = self._store.call(ops.store_stats)
         return TierStats(rows, written, queued, damaged, dropped, bool(full))
 
     def flush(self) -> None:
-        """Returns when every row that was written is in a file (or was given up, with a warning)."""
+        """Waits until every row is in a file, or was dropped with a warning."""
         self._store.call(ops.store_flush)
         self._report()
 
     def clear(self) -> None:
-        """Removes every row of the directory, also those of other processes. Raises OSError where that fails."""
+        """Removes every row of the directory, also those of other processes.
+
+        Raises:
+            OSError: a file cannot be removed.
+        """
         self._store.remove_rows()
 
     def close(self) -> None:
-        """Flushes. Other caches of the process may use the same store, which is closed with the last of them."""
+        """Flushes. The store is closed when the last cache of the process that uses it is deleted."""
         self.flush()
 
-    def _layout(self, text: str) -> Layout | None:
-        if text not in self._layouts:
-            layout = Layout.from_json(text)
+    def _layout(self, layout_json: str) -> Layout | None:
+        if layout_json not in self._layouts:
+            layout = Layout.from_json(layout_json)
             if layout is not None and layout.row_bytes > _MAX_ROW_BYTES:
                 layout = None
             if layout is None:
-                self._said.warn(
-                    text,
-                    "rows of a layout that this process cannot rebuild are computed again: %s",
-                    text,
+                self._disk_warnings.warn(
+                    layout_json,
+                    "rows are computed again, because this process cannot rebuild their layout (was a class of the "
+                    "output not imported?): %s",
+                    layout_json,
                 )
-            self._layouts[text] = layout
-        return self._layouts[text]
+            self._layouts[layout_json] = layout
+        return self._layouts[layout_json]
 
     def _write_meta(self) -> None:
         if self._meta is not None:
@@ -160,39 +179,39 @@ class DiskTier:
     def _report(self) -> None:
         for message in self._store.call(ops.store_warnings):
             self._has_meta_file = False  # the directory may have been deleted
-            self._said.warn(message, "%s", message)
+            self._disk_warnings.warn(message, "%s", message)
 
 
 class _Store:
-    """A native store. It is closed, which flushes it, with its last owner or at a normal exit of any process."""
+    """A native store. It is flushed and closed when nobody uses it any more, or at a normal exit of the process."""
 
     def __init__(self, directory: Path, options: Options) -> None:
         self._directory = directory
         self._options = options
         self._lock = lock(self)  # held while rows are removed
-        self._ids = [self._open()]  # the last one is in use
+        self._ids = [self._open()]  # only the last one is open
         close = functools.partial(_close_all, self._ids)
         weakref.finalize(self, _close_early, close).atexit = False
-        # Not finalize's own atexit: that one runs after the temporary directory is gone.
+        # The atexit of finalize would run after the temporary directory is deleted.
         atexit.register(close)
-        # Children that multiprocessing forks leave without atexit, and without their parent's finalizers.
+        # Children that multiprocessing forks exit without atexit and without their parent's finalizers.
         _close_at_child_exit(close)
         util.register_after_fork(close, _close_at_child_exit)
 
     def call(self, operation: Callable[..., T], *args: Any) -> T:
-        """An operation on the store; again if that was closed meanwhile, by `remove_rows` in another thread."""
-        used = self._ids[-1]
+        """Calls an operation of the store, twice if `remove_rows` closed the store meanwhile in another thread."""
+        before = self._ids[-1]
         try:
-            return operation(used, *args)
+            return operation(before, *args)
         except ValueError:
             with self._lock:
                 now = self._ids[-1]
-            if now == used:
+            if now == before:
                 raise
             return operation(now, *args)
 
     def remove_rows(self) -> None:
-        """Removes every row of the directory, also those of other processes; they will find them missing."""
+        """Removes every row of the directory, also those of other processes, for which they are then missing."""
         with self._lock:
             ops.store_close(self._ids[-1])
             for suffix in (".seg", ".idx"):

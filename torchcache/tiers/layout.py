@@ -1,7 +1,6 @@
-"""What rows of one output have in common: its layout.
+"""The layout of an output: everything but the values of its rows, that is nesting, dtypes and shapes of a row.
 
-A layout is everything about an output but its rows: the nesting, the dtypes, the shapes of a row.
-A leaf is one tensor of it, batched on dimension 0. Equal layouts can share arenas and blocks.
+A leaf is one tensor of an output, batched in dimension 0. Rows of equal layouts share arenas and blocks.
 """
 
 from __future__ import annotations
@@ -19,32 +18,40 @@ from torch import Tensor
 
 from torchcache._utils.lazy import remembered
 
-# The nesting: "*" for a leaf, None for None, else (kind, …): see Layout.to_json.
+# The nesting: "*" for a leaf, None for None, else (kind, …): see `_tree_to_json`.
 Tree = Any
 
 
 @dataclasses.dataclass(frozen=True)
 class Leaf:
-    """One tensor of an output: what is given back, and what is kept of it."""
+    """One tensor of an output.
+
+    Attributes:
+        dtype: the dtype of the output.
+        stored: the dtype of stored rows, which ``cache_dtype`` changes.
+        shape: the shape of one row.
+        device: the device of the output; None: that of the input.
+    """
 
     dtype: torch.dtype
-    stored: torch.dtype  # differs from dtype with cache_dtype
-    shape: tuple[int, ...]  # of one row
-    device: str | None  # None: the device of the input
+    stored: torch.dtype
+    shape: tuple[int, ...]
+    device: str | None
 
     @remembered
     def row_bytes(self) -> int:
+        """The size of a stored row."""
         return self.stored.itemsize * functools.reduce(int.__mul__, self.shape, 1)
 
     def restore(self, rows: Tensor, input_device: torch.device) -> Tensor:
-        """Kept rows as the forward would have given them."""
+        """Stored rows ``[B, …]`` with the dtype and device of the output."""
         device = input_device if self.device is None else torch.device(self.device)
         return rows.to(device, non_blocking=device.type == "cuda" and rows.is_pinned()).to(self.dtype)
 
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """What rows of one output have in common. Those of all calls are made by `of`, so that each knows its JSON."""
+    """The nesting of an output, and its leaves. `of` makes all of them, so equal ones share JSON and hash."""
 
     tree: Tree
     leaves: tuple[Leaf, ...]
@@ -63,22 +70,23 @@ class Layout:
 
     @remembered
     def row_bytes(self) -> int:
+        """The size of a stored row, with all leaves."""
         return sum(leaf.row_bytes for leaf in self.leaves)
 
     @remembered
     def verbatim(self) -> bool:
-        """Whether rows are kept as they are given back, on the device of the input."""
+        """Whether outputs have the stored dtypes and the device of the input."""
         return all(leaf.stored is leaf.dtype and leaf.device is None for leaf in self.leaves)
 
     @remembered
     def no_rows(self) -> list[Tensor]:
-        """Leaves ``[0, …]`` as they are stored, on the CPU."""
+        """Leaves ``[0, …]`` in the stored dtypes, on the CPU."""
         with torch.inference_mode(False):
             return [torch.empty((0, *leaf.shape), dtype=leaf.stored, device="cpu") for leaf in self.leaves]
 
     @remembered
     def json(self) -> str:
-        """The canonical form that stands in a block; classes by name."""
+        """The canonical JSON that blocks hold: see docs/format.md."""
         leaves = []
         for leaf in self.leaves:
             entry: dict[str, Any] = {
@@ -97,7 +105,7 @@ class Layout:
 
     @classmethod
     def from_json(cls, text: str) -> Layout | None:
-        """The layout, or None where it is not one that this process can rebuild."""
+        """The layout of this JSON; None if it is invalid, or of a class that this process has not imported."""
         try:
             data = json.loads(text)
             leaves = tuple(
@@ -111,23 +119,15 @@ class Layout:
             )
             tree = _tree_from_json(data["tree"], depth=0)
             return cls.of(tree, leaves) if _count_leaves(tree) == len(leaves) else None
-        except (
-            ValueError,
-            KeyError,
-            TypeError,
-            AttributeError,
-            LookupError,
-            RuntimeError,
-            RecursionError,
-        ):
+        except (ValueError, TypeError, AttributeError, LookupError, RuntimeError):
             return None
 
     def restore(self, leaves: list[Tensor], input_device: torch.device) -> list[Tensor]:
-        """Kept leaves ``[B, …]`` with the dtypes and devices that the forward gave them."""
+        """Stored leaves ``[B, …]`` with the dtypes and devices of the output."""
         return [leaf.restore(rows, input_device) for leaf, rows in zip(self.leaves, leaves)]
 
     def join(self, tensors: list[Tensor]) -> Any:
-        """An output of this layout from its leaves ``[B, …]``."""
+        """The output that has these leaves ``[B, …]``."""
         if self.tree == "*":
             return tensors[0]
         return _build(self.tree, iter(tensors))
@@ -138,7 +138,7 @@ def _layout(tree: Tree, leaves: tuple[tuple[Any, ...], ...]) -> Layout:
     return Layout(tree, tuple(Leaf(*fields) for fields in leaves))
 
 
-# torch has no kernels for moving rows of these: the same bits as what has.
+# torch cannot gather or copy rows of these dtypes, but of dtypes of the same size.
 _MOVED_AS = {
     **{getattr(torch, f"uint{n}"): getattr(torch, f"int{n}") for n in (16, 32, 64)},
     **{getattr(torch, name): torch.uint8 for name in dir(torch) if name.startswith(("float8_", "float4_"))},
@@ -146,7 +146,7 @@ _MOVED_AS = {
 
 
 def movable(t: Tensor) -> Tensor:
-    """The tensor in a dtype whose rows torch can move, bits unchanged."""
+    """The same bits in a dtype whose rows torch can gather."""
     dtype = _MOVED_AS.get(t.dtype)
     return t if dtype is None else t.view(dtype)
 
@@ -157,7 +157,7 @@ def select(t: Tensor, rows: Tensor) -> Tensor:
 
 
 def is_node(kind: Any) -> bool:
-    """Whether outputs may be of this class: nothing else is ever instantiated for a stored layout."""
+    """Whether outputs may be instances of this class. No other class is instantiated for a stored layout."""
     if not isinstance(kind, type):
         return False
     named_tuple = issubclass(kind, tuple) and (hasattr(kind, "_fields") or is_return_type(kind))
@@ -165,7 +165,7 @@ def is_node(kind: Any) -> bool:
 
 
 def is_return_type(kind: type) -> bool:
-    """What torch's own functions return: a tuple whose items have names, made from one sequence."""
+    """Whether the class is a named tuple that functions of torch return, whose constructor needs one sequence."""
     return kind.__module__ == "torch.return_types"
 
 
@@ -215,7 +215,7 @@ def _tree_from_json(data: Any, depth: int) -> Tree:
     if data == "*" or data is None:
         return data
     if depth > _MAX_DEPTH or not isinstance(data, list):
-        raise ValueError("no tree")
+        raise ValueError("not a tree")
     kind, *rest = data
     if kind in ("tuple", "list"):
         return (kind, *(_tree_from_json(t, depth + 1) for t in rest))
@@ -227,24 +227,24 @@ def _tree_from_json(data: Any, depth: int) -> Tree:
             _find_class(rest[0]),
             *((str(k), _tree_from_json(t, depth + 1)) for k, t in rest[1:]),
         )
-    raise ValueError("no tree")
+    raise ValueError("not a tree")
 
 
 def _plain_key(key: Any) -> str | int:
     if type(key) not in (str, int, bool):
-        raise ValueError("no key")
+        raise ValueError("not a key")
     return key  # type: ignore[no-any-return]
 
 
 def _find_class(name: str) -> type:
-    """A class among the modules that are already imported; nothing is imported for a stored layout."""
+    """A class of a module that is already imported. A stored layout never causes an import."""
     module, _, path = name.partition(":")
-    found: Any = sys.modules[module]
+    cls: Any = sys.modules[module]
     for part in path.split("."):
-        found = found.__dict__[part]
-    if not is_node(found) or f"{found.__module__}:{found.__qualname__}" != name:
+        cls = cls.__dict__[part]
+    if not is_node(cls) or f"{cls.__module__}:{cls.__qualname__}" != name:
         raise LookupError(name)
-    return found  # type: ignore[no-any-return]
+    return cls  # type: ignore[no-any-return]
 
 
 def _count_leaves(tree: Tree) -> int:
@@ -258,7 +258,7 @@ def _count_leaves(tree: Tree) -> int:
 
 def _size(n: Any) -> int:
     if type(n) is not int or not 0 <= n < 2**40:
-        raise ValueError("no size")
+        raise ValueError("not a size")
     return n
 
 
@@ -269,5 +269,5 @@ def _dtype_name(dtype: torch.dtype) -> str:
 def _dtype_from_name(name: str) -> torch.dtype:
     dtype = getattr(torch, name)
     if not isinstance(dtype, torch.dtype):
-        raise ValueError("no dtype")
+        raise ValueError("not a dtype")
     return dtype

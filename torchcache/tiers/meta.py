@@ -1,4 +1,4 @@
-"""``meta.json``: what a directory remembers, for people and for explaining misses. Nothing needs it to read rows."""
+"""``meta.json``: metadata of a directory, for people and for explaining misses. It is not needed to read rows."""
 
 from __future__ import annotations
 
@@ -14,19 +14,23 @@ _MAX_BYTES = 16 << 20
 
 
 def read_meta(directory: Path) -> dict[str, Any]:
-    """What the meta.json of a directory says; nothing where that is missing, damaged or something else."""
+    """The content of the meta.json of a directory; empty if that is missing or damaged, or not a file."""
     path = directory / META_FILE
     try:
         if not path.is_file() or path.stat().st_size > _MAX_BYTES:  # reading a fifo would wait
             return {}
-        found = json.loads(path.read_text())
+        meta = json.loads(path.read_text())
     except (OSError, ValueError, RecursionError):
         return {}
-    return found if isinstance(found, dict) else {}
+    return meta if isinstance(meta, dict) else {}
 
 
 def write_meta(directory: Path, meta: Mapping[str, Any]) -> None:
-    """Writes the meta.json of a directory that has none, whole or not at all. Raises OSError."""
+    """Writes the meta.json of a directory atomically, unless there is one.
+
+    Raises:
+        OSError: it cannot be written.
+    """
     path = directory / META_FILE
     if path.exists():
         return

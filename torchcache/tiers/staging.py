@@ -1,7 +1,7 @@
-"""Rows on their way from a GPU to the host: the training step does not wait for them.
+"""Copies rows from a GPU to the host without delaying the training step.
 
-They are copied to pinned memory on a second stream. The chain of tiers drains this queue before it looks at a tier, so
-rows are written late and never missed, in the order in which they were enqueued.
+A second stream copies them to pinned memory. The chain of tiers drains this queue before it uses a tier, so rows are
+written late, in the order in which they were enqueued, and are never missed.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from torch import Tensor
 
 Write = Callable[[list[Tensor]], None]
 
-_MAX_QUEUED_BYTES = 256 << 20  # that may be on their way; more would be pinned for no use
+_MAX_QUEUED_BYTES = 256 << 20  # limits pinned memory
 
 
 class HostCopy:
-    """Copies of leaves in pinned memory, which are there when `wait` returns. Later edits of the leaves do no harm."""
+    """Copies leaves to pinned memory, as they are now: later edits of the leaves have no effect."""
 
     def __init__(self, leaves: list[Tensor]) -> None:
         self._events: list[torch.cuda.Event] = []
@@ -32,31 +32,33 @@ class HostCopy:
         self.bytes = sum(t.nbytes for t in self._leaves)
 
     def wait(self) -> list[Tensor]:
+        """The copies, when they are complete."""
         for event in self._events:
             event.synchronize()
         return self._leaves
 
     def _start(self, t: Tensor) -> Tensor:
-        own = t.clone(memory_format=torch.contiguous_format)  # at once: the caller may edit the rows in the next moment
-        host = torch.empty(own.shape, dtype=own.dtype, device="cpu", pin_memory=True)
+        clone = t.clone(memory_format=torch.contiguous_format)  # because the caller may edit the rows afterwards
+        host = torch.empty(clone.shape, dtype=clone.dtype, device="cpu", pin_memory=True)
         stream = _stream(t.device)
         stream.wait_stream(torch.cuda.current_stream(t.device))
         with torch.cuda.stream(stream):
-            host.copy_(own, non_blocking=True)
+            host.copy_(clone, non_blocking=True)
             self._events.append(stream.record_event())
-        own.record_stream(stream)
+        clone.record_stream(stream)
         return host
 
 
 def is_needed(leaves: list[Tensor]) -> bool:
+    """Whether rows must be copied from a GPU."""
     return any(t.is_cuda for t in leaves)
 
 
 def enqueue(leaves: list[Tensor], writes: list[Write]) -> None:
-    """Calls each of `writes` with copies of the leaves on the host, later, in whatever thread drains the queue."""
+    """Has the thread that drains the queue call each of `writes` with copies of the leaves on the host."""
     try:
         copy = HostCopy(leaves)
-    except RuntimeError:  # no memory to be had on the device, or none to be pinned
+    except RuntimeError:  # out of memory on the device, or of memory that can be pinned
         on_host = [t.cpu() for t in leaves]
         for write in writes:
             write(on_host)
@@ -70,7 +72,7 @@ def enqueue(leaves: list[Tensor], writes: list[Write]) -> None:
 
 
 def drain() -> None:
-    """Returns when everything that was enqueued has arrived and is written."""
+    """Waits until all enqueued rows are copied and written."""
     if not queue:
         return
     with _lock:
@@ -81,7 +83,7 @@ def drain() -> None:
                 for write in writes:
                     write(on_host)
             finally:
-                queue.popleft()  # not before: another thread would look for the rows too early
+                queue.popleft()  # not earlier: another thread would not wait for the rows
 
 
 @functools.cache
@@ -90,10 +92,10 @@ def _stream(device: torch.device) -> torch.cuda.Stream:
 
 
 def _drain_at_exit() -> None:
-    """Before the stores are closed: what is registered last runs first."""
+    """Drains before the stores are closed: atexit runs the last registered function first."""
     atexit.unregister(drain)
     atexit.register(drain)
-    if multiprocessing.parent_process() is not None:  # such children leave without atexit
+    if multiprocessing.parent_process() is not None:  # such a child exits without atexit
         _finalize_child()
 
 
@@ -102,8 +104,8 @@ def _finalize_child() -> None:
     multiprocessing.util.Finalize(None, drain, exitpriority=20)
 
 
-def _forget_queue() -> None:
-    """In a forked child: its parent sees to them, and a GPU is out of reach here."""
+def _reset_in_child() -> None:
+    """Empties the queue of a forked child: its parent writes the rows, and a child cannot use the GPU."""
     global _lock
     _lock = threading.RLock()
     queue.clear()
@@ -111,4 +113,4 @@ def _forget_queue() -> None:
 
 _lock = threading.RLock()
 queue: deque[tuple[HostCopy, list[Write]]] = deque()  # the oldest first
-os.register_at_fork(after_in_child=_forget_queue)
+os.register_at_fork(after_in_child=_reset_in_child)

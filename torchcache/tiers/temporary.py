@@ -1,7 +1,7 @@
-"""The temporary directory of a process: for persistent caches that were given none.
+"""The temporary directory of a process: for persistent caches without a directory of their own.
 
-It goes with a normal exit of the process that made it. One left by a kill is removed by the next
-process that makes one: its owner held a lock on it, and the lock went with the owner.
+The process that made it deletes it at a normal exit. If that process is killed, the system releases its lock on the
+directory, and the next process that makes a temporary directory deletes it.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ _PREFIX = "torchcache-"
 _OWNER = ".owner"
 
 _lock = module_lock(__name__)
-_made: dict[int, tuple[Path, int]] = {}  # and the lock, by process, so that a forked child has none of its own
+_made: dict[int, tuple[Path, int]] = {}  # process → directory and locked file; a forked child has its parent's
 
 
 def directory() -> Path:
-    """The directory of this process, made when first asked for; a forked child goes on using its parent's."""
+    """The directory of this process, made at the first call. A forked child uses its parent's."""
     with _lock:
         if not _made:
-            _sweep()
+            _delete_abandoned()
             _made[os.getpid()] = _make()
         return next(iter(_made.values()))[0]
 
@@ -36,10 +36,10 @@ def directory() -> Path:
 def _make() -> tuple[Path, int]:
     path = Path(tempfile.mkdtemp(prefix=_PREFIX))
     new = path / (_OWNER + ".new")
-    owner = os.open(new, os.O_CREAT | os.O_WRONLY | os.O_CLOEXEC, 0o600)  # locked as long as the process lives
+    owner = os.open(new, os.O_CREAT | os.O_WRONLY | os.O_CLOEXEC, 0o600)  # locked until the process ends
     fcntl.flock(owner, fcntl.LOCK_EX)
-    new.rename(path / _OWNER)  # only now, so that nobody finds it unlocked
-    # Children of multiprocessing leave without atexit; their parent leaves through both, which is harmless.
+    new.rename(path / _OWNER)  # only now, so that no process sees it unlocked
+    # Children of multiprocessing exit without atexit. Their parent runs both, which is harmless.
     atexit.register(_remove, path, os.getpid())
     util.Finalize(None, _remove, args=(path, os.getpid()), exitpriority=-100)
     return path, owner
@@ -50,7 +50,7 @@ def _remove(path: Path, maker: int) -> None:
         shutil.rmtree(path, ignore_errors=True)
 
 
-def _sweep() -> None:
+def _delete_abandoned() -> None:
     for path in Path(tempfile.gettempdir()).glob(_PREFIX + "*"):
         with contextlib.suppress(OSError):
             if path.is_symlink() or path.stat().st_uid != os.getuid():
