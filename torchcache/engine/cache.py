@@ -33,11 +33,21 @@ _SEVERAL_LAYOUTS = Bypassed("the rows of the batch have outputs of different sha
 class Cache:
     """What ``module.cache_instance`` is. Making one is cheap: everything in it is made when it is first needed.
 
-    Thread-safe. Attributes that are not documented here are private. ::
+    Thread-safe. Attributes that are not documented here are private.
 
-        features = module(images)
-        print(module.cache_instance.info())     # hits by tier, misses, rows and bytes that are kept
-        print(module.cache_instance.explain(images))   # why rows are missing, or why a call is not cached
+    Example:
+        >>> import torch
+        >>> from torchcache import torchcache
+        >>> module = torchcache()(torch.nn.Linear(4, 2).requires_grad_(False))
+        >>> x = torch.eye(4)
+        >>> first, again = module(x), module(x[:3])
+        >>> cache = module.cache_instance
+        >>> cache
+        <cache of Linear: 3 of 7 rows were found; memory: 4 rows, 0.0 MB>
+        >>> cache.info().memory_hits, cache.info().misses
+        (3, 4)
+        >>> print(cache.explain(x.clone().requires_grad_()))
+        this call is not cached: an input requires grad
     """
 
     def __init__(
@@ -62,8 +72,8 @@ class Cache:
         if "_tiers" not in state:
             return f"<cache of {name}: not used yet>"
         counts, stats = self._counts, self._tiers.stats_by_tier()
-        kept = ", ".join(f"{s.rows} in {tier} ({s.bytes / 1e6:.1f} MB)" for tier, s in stats.items())
-        return f"<cache of {name}: {counts.found} of {counts.rows} rows were found; {kept}>"
+        tiers = "; ".join(f"{tier}: {s.rows} rows, {s.bytes / 1e6:.1f} MB" for tier, s in stats.items())
+        return f"<cache of {name}: {counts.found} of {counts.rows} rows were found; {tiers}>"
 
     # ---- what it is
 

@@ -42,10 +42,12 @@ class Call:
 
     @property
     def device(self) -> torch.device:
+        """The device of the first tensor, to which outputs go."""
         return self.tensors[0].device
 
     @property
     def device_type(self) -> str:
+        """The same without the index of the device."""
         first = self.tensors[0]
         return "cpu" if first.is_cpu else first.device.type  # naming a device takes longer than asking for one
 
@@ -84,6 +86,7 @@ class Indivisible(Exception):
 
 
 def holds_tensor(value: Mapping[Any, Any] | Sequence[Any]) -> bool:
+    """Whether a container holds a tensor, at any depth."""
     items = value.values() if isinstance(value, Mapping) else value
     return any(isinstance(v, Tensor) or (isinstance(v, (Mapping, tuple, list)) and holds_tensor(v)) for v in items)
 

@@ -55,15 +55,18 @@ class Counts:
         self.misses = self.bypassed_calls = 0
 
     def add_hits(self, hits: Mapping[str, int]) -> None:
+        """Adds rows by the name of the tier that had them."""
         for tier, rows in hits.items():
             self.hits[tier] = self.hits.get(tier, 0) + rows
 
     @property
     def found(self) -> int:
+        """Rows that some tier had."""
         return sum(self.hits.values())
 
     @property
     def rows(self) -> int:
+        """All rows asked for in calls that were cached."""
         return self.found + self.misses
 
     @property
@@ -72,6 +75,7 @@ class Counts:
         return self.misses >= _USELESS_AFTER and self.found < _USELESS_BELOW * self.rows
 
     def info(self, tiers: Mapping[str, TierStats]) -> CacheInfo:
+        """These counters and those of the tiers, by their names."""
         none = TierStats()
         memory, disk = tiers.get("memory", none), tiers.get("disk", none)
         return CacheInfo(

@@ -72,10 +72,12 @@ class Decider:
 
     @lazy
     def options(self) -> Options:
+        """The options in force when they were first needed."""
         return self._options_now()
 
     @lazy
     def fingerprint(self) -> Fingerprint:
+        """What the module hash is made of."""
         return Fingerprint(self._target, self._forward, self._init, self.options)
 
     @lazy

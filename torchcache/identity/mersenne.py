@@ -40,6 +40,7 @@ class PythonTwister:
         return ctypes.string_at(self._address, _BYTES), self._generator.gauss_next
 
     def restore(self, snapshot: State) -> None:
+        """Sets the generator back to a snapshot."""
         if len(snapshot) == 2:
             words, gauss_next = snapshot
             snapshot = random.getstate()[0], _position_first(words), gauss_next
@@ -58,6 +59,7 @@ class NumpyTwister:
         self._address: tuple[Any, int] = None, 0  # of the state of that bit generator; 0: it is no twister
 
     def snapshot(self) -> dict[str, Any]:
+        """The whole state."""
         state: dict[str, Any] = self._module.get_state(legacy=False)
         return state
 
@@ -69,6 +71,7 @@ class NumpyTwister:
         return bool(comparable(self.snapshot()) != comparable(before))
 
     def restore(self, snapshot: dict[str, Any]) -> None:
+        """Sets the generator back to a snapshot."""
         self._module.set_state(snapshot)
 
     def _words(self) -> bytes:
@@ -113,6 +116,7 @@ def comparable(state: Any) -> Any:
 
 @functools.cache
 def python_twister() -> PythonTwister:
+    """The one object for the generator of Python."""
     return PythonTwister()
 
 
