@@ -23,13 +23,14 @@ from torchcache.options import Options
 
 
 class Request(NamedTuple):
-    """A call that is cached, and what its keys are made of."""
+    """A call, and what its keys are made of. Where `Decider.decide` returns one, the call is cached."""
 
     call: Call
     variant: CallVariant
     tensors: list[Tensor]  # to be hashed, row by row
     digest: Digest  # of everything else
     state: State | None  # of the module; None: it does not count
+    mode_bypassed: Bypassed | None  # why calls in this mode are not cached, if they are not
 
     def keys(self) -> Tensor:
         """int64 ``[B, 2]``."""
@@ -132,8 +133,7 @@ class Decider:
     def decide_bound(self, call: Call, probe: bool = True) -> Request | Bypassed:
         """The same for a call whose arguments can be cached. Raises Unwatchable where the state has no bytes."""
         request = self._request(call, probe)
-        variant = request.variant
-        return self._mode.bypassed.get(variant[1]) or self._refused.get(variant) or request
+        return request.mode_bypassed or self._refused.get(request.variant) or request
 
     def request(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Request:
         """What the keys of a call are made of, whether it is cached or not.
@@ -150,13 +150,11 @@ class Decider:
     def _request(self, call: Call, probe: bool) -> Request:
         with self._lock:
             state = self.state
-            if state is None:
-                digest, mode = b"", self._mode.flags(0)
-            else:
-                digest, mode = state.digest(probe), self._mode.flags(state.generation)
+            digest = b"" if state is None else state.digest(probe)
+            mode, mode_bypassed = self._mode.of(0 if state is None else state.generation)
         first = call.tensors[0]
         variant = (call.template.description, mode, autocast("cpu" if first.is_cpu else first.device.type))
-        return Request(call, variant, *self._keys.hash_request(call, variant, digest), state)
+        return Request(call, variant, *self._keys.hash_request(call, variant, digest), state, mode_bypassed)
 
     def _without_keys(self) -> Bypassed:
         return Bypassed(

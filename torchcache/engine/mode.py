@@ -18,21 +18,22 @@ class Mode:
     def __init__(self, modules: Callable[[], list[nn.Module]]) -> None:
         self._list_modules = modules
         self._generation = -1
-        self._flags = self._encoded = b""
-        self.bypassed: dict[bytes, Bypassed | None] = {}  # by what `flags` returned: why such calls are not cached
+        self._last: tuple[bytes, bytes, Bypassed | None] = b"", b"", None  # flags, and what `of` returns for them
 
-    def flags(self, generation: int) -> bytes:
-        """One byte where all flags are the same, else one for each submodule in order.
+    def of(self, generation: int) -> tuple[bytes, Bypassed | None]:
+        """The mode, for keys, and why calls in this mode are not cached, if they are not.
+
+        The mode is one byte where all flags are the same, else one for each submodule in order. Callers hold the lock
+        of the state.
 
         Args:
             generation: of the set of submodules (see `State.generation`).
         """
         if generation != self._generation:
             self._modules = [m for m in self._list_modules() if hasattr(m, "training")]  # frozen TorchScript has none
-            self._flags, self._encoded, self.bypassed, self._generation = b"", b"", {b"": None}, generation
+            self._last, self._generation = (b"", b"", None), generation
         flags = bytes(map(_is_training, self._modules))
-        if flags != self._flags:
-            encoded = flags if any(flags) and not all(flags) else flags[:1]
-            self.bypassed[encoded] = of_modules(self._modules)
-            self._encoded, self._flags = encoded, flags
-        return self._encoded
+        if flags != self._last[0]:
+            mode = flags if any(flags) and not all(flags) else flags[:1]
+            self._last = flags, mode, of_modules(self._modules)
+        return self._last[1:]
