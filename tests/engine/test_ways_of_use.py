@@ -4,13 +4,20 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import os
+import signal
+import subprocess
+import sys
+import threading
 from collections import OrderedDict
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from cache_harness import cache_of
+from store_harness import forked, succeeded
 from torch import Tensor, nn
 
 from torchcache import torchcache
@@ -233,3 +240,69 @@ def test_an_output_of_a_class_that_wants_more_than_its_fields_is_computed_on_eve
         assert torch.equal(module(x).rows, x * 2)
     (said,) = (r.getMessage() for r in caplog.records if r.levelno == logging.WARNING)
     assert "cannot be rebuilt from its fields" in said and "scale" in said
+
+
+def test_weights_without_a_storage_are_computed_with_one_warning(caplog: pytest.LogCaptureFixture) -> None:
+    class Offloaded(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.ones(3), requires_grad=False)
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.weight.untyped_storage().resize_(12)
+            self.weight.fill_(2.0)
+            return x * self.weight
+
+    module, x = torchcache()(Offloaded()), torch.ones(2, 3)
+    for _ in range(3):
+        assert torch.equal(module(x), x * 2)
+        module.weight.untyped_storage().resize_(0)
+    assert cache_of(module).explain(x).bypassed is not None
+    with pytest.raises(TypeError, match="no keys"):
+        cache_of(module).keys(x)
+
+
+def test_misses_need_no_numpy() -> None:
+    script = """
+import sys
+sys.modules["numpy"] = None
+import torch
+from torchcache import torchcache
+module = torchcache()(torch.nn.Linear(3, 2).requires_grad_(False))
+module(torch.ones(2, 3)), module(torch.ones(2, 3))
+assert module.cache_instance.info().memory_hits == 3
+"""
+    subprocess.run([sys.executable, "-c", script], check=True)
+
+
+def test_a_thread_of_a_forked_child_computes_misses_while_a_thread_of_its_parent_does() -> None:
+    module = torchcache()(nn.Linear(3, 2).requires_grad_(False))
+    right = module(torch.ones(1, 3))
+    entered, leave = threading.Event(), threading.Event()
+
+    def hold() -> None:
+        with cache_of(module)._computer._lock:
+            entered.set()
+            leave.wait()
+
+    thread = threading.Thread(target=hold)
+    thread.start()
+    entered.wait()
+    before_fork.append(leave.set)
+
+    def miss() -> None:
+        signal.alarm(60)  # rather than wait for ever
+        other = threading.Thread(target=lambda: module(torch.zeros(1, 3)))
+        other.start()
+        other.join()
+        assert torch.equal(module(torch.ones(1, 3)), right)
+
+    try:
+        assert succeeded(forked(miss))
+    finally:
+        before_fork.clear()
+        thread.join()
+
+
+before_fork: list[Callable[[], None]] = []
+os.register_at_fork(before=lambda: [act() for act in before_fork])

@@ -296,6 +296,19 @@ NUMPY_STEPS: dict[str, Callable[[], Any]] = {
 }
 
 
+def test_a_forward_that_swaps_the_generator_of_numpy_has_drawn() -> None:
+    module: Any = numpy.random
+    twister, own = NumpyTwister(module), module.get_bit_generator()
+    try:
+        module.set_bit_generator(numpy.random.PCG64(1))
+        before = twister.snapshot()
+        assert not twister.has_drawn(before)
+        module.set_bit_generator(own)
+        assert twister.has_drawn(before)
+    finally:
+        module.set_bit_generator(own)
+
+
 def test_both_twisters_are_read_from_memory_here() -> None:
     assert len(python_twister().snapshot()) == 2
     assert NumpyTwister(numpy.random)._words()

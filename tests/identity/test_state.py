@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import subprocess
 import sys
 from collections.abc import Callable
@@ -15,6 +16,7 @@ from state_harness import X, keys
 from torch import Tensor, nn
 
 from torchcache import torchcache
+from torchcache.identity import state
 
 
 class Net(nn.Module):
@@ -282,3 +284,34 @@ print(info.misses, info.disk_hits)
     assert run("2") == [5, 0]
     assert run("1") == [0, 5]
     assert run("2") == [0, 5]
+
+
+def test_a_check_that_fails_is_made_again_and_never_gives_rows_of_old_weights() -> None:
+    module = torchcache()(nn.Linear(12, 2, bias=False).requires_grad_(False))
+    x = torch.ones(2, 12)
+    module(x)
+    module.weight = nn.Parameter(torch.full((2, 12), 5.0, device="meta"), requires_grad=False)
+    for _ in range(3):
+        with contextlib.suppress(RuntimeError, NotImplementedError):
+            module(x)
+    assert cache_of(module).info().bypassed_calls == 3
+    module.weight = nn.Parameter(torch.full((2, 12), 7.0), requires_grad=False)
+    assert torch.allclose(module(x), nn.functional.linear(x, module.weight, module.bias))
+
+
+@pytest.mark.parametrize("edit", [lambda w: w.mul_(3), lambda w: w.data.mul_(3)])
+def test_an_interrupt_while_weights_are_digested_costs_no_right_row(
+    edit: Callable[[Tensor], object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = torchcache()(nn.Linear(12, 2).requires_grad_(False))
+    x = torch.ones(2, 12)
+    module(x)
+    edit(module.weight)
+
+    def interrupted(tensors: list[Tensor]) -> list[bytes]:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(state, "digests", interrupted)
+        module(x)
+    assert torch.allclose(module(x), nn.functional.linear(x, module.weight, module.bias))

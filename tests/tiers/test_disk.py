@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -388,3 +389,28 @@ def test_a_living_process_keeps_its_temporary_directory(tmp_path: Path) -> None:
     assert directory_of(module).is_relative_to(tempfile.gettempdir())
     run(tmp_path, "m = cached(); m(X)")
     assert directory_of(module).is_dir()
+
+
+def test_meta_is_written_again_however_often_it_is_deleted(tmp_path: Path) -> None:
+    module = cached(tmp_path)
+    for turn in range(5):
+        if turn == 1:
+            (directory_of(module) / "meta.json").unlink()
+        elif turn:
+            shutil.rmtree(directory_of(module))
+        module(torch.full((2, 2), float(turn)))
+        cache_of(module).flush()  # makes the directory again, if that was deleted
+        module(torch.full((2, 2), float(turn) + 10))
+        assert json.loads((directory_of(module) / "meta.json").read_text())["class"] == "Double"
+
+
+def test_a_clear_that_fails_leaves_the_rows_that_are_left_and_the_cache_in_use(tmp_path: Path) -> None:
+    module = cached(tmp_path)
+    module(torch.ones(2, 2))
+    cache_of(module).flush()
+    (directory_of(module) / ("a" * 32 + ".seg")).mkdir()
+    with pytest.raises(OSError):
+        cache_of(module).clear(persistent=True)
+    assert torch.equal(module(torch.ones(2, 2) * 3), torch.ones(2, 2) * 6)
+    cache_of(module).flush()
+    assert cache_of(module).explain(torch.ones(2, 2) * 3).in_memory == 2 and cache_of(module).info().disk_rows >= 1

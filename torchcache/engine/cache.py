@@ -309,8 +309,9 @@ class Cache:
 
     @lazy
     def _computer(self) -> MissComputer:
-        generators = self._decider.fingerprint.generators
-        return MissComputer(self._lock, self.options.cache_dtype, generators, self._refused)
+        decider = self._decider
+        generators = decider.fingerprint.generators
+        return MissComputer(decider.is_unchanged, self.options.cache_dtype, generators, self._refused)
 
     @lazy
     def _tiers(self) -> Chain:

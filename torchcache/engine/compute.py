@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import functools
-import threading
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from torchcache._utils.locks import lock
 from torchcache.engine.bypass import Bypassed
 from torchcache.engine.call import Call, Indivisible
 from torchcache.engine.decision import Request
@@ -47,7 +47,7 @@ class MissComputer:
     """Runs forwards, and remembers of which variants of calls the rows must not be kept.
 
     Args:
-        lock: of the cache.
+        is_unchanged: says whether a forward left the state as it was (see `Decider.is_unchanged`).
         cache_dtype: the option.
         generators: gives the generators that a forward may draw from (see `Fingerprint.generators`).
         refused: gets an entry for each variant that must not be cached from then on.
@@ -55,12 +55,13 @@ class MissComputer:
 
     def __init__(
         self,
-        lock: threading.RLock,
+        is_unchanged: Callable[[State, Any], bool],
         cache_dtype: torch.dtype | None,
         generators: Callable[[State | None], Generators],
         refused: dict[CallVariant, Bypassed],
     ) -> None:
-        self._lock = lock
+        self._lock = lock(self)
+        self._is_unchanged = is_unchanged
         self._cache_dtype = cache_dtype
         self._generators = generators
         self._refused = refused
@@ -122,8 +123,7 @@ class MissComputer:
         """Why rows that were just computed must not be kept."""
         has_changed = generators.has_new_generators()
         if request.state is not None:
-            with self._lock:
-                has_changed |= not request.state.after_forward(before)
+            has_changed |= not self._is_unchanged(request.state, before)
         if generators.numbers_were_drawn():
             return _IMPORTED if generators.modules_were_imported() else self._refuse(request.variant, _RANDOM)
         if not has_changed:

@@ -123,17 +123,22 @@ class Decider:
         why = bypass.of_call(call)
         if why is not None:
             return why
+        return self.decide_bound(call, probe)
+
+    def decide_bound(self, call: Call, probe: bool = True) -> Request | Bypassed:
+        """The same for a call whose arguments can be cached."""
         try:
-            return self.decide_bound(call, probe)
+            request = self._request(call, probe)
         except Uninitialized as error:
             return Bypassed(str(error), is_silent=True)
         except Unwatchable as error:
             return Bypassed(str(error))
-
-    def decide_bound(self, call: Call, probe: bool = True) -> Request | Bypassed:
-        """The same for a call whose arguments can be cached. Raises Unwatchable where the state has no bytes."""
-        request = self._request(call, probe)
         return request.mode_bypassed or self._refused.get(request.variant) or request
+
+    def is_unchanged(self, state: State, before: Any) -> bool:
+        """Whether a forward left the state as it was (see `State.after_forward`)."""
+        with self._lock:
+            return state.after_forward(before)
 
     def request(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Request:
         """What the keys of a call are made of, whether it is cached or not.
@@ -145,7 +150,10 @@ class Decider:
         call = self._binder.bind(args, kwargs)
         if call is None:
             raise TypeError(f"this call has no keys: {self._without_keys().reason}")
-        return self._request(call, probe=True)
+        try:
+            return self._request(call, probe=True)
+        except Unwatchable as error:
+            raise TypeError(f"this call has no keys: {error}") from error
 
     def _request(self, call: Call, probe: bool) -> Request:
         with self._lock:

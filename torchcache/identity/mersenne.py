@@ -65,7 +65,8 @@ class NumpyTwister:
 
     def has_drawn(self, before: dict[str, Any]) -> bool:
         """Whether numbers were drawn since a snapshot."""
-        words = b"" if before.get("has_gauss", True) else self._words()
+        is_whole = before["bit_generator"] == "MT19937" and not before["has_gauss"]
+        words = self._words() if is_whole else b""
         if words:
             return words != _numpy_words(before)
         return bool(comparable(self.snapshot()) != comparable(before))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import functools
 import random
 import sys
@@ -99,7 +100,7 @@ def _torch_states() -> list[Tensor]:
 
 
 def _as_bytes(states: list[Tensor]) -> list[bytes]:
-    return [state.numpy().tobytes() for state in states]
+    return [ctypes.string_at(state.data_ptr(), state.numel()) for state in states]  # numpy() takes NumPy
 
 
 def _state(generator: Any) -> Any:

@@ -101,6 +101,7 @@ class State:
         self.parts: dict[str, bytes] = {}
         self.modules: list[nn.Module] = []
         self.probe = 0
+        self._is_stale = False  # what was found to have changed is not digested: an error or Ctrl-C came between
         self._versions: list[object] = []
         self._scan()
 
@@ -114,7 +115,8 @@ class State:
         """
         # map() over prepared lists: this runs on every call, and a loop would take three times as long.
         if (
-            not all(map(is_, map(_get, *self._columns), self._values))
+            self._is_stale
+            or not all(map(is_, map(_get, *self._columns), self._values))
             or any(self._empty)
             or list(map(type, self.modules)) != self._classes
             or list(map(len, self._filled)) != self._counts
@@ -124,13 +126,17 @@ class State:
             or (self._live and list(map(_requires_grad, self._live_tensors)) != self._live_flags)
             or (self._attributes and self._attributes_changed())
         ):
+            self._is_stale = True
             self._scan()
+            self._is_stale = False
             return self._value
         changed = self._changed(probe) if self._frozen else []
-        if changed or self._live:
+        if changed or self._live or self._is_stale:
+            self._is_stale = True
             _compute_digests(changed)
             _compute_digests(self._live)
             self._combine()
+            self._is_stale = False
         return self._value
 
     def _changed(self, probe: bool) -> list[_Watched]:
@@ -138,9 +144,11 @@ class State:
         changed = []
         present = versions(self._frozen_tensors)
         if present != self._versions:
+            self._is_stale = True
             changed = [w for w, v in zip(self._frozen, present) if w.version != v]
             self._versions = present
         if probe and self.watch is not None and (result := self.watch.probe()) != self.probe:
+            self._is_stale = True
             changed, self.probe = self._frozen, result
         return changed
 

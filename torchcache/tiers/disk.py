@@ -22,7 +22,7 @@ from torchcache._utils.locks import lock, module_lock
 from torchcache._utils.logs import WarnOnce
 from torchcache.options import Options
 from torchcache.tiers.layout import Layout
-from torchcache.tiers.meta import write_meta
+from torchcache.tiers.meta import META_FILE, write_meta
 from torchcache.tiers.tier import Rows, TierStats
 
 T = TypeVar("T")
@@ -42,7 +42,7 @@ class DiskTier:
     def __init__(self, directory: Path, options: Options, warnings: WarnOnce | None = None) -> None:
         self.directory = directory
         self._meta: Mapping[str, Any] | None = None
-        self._has_meta_file = False
+        self._meta_file = os.path.join(directory, META_FILE)
         self._warnings = WarnOnce("disk cache") if warnings is None else warnings
         self._disk_warnings = WarnOnce("disk cache")
         self._store = _shared_store(directory, options)
@@ -122,8 +122,10 @@ class DiskTier:
         self._layouts.setdefault(layout.json, layout)
         on_host = [ops.bits(t.cpu().contiguous()) for t in leaves]
         written, alerts = self._store.call(ops.store_write, keys.contiguous(), layout.json, on_host)
-        if written and not self._has_meta_file:
-            self._write_meta()
+        # Asked every time, for 2 µs: the directory may have been deleted, and begun again by this write.
+        if written and self._meta is not None and not os.path.exists(self._meta_file):
+            with contextlib.suppress(OSError):
+                write_meta(self.directory, self._meta)
         if alerts & ops.WARNINGS:
             self._report()
         if alerts & ops.FULL:
@@ -170,15 +172,8 @@ class DiskTier:
             self._layouts[layout_json] = layout
         return self._layouts[layout_json]
 
-    def _write_meta(self) -> None:
-        if self._meta is not None:
-            self._has_meta_file = True
-            with contextlib.suppress(OSError):
-                write_meta(self.directory, self._meta)
-
     def _report(self) -> None:
         for message in self._store.call(ops.store_warnings):
-            self._has_meta_file = False  # the directory may have been deleted
             self._disk_warnings.warn(message, "%s", message)
 
 
@@ -213,11 +208,13 @@ class _Store:
     def remove_rows(self) -> None:
         """Removes every row of the directory, also those of other processes, for which they are then missing."""
         with self._lock:
-            ops.store_close(self._ids[-1])
-            for suffix in (".seg", ".idx"):
-                for path in self._directory.glob("?" * 32 + suffix):
-                    path.unlink(missing_ok=True)
-            self._ids.append(self._open())
+            try:
+                ops.store_close(self._ids[-1])
+                for suffix in (".seg", ".idx"):
+                    for path in self._directory.glob("?" * 32 + suffix):
+                        path.unlink(missing_ok=True)
+            finally:  # what could not be removed is found again
+                self._ids.append(self._open())
 
     def _open(self) -> int:
         options = self._options
