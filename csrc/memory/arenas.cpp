@@ -28,6 +28,7 @@ Arena::Arena(const Tensor& chunk) : device_(core::device_of(chunk)), shape_(chun
 void Arena::add(int64_t first, const Tensor& chunk) {
   if (!chunk.is_contiguous() || core::device_of(chunk) != device_)
     throw std::invalid_argument("chunks must be contiguous, and on one device");
+  if (!chunks_.empty() && chunks_.back().first == first) return;
   chunks_.push_back({first, chunk.size(0), static_cast<uint8_t*>(chunk.mutable_data_ptr()), chunk});
 }
 

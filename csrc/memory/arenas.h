@@ -22,7 +22,7 @@ class Arena {
   // std::invalid_argument for a tensor that is not contiguous.
   explicit Arena(const Tensor& chunk);
 
-  // A chunk whose first row has the slot behind the last one.
+  // A chunk whose first row has the slot behind the last one; the last chunk once more changes nothing.
   void add(int64_t first, const Tensor& chunk);
 
   // Whether this library can read there.

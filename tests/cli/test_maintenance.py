@@ -19,7 +19,7 @@ from native_harness import store_program
 from store_harness import DAMAGED, Store, batch, files, forked, reopened, succeeded, write
 
 from torchcache import errors
-from torchcache.cli import maintenance
+from torchcache.cli import inspection, maintenance
 
 
 @pytest.fixture(params=[False, True], ids=["raw", "zstd"])
@@ -69,7 +69,7 @@ def test_small_blocks_become_large_ones(tmp_path: Path) -> None:
     write(tmp_path, *(batch(3, seed) for seed in range(50)))
     write(tmp_path, *(batch(3, seed) for seed in range(50, 99)))
     maintenance.compact(tmp_path)
-    (segment,) = maintenance.summarize(tmp_path).segments
+    (segment,) = inspection.summarize(tmp_path).segments
     assert (segment.blocks, segment.rows, segment.state) == (1, 297, "sealed")
 
 
@@ -94,7 +94,7 @@ def test_damaged_rows_and_blocks_are_left_out_and_right_copies_of_them_stay(tmp_
     done = maintenance.compact(tmp_path)
     assert (done.rows, done.damaged) == (11, 2)
     assert [reopened(tmp_path, *rows) for rows in (first, second, third)] == [4, 5, 2]
-    assert not any(maintenance.verify(path)[1] for path in files(tmp_path, "seg"))
+    assert not any(inspection.verify(path)[1] for path in files(tmp_path, "seg"))
 
 
 def test_segments_of_a_later_version_are_left_with_an_error(tmp_path: Path) -> None:
@@ -240,13 +240,13 @@ def counted_bytes(segment: Path) -> list[int]:
 def test_any_flipped_byte_of_a_segment_is_found(tmp_path: Path, zstd: bool) -> None:
     write(tmp_path, batch(3, 1), batch(2, 2), zstd=zstd)
     (segment,) = files(tmp_path, "seg")
-    assert maintenance.verify(segment) == (5, [])
+    assert inspection.verify(segment) == (5, [])
     counted = counted_bytes(segment)
     data = bytearray(segment.read_bytes())
     for at in counted:
         data[at] ^= 1 << at % 8
         segment.write_bytes(data)
-        (damage, *more) = maintenance.verify(segment)[1]
+        (damage, *more) = inspection.verify(segment)[1]
         assert not more and damage.offset <= at < damage.offset + damage.bytes, (at, damage)
         data[at] ^= 1 << at % 8
 
@@ -258,7 +258,7 @@ def test_any_flipped_byte_of_an_index_is_found(tmp_path: Path) -> None:
     for at in range(len(data)):
         data[at] ^= 1 << at % 8
         index.write_bytes(data)
-        assert [damage.kind for damage in maintenance.verify(segment)[1]] == ["index"]
+        assert [damage.kind for damage in inspection.verify(segment)[1]] == ["index"]
         data[at] ^= 1 << at % 8
 
 
@@ -266,10 +266,10 @@ def test_a_segment_that_was_cut_is_damaged_and_an_unfinished_one_is_not(tmp_path
     write(tmp_path, batch(3, 1), batch(2, 2))
     (segment,) = files(tmp_path, "seg")
     os.truncate(segment, segment.stat().st_size - 64)
-    (damage,) = maintenance.verify(segment)[1]
+    (damage,) = inspection.verify(segment)[1]
     assert (damage.kind, damage.rows) == ("cut off", 2)
     segment.with_suffix(".idx").unlink()
-    assert maintenance.verify(segment) == (3, [])
+    assert inspection.verify(segment) == (3, [])
 
 
 def test_neighbouring_damaged_rows_are_one_damage_that_says_where_and_how_many(tmp_path: Path) -> None:
@@ -281,7 +281,7 @@ def test_neighbouring_damaged_rows_are_one_damage_that_says_where_and_how_many(t
     data[start + 16] ^= 1
     data[start + 32] ^= 1
     segment.write_bytes(data)
-    (damage,) = maintenance.verify(segment)[1]
+    (damage,) = inspection.verify(segment)[1]
     assert (damage.kind, damage.offset, damage.bytes, damage.rows) == ("rows", start + 16, 32, 2)
 
 
@@ -299,7 +299,7 @@ def aged(directory: Path, seed: int, modified: float) -> Path:
 
 def test_pruning_by_size_removes_the_oldest_segments_and_no_more_than_needed(tmp_path: Path) -> None:
     old, older, new = (aged(tmp_path, seed, time) for seed, time in ((1, 2e9 - 5), (2, 2e9 - 9), (3, 2e9)))
-    summary = maintenance.summarize(tmp_path)
+    summary = inspection.summarize(tmp_path)
     one = summary.bytes // 3
     for most, gone in ((3 * one, []), (3 * one - 1, [older]), (2 * one - 1, [older, old]), (0, [older, old, new])):
         chosen = maintenance.prunable([summary], max_bytes=most)
@@ -310,7 +310,7 @@ def test_pruning_by_size_removes_the_oldest_segments_and_no_more_than_needed(tmp
 
 def test_pruning_by_age_removes_what_is_older(tmp_path: Path) -> None:
     old, new = aged(tmp_path, 1, 1e9), aged(tmp_path, 2, 4e9)
-    maintenance.prune(maintenance.prunable([maintenance.summarize(tmp_path)], older_than=3600))
+    maintenance.prune(maintenance.prunable([inspection.summarize(tmp_path)], older_than=3600))
     assert files(tmp_path, "seg") == [new] and not old.with_suffix(".idx").exists()
 
 
@@ -318,14 +318,14 @@ def test_rows_are_as_old_after_a_compaction_as_before(tmp_path: Path) -> None:
     for seed, modified in ((1, 1e9), (2, 1e9 + 0.5), (3, 1e9 - 5)):
         aged(tmp_path, seed, modified)
     maintenance.compact(tmp_path)
-    assert maintenance.summarize(tmp_path).modified == 1e9 + 0.5
+    assert inspection.summarize(tmp_path).modified == 1e9 + 0.5
 
 
 def test_a_segment_that_a_process_writes_is_never_pruned(tmp_path: Path) -> None:
     store = Store(tmp_path)
     store.put(*batch(5, 1))
     store.flush()
-    summary = maintenance.summarize(tmp_path)
+    summary = inspection.summarize(tmp_path)
     assert maintenance.prunable([summary]) == []
     assert maintenance.prune([(summary, summary.segments[0])]) == (0, 0)
     assert store.right(*batch(5, 1)) == 5
@@ -338,7 +338,7 @@ def test_a_folder_without_segments_goes_unless_something_else_is_in_it(tmp_path:
         (tmp_path / name / "meta.json").write_text("{}")
     (tmp_path / "notes" / "mine.txt").write_text("keep")
     for name in ("bare", "notes"):
-        maintenance.prune(maintenance.prunable([maintenance.summarize(tmp_path / name)]))
+        maintenance.prune(maintenance.prunable([inspection.summarize(tmp_path / name)]))
     assert sorted(path.name for path in tmp_path.rglob("*")) == ["mine.txt", "notes"]
 
 
@@ -346,7 +346,7 @@ def test_a_live_store_goes_on_after_everything_was_pruned(tmp_path: Path) -> Non
     write(tmp_path / "store", batch(5, 1))
     store = Store(tmp_path / "store")
     assert store.right(*batch(5, 1)) == 5
-    maintenance.prune(maintenance.prunable([maintenance.summarize(tmp_path / "store")]))
+    maintenance.prune(maintenance.prunable([inspection.summarize(tmp_path / "store")]))
     store.put(*batch(5, 2))
     store.flush()
     assert store.right(*batch(5, 2)) == 5

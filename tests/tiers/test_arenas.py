@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import given
@@ -97,3 +99,25 @@ def test_the_last_chunk_ends_at_the_limit(monkeypatch: pytest.MonkeyPatch) -> No
         arena.append([leaves[0][i : i + 1]], 1)
     assert sum(chunk[0].nbytes for chunk in chunks) == 400
     assert same(arena.gather(torch.arange(100)), leaves)
+
+
+@pytest.mark.parametrize("after", [True, False])
+def test_a_chunk_whose_registration_was_interrupted_is_registered_once_more(
+    after: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    memory, leaves = MemoryTier("cpu", 1 << 20), [torch.arange(12.0).reshape(6, 2)]
+    layout, keys = layout_of(leaves), ops.keys([torch.arange(6)], (0, 0))
+    register = ops.table_add_chunk
+
+    def interrupted(*args: Any) -> None:
+        if after:
+            register(*args)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(ops, "table_add_chunk", interrupted)
+        memory.write(keys[:2], layout, [leaves[0][:2]])
+    memory.write(keys[:3], layout, [leaves[0][:3]])
+    memory.write(keys[3:], layout, [leaves[0][3:].t().contiguous().t()])  # not contiguous: written by torch
+    for found in (memory.read(keys), memory.read_whole(keys)):
+        assert found is not None and torch.equal(found.leaves[0], leaves[0])

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from torchcache._native import ops
-from torchcache.cli.maintenance import PART, Group, Summary, native, summarize
+from torchcache.cli.inspection import PART, Group, Summary, native, summarize
 from torchcache.cli.progress import Progress
 from torchcache.errors import MaintenanceError
 

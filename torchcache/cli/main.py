@@ -22,9 +22,9 @@ import torch
 
 from torchcache._native import build, ops
 from torchcache._version import __version__
-from torchcache.cli import maintenance
+from torchcache.cli import inspection, maintenance
 from torchcache.cli.export import export
-from torchcache.cli.maintenance import Damage, Summary
+from torchcache.cli.inspection import Damage, Summary
 from torchcache.cli.progress import Progress, byte_progress
 from torchcache.errors import MaintenanceError
 
@@ -119,7 +119,7 @@ def _ls(args: argparse.Namespace) -> int:
 
 
 def _summaries(args: argparse.Namespace) -> list[Summary]:
-    return [maintenance.summarize(path) for path in maintenance.stores(args.directory)]
+    return [inspection.summarize(path) for path in inspection.stores(args.directory)]
 
 
 def _stat(args: argparse.Namespace) -> int:
@@ -136,7 +136,7 @@ def _print_summary(summary: Summary) -> None:
     print(f"class         {summary.module}")
     print(f"last written  {_date(summary.modified)}")
     print(f"bytes         {_bytes(summary.bytes)}")
-    print(f"rows          {summary.rows:,}, {maintenance.duplicates(summary):,} of them duplicates\n")
+    print(f"rows          {summary.rows:,}, {inspection.duplicates(summary):,} of them duplicates\n")
     groups = [(f"{g.rows:,}", _bytes(g.bytes), g.codec, _bytes(g.stored_bytes), g.layout) for g in summary.groups()]
     _print_table(("rows", "bytes", "codec", "stored", "layout"), groups)
     print()
@@ -149,7 +149,7 @@ def _print_summary(summary: Summary) -> None:
 
 
 def _verify(args: argparse.Namespace) -> int:
-    paths = [path for store in maintenance.stores(args.directory) for path in maintenance.segments(store)]
+    paths = [path for store in inspection.stores(args.directory) for path in inspection.segments(store)]
     with byte_progress("verify", sum(path.stat().st_size for path in paths)) as progress:
         results = [_verified(path, progress) for path in paths]
     bad = [result for result in results if result["damage"] or result["error"]]
@@ -175,7 +175,7 @@ def _verified(path: Path, progress: Progress) -> dict[str, Any]:
     """The damage of a segment. An unreadable one is an error, one that a compaction has removed meanwhile is not."""
     rows, damage, error = 0, list[Damage](), None
     try:
-        rows, damage = maintenance.verify(path, progress)
+        rows, damage = inspection.verify(path, progress)
     except MaintenanceError as problem:
         error = str(problem) if path.exists() else None
     damaged = [dataclasses.asdict(d) for d in damage]
@@ -183,8 +183,8 @@ def _verified(path: Path, progress: Progress) -> dict[str, Any]:
 
 
 def _compact(args: argparse.Namespace) -> int:
-    for directory in maintenance.stores(args.directory):
-        total = sum(path.stat().st_size for path in maintenance.segments(directory))
+    for directory in inspection.stores(args.directory):
+        total = sum(path.stat().st_size for path in inspection.segments(directory))
         with byte_progress(f"compact {directory.name}", total) as progress:
             done = maintenance.compact(directory, progress)
         print(
@@ -232,11 +232,11 @@ def _is_confirmed(question: str) -> bool:
 
 
 def _export(args: argparse.Namespace) -> int:
-    folders = maintenance.stores(args.directory)
+    folders = inspection.stores(args.directory)
     if len(folders) != 1:
         names = ", ".join(path.name for path in folders) or "none"
         raise MaintenanceError(f"{str(args.directory)!r} has {len(folders)} folders with rows ({names}): name one")
-    with byte_progress("export", maintenance.summarize(folders[0]).bytes) as progress:
+    with byte_progress("export", inspection.summarize(folders[0]).bytes) as progress:
         rows = export(folders[0], args.file, progress)
     print(f"{rows:,} rows in {args.file}")
     return 0
@@ -265,7 +265,7 @@ def _details(summary: Summary) -> dict[str, Any]:
     for segment in segments:
         del segment["groups"]
     layouts = [dataclasses.asdict(group) for group in summary.groups()]
-    return {"duplicates": maintenance.duplicates(summary), "layouts": layouts, "segments": segments}
+    return {"duplicates": inspection.duplicates(summary), "layouts": layouts, "segments": segments}
 
 
 def _print_json(value: object) -> int:

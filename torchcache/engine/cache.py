@@ -30,10 +30,14 @@ Forward = Callable[..., Any]
 _SEVERAL_LAYOUTS = Bypassed("the rows of the batch have outputs of different shapes or types", is_silent=True)
 
 
-class Cache:
-    """What ``module.cache_instance`` is. Making one is cheap: everything in it is made when it is first needed.
+def _unhashable(error: Exception) -> Bypassed:
+    return Bypassed("their rows cannot be hashed", details=str(error))
 
-    Thread-safe. Attributes that are not documented here are private.
+
+class Cache:
+    """The cache of a module or function: ``module.cache_instance``. Its parts are created when they are first needed.
+
+    All methods are thread-safe. Attributes without a docstring are private.
 
     Example:
         >>> import torch
@@ -66,7 +70,7 @@ class Cache:
         self._last: CallParts | None = None
 
     def __repr__(self) -> str:
-        """Makes nothing that is not there yet."""
+        """Describes the cache without creating any part of it."""
         state = self.__dict__
         name = self._decider.name
         if "_tiers" not in state:
@@ -75,7 +79,7 @@ class Cache:
         tiers = "; ".join(f"{tier}: {s.rows} rows, {s.bytes / 1e6:.1f} MB" for tier, s in stats.items())
         return f"<cache of {name}: {counts.found} of {counts.rows} rows were found; {tiers}>"
 
-    # ---- what it is
+    # ---- properties
 
     @property
     def options(self) -> Options:
@@ -129,14 +133,14 @@ class Cache:
         """Counters, in the manner of ``functools.lru_cache``."""
         return self._counts.info(self._tiers.stats_by_tier())
 
-    # ---- what can be done with it
+    # ---- operations
 
     def hash_tensor(self, *args: Any, **kwargs: Any) -> Tensor:
         """The low 64 bits of the keys of a call's rows, int64 ``[B]``. The arguments are those of forward.
 
         Raises:
             TypeError: the call has no keys.
-            ValueError: it has no tensors, or such as do not share a batch dimension.
+            ValueError: it has no tensors, or its tensors differ in the batch dimension.
         """
         return self.keys(*args, **kwargs)[:, 0].clone()
 
@@ -145,7 +149,7 @@ class Cache:
 
         Raises:
             TypeError: the call has no keys.
-            ValueError: it has no tensors, or such as do not share a batch dimension.
+            ValueError: it has no tensors, or its tensors differ in the batch dimension.
         """
         return self._decider.request(args, kwargs).keys()
 
@@ -159,9 +163,12 @@ class Cache:
         For a call that is not cached: why. The arguments are those of forward; nothing is computed.
         """
         decision = self._decider.decide(args, kwargs)
-        if isinstance(decision, Bypassed):
-            return Explanation(0, 0, 0, None, None, str(decision))
-        return self._explanation(decision, self._tiers.count(decision.keys()))
+        if isinstance(decision, Request):
+            try:
+                return self._explanation(decision, self._tiers.count(decision.keys()))
+            except (RuntimeError, ValueError) as error:
+                decision = _unhashable(error)
+        return Explanation(0, 0, 0, None, None, str(decision))
 
     def rehash(self) -> None:
         """Looks at every byte of the state again: for edits of single elements that bypass torch."""
@@ -207,9 +214,9 @@ class Cache:
         return output(rows, request.call)
 
     def _read_memory(self, request: Request) -> tuple[Request, Rows | Batch] | Bypassed:
-        """What memory has of a call.
+        """Reads the rows of a call from memory.
 
-        The look at the bytes of the state happens at the same time; where they have changed, everything is done again.
+        The same operation probes the weights. If they have changed, the call gets new keys and is read again.
         """
         state = request.state
         watch = None if state is None else state.watch
@@ -222,7 +229,7 @@ class Cache:
                 return decision
             return decision, self._tiers.hash_and_read(decision.tensors, decision.digest)[0]
         except (RuntimeError, ValueError) as error:  # a dtype without bytes, a tensor without a storage
-            return Bypassed("their rows cannot be hashed", details=str(error))
+            return _unhashable(error)
 
     def _complete(self, forward: Forward, request: Request, batch: Batch) -> Any:
         """The output of a call of which memory lacks some rows."""
@@ -258,7 +265,7 @@ class Cache:
             tiers.describe(meta(self._decider.fingerprint, self.options, by_name(self._last)))
         tiers.write(keys, computed.layout, computed.leaves)
 
-    # ---- what is said and counted
+    # ---- messages and counters
 
     def _note_bypass(self, why: Bypassed) -> None:
         self._counts.bypassed_calls += 1
@@ -301,7 +308,7 @@ class Cache:
     def _log_explanation(self, request: Request, batch: Batch) -> None:
         logger.debug("%s: %s", self._decider.name, self._explanation(request, batch.hits))
 
-    # ---- what is made when it is first needed
+    # ---- lazy parts
 
     @lazy
     def _warnings(self) -> WarnOnce:

@@ -67,7 +67,7 @@ class MissComputer:
         self._refused = refused
         self._leave_inputs: set[CallVariant] = set()  # whose forwards have been seen not to edit their inputs
         self._changed_once: set[CallVariant] = set()  # whose forwards have changed the state
-        self._running = 0  # forwards, in all threads
+        self._running: set[object] = set()  # forwards, in all threads
         self._started = 0
 
     def compute(self, forward: Forward, request: Request, rows: Tensor) -> Computed | Uncached:
@@ -107,17 +107,18 @@ class MissComputer:
 
     def _run(self, forward: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, bool]:
         """The output, and whether no other forward of this cache ran at the same time."""
-        with self._lock:
-            self._running += 1
-            self._started += 1
-            is_first, number = self._running == 1, self._started
+        this = object()
         try:
+            with self._lock:
+                self._running.add(this)
+                self._started += 1
+                is_first, number = len(self._running) == 1, self._started
             output = forward(*args, **kwargs)
+            with self._lock:
+                return output, is_first and self._started == number
         finally:
             with self._lock:
-                self._running -= 1
-                is_alone = is_first and self._started == number
-        return output, is_alone
+                self._running.discard(this)
 
     def _objection(self, request: Request, generators: GeneratorStates, before: Any, is_alone: bool) -> Bypassed | None:
         """Why rows that were just computed must not be kept."""

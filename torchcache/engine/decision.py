@@ -109,10 +109,10 @@ class Decider:
         Args:
             args: of the forward.
             kwargs: of the forward.
-            probe: look at the bytes of the weights, too; without, the caller does it (see `State.digest`).
+            probe: whether to probe the weights natively. Else the caller does it (see `State.digest`).
 
         Raises:
-            ValueError: the arguments are none that a cached forward may have (see `Binder.bind`).
+            ValueError: a cached forward cannot have such arguments (see `Binder.bind`).
         """
         why = bypass.of_surroundings()
         if why is not None:
@@ -145,7 +145,7 @@ class Decider:
 
         Raises:
             TypeError: it has no keys.
-            ValueError: the arguments are none that a cached forward may have.
+            ValueError: a cached forward cannot have such arguments (see `Binder.bind`).
         """
         call = self._binder.bind(args, kwargs)
         if call is None:

@@ -10,6 +10,7 @@ import contextlib
 import mmap
 from bisect import bisect_right
 from collections.abc import Callable, Iterator
+from operator import attrgetter
 from typing import NamedTuple
 
 import torch
@@ -26,8 +27,14 @@ _SMALL_BYTES = 16 << 20  # huge pages start at this offset of a leaf, because th
 AddChunk = Callable[[int, list[Tensor]], None]
 
 
+class _Chunk(NamedTuple):
+    first: int  # slot
+    end: int  # slot behind the last one
+    leaves: list[Tensor]
+
+
 class _Span(NamedTuple):
-    chunk: list[Tensor]
+    chunk: _Chunk
     start: int  # first row in the chunk
     rows: int
     done: int  # rows of earlier spans
@@ -53,10 +60,13 @@ class RowArena:
         self.is_native = add_chunk is not None and device.type == "cpu"
         self._capacity = max(1, limit // layout.row_bytes if layout.row_bytes else 2**40)  # in rows, as all below
         self._add_chunk = add_chunk
-        self._chunks: list[list[Tensor]] = []
-        self._starts: list[int] = []
-        self._allocated = 0
+        self._chunks: list[_Chunk] = []
+        self._registered = 0  # chunks that native code knows
         self.used = 0
+
+    @property
+    def _allocated(self) -> int:
+        return self._chunks[-1].end if self._chunks else 0
 
     def append(self, leaves: list[Tensor], count: int) -> int:
         """Copies rows to the first free slots. If it raises, no slot is used.
@@ -67,8 +77,9 @@ class RowArena:
         first = self.used
         while self._allocated < first + count:
             self._grow()
+        self._register_chunks()
         for span in self._spans(first, count):
-            for target, rows in zip(span.chunk, leaves):
+            for target, rows in zip(span.chunk.leaves, leaves):
                 with torch.no_grad():
                     target[span.start : span.start + span.rows].copy_(rows[span.done : span.done + span.rows])
         self.used += count
@@ -78,40 +89,48 @@ class RowArena:
         """The rows of these slots (int64 ``[N]``, on the CPU) as new leaves ``[N, …]`` on the device."""
         if len(self._chunks) == 1:
             slots = slots.to(self.device)
-            return [select(stored, slots) for stored in self._chunks[0]]
+            return [select(stored, slots) for stored in self._chunks[0].leaves]
         outputs = [self._empty(leaf, slots.shape[0]) for leaf in self.layout.leaves]
-        starts = torch.tensor(self._starts, device="cpu")
-        number = torch.bucketize(slots, starts, right=True) - 1
-        for chunk in torch.unique(number).tolist():
-            positions = (number == chunk).nonzero().squeeze(1)
-            rows = (slots.index_select(0, positions) - self._starts[chunk]).to(self.device)
+        starts = torch.tensor([chunk.first for chunk in self._chunks], device="cpu")
+        numbers = torch.bucketize(slots, starts, right=True) - 1
+        for number in torch.unique(numbers).tolist():
+            chunk = self._chunks[number]
+            positions = (numbers == number).nonzero().squeeze(1)
+            rows = (slots.index_select(0, positions) - chunk.first).to(self.device)
             positions = positions.to(self.device)
-            for stored, out in zip(self._chunks[chunk], outputs):
+            for stored, out in zip(chunk.leaves, outputs):
                 movable(out).index_copy_(0, positions, movable(select(stored, rows)))
         return outputs
 
     def _spans(self, first: int, count: int) -> Iterator[_Span]:
         """The parts of chunks that hold the slots first … first + count - 1."""
         done = 0
+        number = bisect_right(self._chunks, first, key=attrgetter("first")) - 1
         while done < count:
-            number = bisect_right(self._starts, first + done) - 1
-            start = first + done - self._starts[number]
-            end = self._starts[number + 1] if number + 1 < len(self._starts) else self._allocated
-            span = _Span(self._chunks[number], start, min(count - done, end - self._starts[number] - start), done)
+            chunk = self._chunks[number]
+            start = first + done
+            span = _Span(chunk, start - chunk.first, min(count - done, chunk.end - start), done)
             yield span
             done += span.rows
+            number += 1
 
     def _grow(self) -> None:
-        rows, chunk = self._capacity, self._reserve() if not self._chunks and self.device.type == "cpu" else None
-        if chunk is None:
+        """Adds a chunk, by one assignment: an interrupt must not leave half of one."""
+        first = self._allocated
+        rows, leaves = self._capacity, self._reserve() if not self._chunks and self.device.type == "cpu" else None
+        if leaves is None:
             least = max(1, _CHUNK_BYTES // max(1, self.layout.row_bytes))
-            rows = max(1, min(self._capacity - self._allocated, max(least, self._allocated // _GROWTH)))
-            chunk = [self._empty(leaf, rows) for leaf in self.layout.leaves]
-        if self._add_chunk is not None:
-            self._add_chunk(self._allocated, chunk)
-        self._chunks.append(chunk)
-        self._starts.append(self._allocated)
-        self._allocated += rows
+            rows = max(1, min(self._capacity - first, max(least, first // _GROWTH)))
+            leaves = [self._empty(leaf, rows) for leaf in self.layout.leaves]
+        self._chunks.append(_Chunk(first, first + rows, leaves))
+
+    def _register_chunks(self) -> None:
+        """Registers new chunks with native code. After an interrupt it registers one again, which changes nothing."""
+        while self._registered < len(self._chunks):
+            chunk = self._chunks[self._registered]
+            if self._add_chunk is not None:
+                self._add_chunk(chunk.first, chunk.leaves)
+            self._registered += 1
 
     def _reserve(self) -> list[Tensor] | None:
         """A chunk for all rows; None if the system refuses the address space."""
