@@ -28,7 +28,7 @@ STABLE_TORCH_LIBRARY(torchcache, m) {
   m.def("table_hash_and_read(int table, Tensor[] rows, int low, int high, int watch) -> (bool, Tensor[], int, int)");
   m.def("table_read(int table, Tensor keys) -> (Tensor[], int)");
   m.def("table_add_chunk(int table, int layout, int first, Tensor[] leaves) -> ()");
-  m.def("table_write(int table, Tensor keys, int layout, int first, Tensor[] leaves, int most) -> (int, int)");
+  m.def("table_write(int table, Tensor keys, int layout, int first, Tensor[] leaves, int max_rows) -> (int, int)");
   m.def("table_insert(int table, Tensor keys, int layout, int first) -> ()");
   m.def("table_find(int table, int low) -> (int, int)");
   m.def("table_low_keys(int table) -> Tensor");
@@ -41,7 +41,7 @@ STABLE_TORCH_LIBRARY(torchcache, m) {
   m.def("store_lookup(int store, Tensor keys) -> (Tensor, str)");
   m.def("store_read(int store, Tensor keys, str layout, Tensor(a!)[] leaves) -> Tensor");
   m.def(
-      "store_lookup_and_read(int store, Tensor keys, str layout, bool only, Tensor[] like, bool pinned) -> "
+      "store_lookup_and_read(int store, Tensor keys, str layout, bool only, Tensor[] templates, bool pinned) -> "
       "(Tensor, Tensor[], str, int)");
   m.def("store_write(int store, Tensor keys, str layout, Tensor[] leaves) -> (int, int)");
   m.def("store_flush(int store) -> ()");

@@ -99,7 +99,7 @@ inline int64_t alerts_of(const store::Store& store) {
 
 // A read from disk in one operation, as table_hash_and_read is one for memory.
 inline std::tuple<Tensor, std::vector<Tensor>, std::string, int64_t> store_lookup_and_read(
-    int64_t store, Tensor keys, std::string layout, bool only, std::vector<Tensor> like, bool pinned) {
+    int64_t store, Tensor keys, std::string layout, bool only, std::vector<Tensor> templates, bool pinned) {
   const std::shared_ptr<store::Store> object = stores().get(store);
   const auto [data, count] = as_keys(keys);
   std::vector<uint8_t> present(count);
@@ -113,7 +113,7 @@ inline std::tuple<Tensor, std::vector<Tensor>, std::string, int64_t> store_looku
   }
   std::vector<Tensor> leaves;
   if (!wanted.empty()) {
-    const std::vector<core::RowShape> shapes(like.begin(), like.end());
+    const std::vector<core::RowShape> shapes(templates.begin(), templates.end());
     for (const core::RowShape& shape : shapes)
       leaves.push_back(shape.empty(static_cast<int64_t>(wanted.size()), core::kCpu, pinned));
     std::vector<uint8_t> verified(wanted.size());

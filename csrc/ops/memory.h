@@ -78,20 +78,20 @@ inline void table_insert(int64_t table, Tensor keys, int64_t layout, int64_t fir
 // Rows that are new are copied to slots from `first` on, and only then found, in one operation as above. A lookup and
 // an insertion are two steps: the caller lets one thread write at a time.
 inline std::tuple<int64_t, int64_t> table_write(int64_t table, Tensor keys, int64_t layout, int64_t first,
-                                                std::vector<Tensor> leaves, int64_t most) {
+                                                std::vector<Tensor> leaves, int64_t max_rows) {
   const std::shared_ptr<MemoryTable> memory = tables().get(table);
   const auto [data, count] = as_keys(keys);
   std::vector<int64_t> slots(count);
   std::vector<int64_t> rows = memory->keys.lookup(data, count, slots.data()).missing;
-  const auto found = static_cast<int64_t>(rows.size());
-  rows.resize(std::min(found, most));
-  if (rows.empty()) return {0, found};
-  if (!memory->arenas.write(layout, first, leaves, rows)) return {-1, found};
+  const auto new_rows = static_cast<int64_t>(rows.size());
+  rows.resize(std::min(new_rows, max_rows));
+  if (rows.empty()) return {0, new_rows};
+  if (!memory->arenas.write(layout, first, leaves, rows)) return {-1, new_rows};
   std::vector<Digest> written;
   written.reserve(rows.size());
   for (const int64_t row : rows) written.push_back(data[row]);
   memory->keys.insert(written.data(), written.size(), layout, first);
-  return {static_cast<int64_t>(rows.size()), found};
+  return {static_cast<int64_t>(rows.size()), new_rows};
 }
 
 inline void table_add_chunk(int64_t table, int64_t layout, int64_t first, std::vector<Tensor> leaves) {

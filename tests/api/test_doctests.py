@@ -28,7 +28,7 @@ def test_the_examples_run(name: str, tmp_path: Path) -> None:
     assert not doctest.testmod(importlib.import_module(name), extraglobs=given).failed
 
 
-@pytest.mark.parametrize("name", ["Cache", "CachedRows", "precompute", "torchcache"])
+@pytest.mark.parametrize("name", [name for name in PUBLIC if name != "errors"])
 def test_what_users_call_has_an_example(name: str) -> None:
     assert ">>> " in (inspect.getdoc(PUBLIC[name]) or "")
 

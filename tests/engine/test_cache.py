@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -150,11 +150,8 @@ def test_rows_may_be_removed_from_disk_while_other_threads_call(caplog: pytest.L
         except Exception as error:
             wrong.append(error)
 
-    threads = [threading.Thread(target=work, args=(i,)) for i in range(4)]
-    for t in threads:
-        t.start()
-    for t in threads:
-        t.join()
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(work, range(4)))  # raises what a thread raised
     assert not wrong
 
 
@@ -173,11 +170,8 @@ def test_clearing_while_others_look_up_gives_no_wrong_row() -> None:
                 wrong.append(out)
             cache_of(cached).clear()
 
-    threads = [threading.Thread(target=work, args=(i,)) for i in range(1, 7)]
-    for t in threads:
-        t.start()
-    for t in threads:
-        t.join()
+    with ThreadPoolExecutor(6) as pool:
+        list(pool.map(work, range(1, 7)))  # raises what a thread raised
     assert not wrong
 
 
@@ -192,10 +186,7 @@ def test_eight_threads_on_one_module_compute_right_rows() -> None:
             if not torch.equal(module(x), x * 2 + 1):
                 wrong.append(seed)
 
-    threads = [threading.Thread(target=work, args=(i,)) for i in range(8)]
-    for t in threads:
-        t.start()
-    for t in threads:
-        t.join()
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(work, range(8)))  # raises what a thread raised
     assert not wrong
     assert len(cache_of(module).cache) == len(set(module.rows))

@@ -4,20 +4,15 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import resource
 import shutil
-import signal
-import subprocess
-import sys
-import tempfile
-import textwrap
 from pathlib import Path
 from typing import NamedTuple
 
 import pytest
 import torch
 from cache_harness import cache_of
+from process_harness import run
 from store_harness import forked, succeeded
 from torch import Tensor, nn
 
@@ -233,32 +228,6 @@ def test_rows_of_a_class_that_cannot_be_found_are_computed_again_with_one_warnin
 # ---- processes
 
 
-def run(folder: Path, script: str, check: bool = True, **env: str) -> subprocess.CompletedProcess[str]:
-    prelude = """
-        import os, sys, signal, multiprocessing
-        import torch, torch.nn as nn
-        from torchcache import torchcache
-
-        class Double(nn.Module):
-            def forward(self, x):
-                return x * 2
-
-        def cached(directory=None):
-            return torchcache(persistent=True, persistent_cache_dir=directory)(Double())
-
-        X = torch.arange(12.).view(4, 3)
-    """
-    file = folder / "script.py"
-    file.write_text(textwrap.dedent(prelude) + textwrap.dedent(script))
-    return subprocess.run(
-        [sys.executable, file, folder / "rows"],
-        env={**os.environ, **env},
-        capture_output=True,
-        text=True,
-        check=check,
-    )
-
-
 def disk_hits(folder: Path) -> int:
     done = run(folder, "m = cached(sys.argv[1]); m(X); print(m.cache_instance.info().disk_hits)")
     assert done.stderr == ""
@@ -334,61 +303,6 @@ def test_data_loader_workers_share_rows_through_the_directory(tmp_path: Path) ->
     )
     assert done.stderr == ""
     assert disk_hits(tmp_path) == 4
-
-
-# ---- the temporary directory
-
-
-@pytest.mark.parametrize("ending", ["", "raise RuntimeError", "sys.exit(1)"])
-def test_a_temporary_directory_goes_with_the_process_also_after_an_exception(tmp_path: Path, ending: str) -> None:
-    script = f"m = cached(); m(X); d = m.cache_instance.cache_dir; assert d.is_dir(); print(d, flush=True)\n{ending}"
-    done = run(tmp_path, script, check=False, TMPDIR=str(tmp_path))
-    assert Path(done.stdout.strip()).is_relative_to(tmp_path)
-    assert not list(tmp_path.glob("torchcache-*"))
-
-
-@pytest.mark.parametrize("how", ["os.fork()", "multiprocessing"])
-def test_a_forked_child_never_deletes_the_temporary_directory_of_its_parent(tmp_path: Path, how: str) -> None:
-    fork = """
-        pid = os.fork()
-        if pid == 0:
-            m(X[2:]); sys.exit(0)
-        os.waitpid(pid, 0)
-    """
-    process = """
-        p = multiprocessing.get_context("fork").Process(target=m, args=(X[2:],))
-        p.start(); p.join()
-    """
-    done = run(
-        tmp_path,
-        "torch.set_num_threads(1)\nm = cached(); m(X[:2])\n"
-        + textwrap.dedent(fork if how == "os.fork()" else process)
-        + "print(m.cache_instance.cache_dir.is_dir())",
-        TMPDIR=str(tmp_path),
-    )
-    assert done.stdout.split() == ["True"] and done.stderr == ""
-    assert not list(tmp_path.glob("torchcache-*"))
-
-
-def test_a_temporary_directory_left_by_a_kill_is_swept_by_the_next_run(tmp_path: Path) -> None:
-    script = "m = cached(); m(X); print(m.cache_instance.cache_dir, flush=True)"
-    killed = run(
-        tmp_path,
-        script + "\nos.kill(os.getpid(), signal.SIGKILL)",
-        check=False,
-        TMPDIR=str(tmp_path),
-    )
-    assert killed.returncode == -signal.SIGKILL and Path(killed.stdout.strip()).is_dir()
-    run(tmp_path, script, TMPDIR=str(tmp_path))
-    assert not list(tmp_path.glob("torchcache-*"))
-
-
-def test_a_living_process_keeps_its_temporary_directory(tmp_path: Path) -> None:
-    module = cached(None)
-    module(X)
-    assert directory_of(module).is_relative_to(tempfile.gettempdir())
-    run(tmp_path, "m = cached(); m(X)")
-    assert directory_of(module).is_dir()
 
 
 def test_meta_is_written_again_however_often_it_is_deleted(tmp_path: Path) -> None:

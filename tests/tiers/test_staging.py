@@ -5,8 +5,8 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -164,11 +164,8 @@ def test_threads_find_the_rows_of_each_other(tmp_path: Path) -> None:
             if not torch.equal(module(x), x * 2):
                 wrong.append(x)
 
-    threads = [threading.Thread(target=work, args=(i,)) for i in range(8)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(work, range(8)))  # raises what a thread raised
     computed = module.rows
     for number in range(7):
         module(torch.full((4, 2), float(number)))

@@ -135,14 +135,16 @@ def table_add_chunk(table: int, layout: int, first: int, leaves: list[Tensor]) -
     _native().table_add_chunk.default(table, layout, first, leaves)
 
 
-def table_write(table: int, keys: Tensor, layout: int, first: int, leaves: list[Tensor], most: int) -> tuple[int, int]:
-    """Copies the distinct new rows of leaves ``[B, …]``, at most so many, to the slots from `first` on.
+def table_write(
+    table: int, keys: Tensor, layout: int, first: int, leaves: list[Tensor], max_rows: int
+) -> tuple[int, int]:
+    """Copies the distinct new rows of leaves ``[B, …]``, at most `max_rows`, to the slots from `first` on.
 
     Returns:
         How many were written, -1 if native code cannot write there (on a GPU, in a chunk that has too little room);
         and how many are new.
     """
-    written: tuple[int, int] = _direct("table_write")(table, keys, layout, first, leaves, most)
+    written: tuple[int, int] = _direct("table_write")(table, keys, layout, first, leaves, max_rows)
     return written
 
 
@@ -196,7 +198,7 @@ def store_read(store: int, keys: Tensor, layout: str, leaves: list[Tensor]) -> T
 
 
 def store_lookup_and_read(
-    store: int, keys: Tensor, layout: str, only: bool, like: list[Tensor], pinned: bool
+    store: int, keys: Tensor, layout: str, only: bool, templates: list[Tensor], pinned: bool
 ) -> tuple[Tensor, list[Tensor], str, int]:
     """Reads the rows that are there if they have this layout; with `only` rows of other layouts count as missing.
 
@@ -205,7 +207,7 @@ def store_lookup_and_read(
         keys: int64 ``[B, 2]``.
         layout: that of the rows, as far as it is known; an empty string reads nothing.
         only: look for rows of this layout alone.
-        like: the leaves of the layout as CPU tensors ``[0, …]``.
+        templates: the leaves of the layout as CPU tensors ``[0, …]``.
         pinned: read into pinned memory.
 
     Returns:
@@ -214,7 +216,7 @@ def store_lookup_and_read(
         `WARNINGS` and `FULL`, or'ed.
     """
     found: tuple[Tensor, list[Tensor], str, int] = _direct("store_lookup_and_read")(
-        store, keys, layout, only, like, pinned
+        store, keys, layout, only, templates, pinned
     )
     return found
 

@@ -50,6 +50,11 @@ def set_logger_config(
         datefmt: format of its time (``TORCHCACHE_LOG_DATEFMT``).
         stream: where records go, default standard error.
         filename: a file that records are also appended to (``TORCHCACHE_LOG_FILE``, default none).
+
+    Example:
+        >>> import torchcache, sys
+        >>> torchcache.set_logger_config(level="INFO", fmt="%(levelname)s %(message)s", stream=sys.stdout)
+        >>> torchcache.set_logger_config()  # back to what the environment says
     """
     given = any(x is not None for x in (level, fmt, datefmt, stream, filename))
     _configure(level, fmt, datefmt, stream, filename, yields=not given)

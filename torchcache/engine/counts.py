@@ -28,6 +28,15 @@ class CacheInfo(NamedTuple):
         bypassed_calls: calls that were computed without the cache; ``explain`` says why.
         hits: rows by the name of the tier that had them.
         tiers: the same counters for each tier by its name.
+
+    Example:
+        >>> import torch
+        >>> from torchcache import torchcache
+        >>> module = torchcache()(torch.nn.Linear(4, 2).requires_grad_(False))
+        >>> _ = module(torch.eye(4)), module(torch.eye(4))
+        >>> info = module.cache_instance.info()
+        >>> info.misses, info.memory_hits, info.memory_rows, info.memory_bytes
+        (4, 4, 4, 32)
     """
 
     memory_hits: int

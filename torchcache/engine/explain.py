@@ -49,6 +49,16 @@ class Explanation(NamedTuple):
             this module hash has none yet, to the newest directory of the same class); None: there is nothing to
             compare with.
         bypassed: why the call is not cached; None: it is.
+
+    Example:
+        >>> import torch
+        >>> from torchcache import torchcache
+        >>> module = torchcache()(torch.nn.Linear(4, 2).requires_grad_(False))
+        >>> _ = module(torch.eye(4))
+        >>> print(module.cache_instance.explain(torch.zeros(1, 4)))
+        0 of 1 rows are in memory, 0 more on disk
+        against the last call: nothing has changed but the rows themselves
+        against the directory: nothing to compare with
     """
 
     rows: int
