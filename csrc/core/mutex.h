@@ -1,4 +1,4 @@
-// A mutex and what goes with it, annotated for clang's analysis of threads.
+// A mutex, its locks and a condition variable, annotated for clang's thread-safety analysis.
 #pragma once
 
 #include <atomic>

@@ -28,9 +28,9 @@ TORCHCACHE_HD uint64_t swapped(uint64_t v) {
 TORCHCACHE_HD Canonical canonical(Digest d) { return {swapped(d.high), swapped(d.low)}; }
 inline Digest number(Canonical c) { return {swapped(c.low), swapped(c.high)}; }
 
-// Rows, and where their digests go. Every leaf is a message of its own for a team; whoever hashes the last leaf of a
-// row goes on to the row's digest, and from the last argument of a call on to the key. So small rows fill a machine as
-// well as large ones do, and there is one launch for each argument.
+// Rows, and where their digests go. Every leaf is a message of its own for a team; the team that hashes the last leaf
+// of a row goes on to the row's digest, and from the last argument of a call on to the key. So small rows fill a
+// machine as well as large ones do, and there is one launch for each argument.
 struct Batch {
   Rows rows;
   Canonical* leaves = nullptr;   // [rows, leaves of a row]: their digests, unless a row is one leaf

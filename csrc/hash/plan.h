@@ -1,5 +1,5 @@
-// The launches that make digests and keys of rows, one after the other: whoever calls says how a launch is done, and
-// sets its counters to zero before. No CUDA and no torch here.
+// The launches that make digests and keys of rows, one after the other. The caller performs each launch, and sets its
+// counters to zero first. No CUDA and no torch here.
 #pragma once
 
 #include <algorithm>

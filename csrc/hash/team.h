@@ -67,7 +67,7 @@ struct Lane {
 
 // H of a message of `size` ≥ kShortest bytes of which words(position) gives the eight from there on.
 // A team has each(f), which calls f(lane) for every lane; exchange(); and collect(values), which gives the values of
-// all lanes to whoever finishes.
+// all lanes to the lane that finishes.
 template <class Team, class Words>
 TORCHCACHE_DEVICE Digest digest_by_team(Team& team, const Words& words, int64_t size) {
   constexpr int64_t kBlock = xxh3::kBlock, kStripe = xxh3::kStripe;

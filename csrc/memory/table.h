@@ -18,7 +18,7 @@ struct RowLocation {
   int64_t slot = -1;
 };
 
-// What a lookup of a batch found, beside the slots.
+// The result of a lookup of a batch, apart from the slots.
 struct Lookup {
   std::vector<int64_t> missing;  // for each distinct missing key, the first row of the batch that has it
   int64_t layout = kNone;        // of all rows that were found

@@ -144,7 +144,7 @@ class RefreshScope {
     state_.refreshing = false;
     state_.next_refresh = now + std::max<Clock::duration>(kMinPause, 100 * cost);
   }
-  // What a segment costs once is no reason to refresh less often.
+  // A cost that each segment causes once must not make refreshes rarer.
   void leave_out(Clock::duration first_scan) { first_scans_ += first_scan; }
 
  private:

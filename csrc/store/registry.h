@@ -16,7 +16,7 @@ namespace torchcache::store {
 
 using Clock = std::chrono::steady_clock;
 
-// A segment of the directory, whoever writes it.
+// A segment of the directory, of any writer.
 struct Segment {
   SegmentId id{};
   bool own = false;                  // written by this process now: its rows come from the writer, not from a scan

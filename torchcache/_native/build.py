@@ -90,7 +90,7 @@ def ahead() -> Path | None:
 
 
 def sources_folder() -> Path:
-    """The folder of the sources: inside an installed package, beside the package in a checkout."""
+    """The folder of the sources: inside an installed package, next to the package in a checkout."""
     for folder in (_FOLDER / "csrc", _FOLDER.parents[1] / "csrc"):
         if (folder / "ops.cpp").is_file():
             return folder
@@ -181,7 +181,7 @@ def _codes(torch: Torch, nvcc: str) -> tuple[str, ...]:
 
 
 def compile_on_first_use(csrc: Path, torch: Torch) -> Path:
-    """The library of these sources and this torch, kept beside torch's own extensions.
+    """The library of these sources and this torch, kept in the folder of torch's own extensions.
 
     A process that is killed leaves nothing that hinders the next one: the lock dies with it, and
     the library gets its name only when it is whole. Several processes compile once.
@@ -259,7 +259,7 @@ def _compile(csrc: Path, torch: Torch, target: Path) -> Path:
 
 
 def compile_library(csrc: Path, torch: Torch, target: Path) -> Path:
-    """Compiles in a folder of its own beside the target and renames into place."""
+    """Compiles in a temporary folder next to the target, which it then renames."""
     try:
         _toolkit(torch)
     except NoCuda as reason:

@@ -56,7 +56,7 @@ class NumpyTwister:
 
     def __init__(self, module: Any) -> None:
         self._module = module
-        self._address: tuple[Any, int] = None, 0  # of the state of that bit generator; 0: it is no twister
+        self._address: tuple[Any, int] = None, 0  # of the state of that bit generator; 0: it is not a Mersenne Twister
 
     def snapshot(self) -> dict[str, Any]:
         """The whole state."""

@@ -115,7 +115,7 @@ Error SegmentWriter::append(const NewBlock& block, BlockHeader* header) {
   parts.push_back(part(kZeros, padding));
   const Error error = file_->write(std::move(parts), end_);
   if (error != 0)
-    file_->truncate(end_);  // a torn tail is no harm, but may be what fills the disk
+    file_->truncate(end_);  // a torn tail does no harm, but may fill the disk
   else
     end_ = header->end();
   return error;

@@ -55,7 +55,7 @@ struct Verification {
   std::vector<Damage> damage;
 };
 // About `bytes` of the segment from `position` on. With the first part its header is checked, with the last its index.
-// What a live or killed writer did not finish is no damage.
+// What a live or killed writer did not finish does not count as damage.
 Verification verify(const std::string& directory, const SegmentId& id, uint64_t position, uint64_t bytes);
 
 // Keys and their layouts. Takes up to 64 bytes of memory a row while it grows.
