@@ -7,6 +7,7 @@ import dis
 import functools
 import importlib.util
 import linecache
+import re
 import types
 from collections.abc import Iterator
 
@@ -15,6 +16,8 @@ from torchcache.identity.encoding import encode
 # Fields that do not belong to the program: the role of a name, u"" prefixes, type comments.
 _IGNORED_FIELDS = frozenset(("ctx", "kind", "type_comment"))
 _FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)
+_IMPORTERS = {"import_module", "__import__"}
+_MODULE_NAME = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)*")
 _DOCUMENTED = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
 
 
@@ -29,17 +32,18 @@ def _functions_of(text: str) -> dict[tuple[int, str], tuple[list[ast.AST], list[
             functions.setdefault((first, getattr(node, "name", "<lambda>")), ([], []))[0].append(node)
     # A notebook's cell may await at its top level.
     flags = ast.PyCF_ALLOW_TOP_LEVEL_AWAIT
-    for code in _nested(compile(tree, "", "exec", flags, dont_inherit=True)):
+    for code in nested(compile(tree, "", "exec", flags, dont_inherit=True)):
         if (code.co_firstlineno, code.co_name) in functions:
             functions[code.co_firstlineno, code.co_name][1].append(code)
     return functions
 
 
-def _nested(code: types.CodeType) -> Iterator[types.CodeType]:
+def nested(code: types.CodeType) -> Iterator[types.CodeType]:
+    """The code of a function and of the functions in it."""
     yield code
     for constant in code.co_consts:
         if isinstance(constant, types.CodeType):
-            yield from _nested(constant)
+            yield from nested(constant)
 
 
 def text_of(function: types.FunctionType) -> str:
@@ -127,10 +131,12 @@ def imported(code: types.CodeType, package: str | None) -> set[str]:
                 modules.add(importlib.util.resolve_name("." * level + step.argval, package))
             except ImportError:
                 continue
+    if _IMPORTERS.intersection(code.co_names):
+        modules |= {name for name in code.co_consts if isinstance(name, str) and _MODULE_NAME.fullmatch(name)}
     inner = (imported(item, package) for item in code.co_consts if isinstance(item, types.CodeType))
     return modules.union(*inner)
 
 
 def attribute_names(code: types.CodeType) -> set[str]:
     """Every global, attribute and imported name in the code and its nested functions."""
-    return {name for nested in _nested(code) for name in nested.co_names}
+    return {name for nested in nested(code) for name in nested.co_names}
