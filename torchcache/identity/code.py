@@ -16,7 +16,7 @@ import enum
 import functools
 import logging
 import types
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from operator import itemgetter
 from typing import Any
 
@@ -265,15 +265,14 @@ class _Describer(Values):
         return "library function", origin, str(function.__globals__.get("__name__")), name, inside
 
     def code(self, function: types.FunctionType) -> object:
-        node = syntax.source_of(function)
-        if node is None:
+        source = syntax.source_of(function)
+        if source is None:
             # Several lambdas on one line have a source, only nothing tells them apart.
             if function.__name__ != "<lambda>" or not syntax.text_of(function):
                 _log_bytecode(function.__qualname__)
             return "bytecode", syntax.bytecode(function.__code__)
         scope = function.__globals__
-        kept = [item for item in syntax.decorators(node) if not is_our_decorator(item, scope)]
-        return "source", syntax.normal_form(node), [syntax.normal_form(item) for item in kept]
+        return "source", source.form, [form for node, form in source.decorators if not is_our_decorator(node, scope)]
 
     def closure(self, function: types.FunctionType) -> dict[str, object]:
         cells = {}
@@ -327,11 +326,11 @@ class _Describer(Values):
         if isinstance(value, types.FunctionType) and chain[depth : depth + 1] and chain[depth] in vars(value):
             values[".".join(chain[: depth + 1])] = vars(value)[chain[depth]]
 
-    def search(self, value: object, name: str, names: set[str], values: dict[str, object]) -> None:
+    def search(self, value: object, name: str, names: Collection[str], values: dict[str, object]) -> None:
         """Adds all that the function may mean of a module that it imports itself."""
         if name in values:
             return
-        used = names & set(vars(value)) if isinstance(value, types.ModuleType) else set()
+        used = set(names) & set(vars(value)) if isinstance(value, types.ModuleType) else set()
         if not used or of_module(getattr(value, "__name__")) is not None:  # noqa: B009
             values[name] = value
             return
