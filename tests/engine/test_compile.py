@@ -106,7 +106,7 @@ def test_a_cached_module_is_cached_inside_a_compiled_one_of_its_own_class(outer:
 def test_fullgraph_says_why_a_cached_module_is_a_graph_break() -> None:
     torch._dynamo.reset()
     for model in (nn.Sequential(torchcache()(Backbone()), nn.Linear(8, 2)), torchcache()(Backbone()), double):
-        compiled = torch.compile(model, backend="eager", fullgraph=True)  # type: ignore[call-overload]
+        compiled = torch.compile(model, backend="eager", fullgraph=True)
         with pytest.raises(
             Exception, match="a cached module or function is one graph break: compile without fullgraph"
         ):
