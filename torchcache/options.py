@@ -16,6 +16,8 @@ from typing import Any
 import torch
 
 ATTRIBUTE_PREFIX = "torchcache_"
+# The options that may change while a cache is in use; decorator.py looks at the first two on every call.
+_LIVE = ("enabled", "frozen", "max_memory_cache_size")
 _ZSTD_LEVELS = (-131072, 22)
 _HASH_LENGTH = 200  # bytes; file systems allow 255
 
@@ -38,6 +40,7 @@ class Options:
     cache_dtype: torch.dtype | None = None
     use_mmap_on_load: bool = False
     subsample: bool = False
+    frozen: bool = False
 
     @classmethod
     def checked(cls, **given: Any) -> Options:
@@ -77,6 +80,21 @@ class Options:
                 hint = f"did you mean {ATTRIBUTE_PREFIX}{close[0]}?" if close else "see help(torchcache)"
                 raise ValueError(f"{ATTRIBUTE_PREFIX}{name} is not an option of torchcache: {hint}")
         return Options.checked(**{**dataclasses.asdict(self), **given})
+
+    def check_change(self, new: Options) -> None:
+        """Checks that a cache in use can go on with other options.
+
+        Raises:
+            ValueError: one of them is fixed from the first call on.
+        """
+        for field in dataclasses.fields(self):
+            name = field.name
+            if name not in _LIVE and getattr(self, name) != getattr(new, name):
+                raise ValueError(
+                    f"{ATTRIBUTE_PREFIX}{name} was set to {getattr(new, name)!r} after the first call, which fixed it "
+                    f"at {getattr(self, name)!r}: set it before the first call, or call cache_instance.close(), which "
+                    "starts the cache anew"
+                )
 
     def stored(self) -> dict[str, Any]:
         """The options that change the bytes of stored rows, and so belong to the module hash."""
@@ -183,4 +201,5 @@ _CHECKS: dict[str, Callable[[str, Any], Any]] = {
     "cache_dtype": _dtype,
     "use_mmap_on_load": _flag,
     "subsample": _flag,
+    "frozen": _flag,
 }

@@ -34,6 +34,7 @@ WRONG = [
     ({"memory_cache_device": "meta"}, "memory_cache_device must be a device that holds data"),
     ({"persistent": "yes"}, "persistent must be True or False, got 'yes'"),
     ({"enabled": 1}, "enabled must be True or False, got 1"),
+    ({"frozen": None}, "frozen must be True or False, got None"),
     (
         {"persistent_cache_dir": 5},
         "persistent_cache_dir must be the path of a directory or None, got 5",
@@ -78,6 +79,7 @@ def test_the_keywords_and_defaults_are_the_documented_ones() -> None:
         "zstd_compression_threads": 1,
         "cache_dtype": None,
         "use_mmap_on_load": False,
+        "frozen": False,
     }
     parameters = inspect.signature(torchcache).parameters
     assert {name: parameters[name].default for name in documented} == documented

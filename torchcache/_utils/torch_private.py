@@ -116,14 +116,19 @@ _Strategy = _private("torch._C._dynamo.eval_frame:_FrameExecStrategy", None, _MO
 _Action = _private("torch._C._dynamo.eval_frame:_FrameAction", None, _MORE_BREAKS)
 
 
-def untraced(function: T) -> T:
+def untraced(function: T, reason: str = "") -> T:
     """Marks a function that torch.compile leaves alone, with all that it calls.
 
     torch.compiler.disable would do, but for its import, and for the microseconds of its wrapper.
+
+    Args:
+        function: is returned.
+        reason: what torch.compile says with fullgraph=True.
     """
     if _set_strategy and _Strategy and _Action:
         _set_strategy(function.__code__, _Strategy(_Action.SKIP, _Action.SKIP))  # type: ignore[attr-defined]
     function._torchdynamo_disable = True  # type: ignore[attr-defined]
+    function._torchdynamo_disable_msg = reason or None  # type: ignore[attr-defined]
     return function
 
 

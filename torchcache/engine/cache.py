@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import weakref
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -54,6 +55,9 @@ class Cache:
         this call is not cached: an input requires grad
     """
 
+    __slots__ = ("__dict__", "__weakref__", "_module")  # see `held_with`, whose object shares only the __dict__
+    _module: nn.Module
+
     def __init__(
         self,
         target: nn.Module | Forward,
@@ -65,9 +69,20 @@ class Cache:
         self._lock = lock(self)
         self._refused: dict[CallVariant, Bypassed] = {}
         self._decider = Decider(target, forward, takes_self, init, options, self._refused)
+        self._held: Callable[[], Cache | None] = lambda: None
         self._counts = Counts()
         self.filling = False  # rows are expected to be new
         self._last: CallParts | None = None
+
+    def held_with(self, module: nn.Module) -> Cache:
+        """The same cache for a user, which keeps its module alive. The module's own does not, and is freed with it."""
+        held = self._held()
+        if held is None or held._module is not module:
+            held = object.__new__(Cache)
+            held.__dict__ = self.__dict__
+            held._module = module
+            self._held = weakref.ref(held)
+        return held
 
     def __repr__(self) -> str:
         """Describes the cache without creating any part of it."""
@@ -187,12 +202,31 @@ class Cache:
         self._tiers.clear(persistent)
 
     def close(self) -> None:
-        """Flushes, and frees the memory. The cache can be used again: it then starts as a new one would."""
+        """Flushes, and frees the memory. The cache can be used again: it then starts as a new one would.
+
+        From then on it has the options that ``torchcache_`` attributes give it.
+        """
         with self._lock:
-            tiers = self.__dict__.pop("_tiers", None)
+            tiers = self.__dict__.get("_tiers")
+            self._refused = {}
+            self._decider = self._decider.renewed(self._refused)
+            for name in ("_tiers", "_computer", "cache_dir"):
+                self.__dict__.pop(name, None)
         if tiers is not None:
             tiers.close()
-        self._decider.forget_state()
+
+    def update_options(self) -> None:
+        """Puts ``torchcache_`` attributes into force that were set while the cache is in use.
+
+        Raises:
+            ValueError: an attribute is unknown, wrong, or fixed from the first call on.
+        """
+        with self._lock:
+            options = self._decider.updated_options()
+            tiers: Chain | None = self.__dict__.get("_tiers")
+            if tiers is not None:
+                tiers.resize_memory(options.max_memory_cache_size)
+            self._decider.options = options
 
     # ---- one call
 
@@ -290,7 +324,8 @@ class Cache:
             self._warnings.warn(
                 "grad",
                 "%s require grad: outputs come back detached, so these will not be trained, and every call hashes "
-                "them in full; freeze them by requires_grad_(False), or leave what is trained out of the cached module",
+                "them in full; freeze them by torchcache(frozen=True) or requires_grad_(False), or leave what is "
+                "trained out of the cached module",
                 ", ".join(names[:3]) + (f" and {len(names) - 3} others" if len(names) > 3 else ""),
             )
 

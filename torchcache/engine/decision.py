@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -58,13 +59,36 @@ class Decider:
         options: Callable[[], Options],
         refused: Mapping[CallVariant, Bypassed],
     ) -> None:
-        self._target = target
+        self._target_now = (lambda: target) if target is forward else weakref.ref(target)
         self._forward = forward
         self._takes_self = takes_self
         self._init = init
         self._options_now = options
         self._refused = refused
         self._lock = lock(self)
+
+    @property
+    def _target(self) -> nn.Module | Callable[..., Any]:
+        """The module, which this object does not keep alive, or the function."""
+        target = self._target_now()
+        if target is None:
+            raise ReferenceError(f"the module of this cache does not exist any more: {self._forward.__qualname__}")
+        return target
+
+    def renewed(self, refused: Mapping[CallVariant, Bypassed]) -> Decider:
+        """A new one, which knows nothing yet."""
+        return Decider(self._target, self._forward, self._takes_self, self._init, self._options_now, refused)
+
+    def updated_options(self) -> Options:
+        """The options that attributes give at present.
+
+        Raises:
+            ValueError: an attribute is unknown, wrong, or fixed by the options in force.
+        """
+        options = self._options_now()
+        if "options" in self.__dict__:
+            self.options.check_change(options)
+        return options
 
     @property
     def name(self) -> str:
