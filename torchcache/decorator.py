@@ -11,14 +11,14 @@ import inspect
 import os
 import types
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
 import torch
 from torch import nn
 
 from torchcache._utils.locks import module_lock
-from torchcache._utils.torch_private import untraced
+from torchcache._utils.torch_private import compiled_module, untraced
 from torchcache.engine.cache import Cache
 from torchcache.identity.identity import init_arguments
 from torchcache.options import ATTRIBUTE_PREFIX, Options
@@ -141,10 +141,13 @@ class _Handle:
         self.caches: dict[Forward, Cache] = {}  # they do not refer to the module: it is freed with its last user
         self.overrides: Overrides | None = None  # as of the first call
         self.module: Callable[[], nn.Module | None] = _no_module  # the first module that uses the handle
+        self.inner: Mapping[str, Any] = {}  # the attributes of a module inside of a compiled one, which sets them there
 
     def for_module(self, module: nn.Module) -> _Handle:
         """This handle for its own module and replicas of it; a new handle for a shallow copy of the module."""
         if self.module is _no_module:
+            inner = compiled_module(module)
+            self.inner = {} if inner is None else inner.__dict__
             self.module = weakref.ref(module)
         if self.module() is module or "_is_replica" in module.__dict__:
             return self
@@ -161,7 +164,7 @@ class _Handle:
             cache.update_options()
         if _is_frozen(module):
             _freeze(module)
-        self.overrides = Overrides(module.__dict__, type(module))
+        self.overrides = Overrides(module.__dict__, _places(module, self))
 
     def __deepcopy__(self, memo: dict[int, Any]) -> _Handle:
         return _Handle(self.owner, self.options, self.init)
@@ -196,7 +199,9 @@ def _patch_class(cls: type[nn.Module], options: Options) -> None:
             self.__dict__[_HANDLE] = _Handle(type(self), None, init)
         original(self, *args, **kwargs)
         if is_outermost:
-            _options_of(self, options)  # wrong torchcache_ attributes raise now, not at the first call
+            _options_of(
+                self, self.__dict__[_HANDLE], options
+            )  # wrong torchcache_ attributes raise now, not at the first call
             if _is_frozen(self):
                 _freeze(self)
             forward = self.__dict__.get("forward")
@@ -209,7 +214,8 @@ def _patch_class(cls: type[nn.Module], options: Options) -> None:
 
 def _patch_instance(module: T, options: Options) -> T:
     assert isinstance(module, nn.Module)
-    _options_of(module, options)
+    handle = _Handle(type(module), options, b"").for_module(module)
+    _options_of(module, handle, options)
     custom = module.__dict__.get("forward")
     if isinstance(module, torch.jit.ScriptModule):
         custom = module.forward  # compiled for this instance; its class has none
@@ -218,7 +224,7 @@ def _patch_instance(module: T, options: Options) -> T:
         _patch_forward(type(module), None)
     if isinstance(module, nn.modules.lazy.LazyModuleMixin) and module.cls_to_become is not None:
         _patch_forward(module.cls_to_become, None)  # its class from the first call on
-    module.__dict__[_HANDLE] = _Handle(type(module), options, b"")
+    module.__dict__[_HANDLE] = handle
     if custom is not None:
         module.__dict__["forward"] = _InstanceForward(module, custom)
     if _is_frozen(module):
@@ -326,16 +332,24 @@ def _cache_of(module: nn.Module, forward: Any) -> Cache | None:
     options = handle.options or options
     if options is None:
         return None
-    if not _override(module, _ENABLED, options.enabled):
+    if not _override(module, handle, _ENABLED, options.enabled):
         return None
     cache = handle.caches.get(forward)
     return _make_cache(module, forward, handle, options) if cache is None else cache
 
 
-def _override(module: nn.Module, name: str, option: bool) -> Any:
+def _override(module: nn.Module, handle: _Handle, name: str, option: bool) -> Any:
     """The attribute of a module or its class that is live, without a look at all the others."""
     value = module.__dict__.get(name)
+    if value is None:
+        value = handle.inner.get(name)
     return getattr(type(module), name, option) if value is None else value
+
+
+def _places(module: nn.Module, handle: _Handle) -> list[Mapping[str, Any]]:
+    """Where attributes of a module may be set apart from its ``__dict__``, those first that count less."""
+    classes = [vars(c) for c in reversed(type(module).__mro__) if c not in (nn.Module, object)]
+    return [*classes, handle.inner]
 
 
 def _make_cache(module: nn.Module, forward: Any, handle: _Handle, options: Options) -> Cache:
@@ -344,13 +358,13 @@ def _make_cache(module: nn.Module, forward: Any, handle: _Handle, options: Optio
         takes_self = not isinstance(forward, _InstanceForward)
         current = functools.partial(_options_of_live, weakref.ref(module), options)
         if handle.overrides is None:
-            handle.overrides = Overrides(module.__dict__, type(module))
+            handle.overrides = Overrides(module.__dict__, _places(module, handle))
         return handle.caches.setdefault(forward, Cache(module, original, takes_self, handle.init, current))
 
 
 def _options_of_live(module: Callable[[], nn.Module | None], options: Options) -> Options:
     target = module()
-    return options if target is None else _options_of(target, options)
+    return options if target is None else _options_of(target, target.__dict__[_HANDLE], options)
 
 
 def _options_of_class(cls: type[nn.Module]) -> Options | None:
@@ -359,9 +373,9 @@ def _options_of_class(cls: type[nn.Module]) -> Options | None:
     return next(filter(None, options), None)
 
 
-def _options_of(module: nn.Module, options: Options) -> Options:
-    attributes = {k: v for c in reversed(type(module).__mro__) for k, v in c.__dict__.items()}
-    return options.with_attributes({**attributes, **module.__dict__})
+def _options_of(module: nn.Module, handle: _Handle, options: Options) -> Options:
+    places = (*_places(module, handle), module.__dict__)
+    return options.with_attributes({k: v for place in places for k, v in place.items()})
 
 
 def _cache_instance(module: nn.Module) -> Cache:
@@ -389,7 +403,9 @@ def _patch_train(cls: type[nn.Module]) -> None:
             if not _is_frozen(self):
                 return original(self, mode)
             original(self, False)
-            return self.requires_grad_(False)
+            for parameter in self.parameters():  # scripted modules and uninitialized parameters refuse requires_grad_
+                parameter.requires_grad = False
+            return self
 
         setattr(train, _ORIGINAL, own)
         cls.train = train  # type: ignore[assignment, method-assign]
@@ -403,7 +419,7 @@ def _freeze(module: nn.Module) -> None:
 def _is_frozen(module: nn.Module) -> bool:
     handle: _Handle | None = module.__dict__.get(_HANDLE)
     options = None if handle is None else handle.options or _options_of_class(type(module))
-    return options is not None and bool(_override(module, _FROZEN, options.frozen))
+    return handle is not None and options is not None and bool(_override(module, handle, _FROZEN, options.frozen))
 
 
 # ---- functions
@@ -430,7 +446,7 @@ def _wrap_function(function: types.FunctionType, options: Options) -> Forward:
     cache = Cache(function, function, False, b"", current)
     if options.enabled:
         cached.cache_instance = cache  # type: ignore[attr-defined]
-    overrides = Overrides(attributes, object)
+    overrides = Overrides(attributes)
     return cached
 
 

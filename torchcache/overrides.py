@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
-
-from torch import nn
 
 from torchcache.options import ATTRIBUTE_PREFIX
 
@@ -13,22 +11,22 @@ _ABSENT = object()
 
 
 class Overrides:
-    """The ``torchcache_`` attributes of a module and its class, or of a function, when they were last accepted.
+    """The ``torchcache_`` attributes of a module and its classes, or of a function, when they were last accepted.
 
     Args:
         attributes: the ``__dict__`` of the module or function. It is not kept: it holds what holds this object.
-        kind: the class of the module; `object` for a function.
+        others: where attributes may be set, too.
     """
 
-    __slots__ = ("_class_sizes", "_class_values", "_classes", "_last", "_size", "_values")
+    __slots__ = ("_last", "_other_sizes", "_other_values", "_others", "_size", "_values")
 
-    def __init__(self, attributes: dict[str, Any], kind: type) -> None:
-        self._classes = [vars(c) for c in kind.__mro__ if c not in (nn.Module, object)]
+    def __init__(self, attributes: dict[str, Any], others: Sequence[Mapping[str, Any]] = ()) -> None:
+        self._others = others
         self.accept(attributes)
 
     def accept(self, attributes: dict[str, Any]) -> None:
         """Takes the present attributes for the accepted ones."""
-        self._class_values = [(d, _given(d)) for d in self._classes]
+        self._other_values = [(d, _given(d)) for d in self._others]
         self._values = _given(attributes)
         self._note_sizes(attributes)
 
@@ -37,10 +35,11 @@ class Overrides:
         if (
             len(attributes) == self._size
             and next(reversed(attributes), None) is self._last
-            and list(map(len, self._classes)) == self._class_sizes
+            and list(map(len, self._others)) == self._other_sizes
         ):
             return self._values_hold(attributes)
-        if _given(attributes) != self._values or any(_given(d) != values for d, values in self._class_values):
+        places = [(attributes, self._values), *self._other_values]
+        if any(_given(d).keys() != values.keys() for d, values in places):
             return False
         self._note_sizes(attributes)
         return self._values_hold(attributes)
@@ -48,10 +47,10 @@ class Overrides:
     def _note_sizes(self, attributes: dict[str, Any]) -> None:
         """An attribute that is added to a dict makes it larger, or is the last one in it."""
         self._size, self._last = len(attributes), next(reversed(attributes), None)
-        self._class_sizes = list(map(len, self._classes))
+        self._other_sizes = list(map(len, self._others))
 
     def _values_hold(self, attributes: dict[str, Any]) -> bool:
-        places = [(attributes, self._values), *self._class_values]
+        places = [(attributes, self._values), *self._other_values]
         return all(d.get(name, _ABSENT) is value for d, values in places for name, value in values.items())
 
 

@@ -32,6 +32,11 @@ def double(x: Tensor) -> Tensor:
     return x * 2
 
 
+class WithFunction(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return double(x) + 1
+
+
 class Counter:
     """A backend that counts the graphs it is given."""
 
@@ -105,7 +110,7 @@ def test_a_cached_module_is_cached_inside_a_compiled_one_of_its_own_class(outer:
 
 def test_fullgraph_says_why_a_cached_module_is_a_graph_break() -> None:
     torch._dynamo.reset()
-    for model in (nn.Sequential(torchcache()(Backbone()), nn.Linear(8, 2)), torchcache()(Backbone()), double):
+    for model in (nn.Sequential(torchcache()(Backbone()), nn.Linear(8, 2)), torchcache()(Backbone()), WithFunction()):
         compiled = torch.compile(model, backend="eager", fullgraph=True)
         with pytest.raises(
             Exception, match="a cached module or function is one graph break: compile without fullgraph"

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import textwrap
 from pathlib import Path
 
 import pytest
 from process_harness import run
 
-LIMIT = """
+LIMIT = textwrap.dedent(
+    """
     import re, resource
     from pathlib import Path
 
@@ -18,15 +20,15 @@ LIMIT = """
     def limit(kind, bytes):
         field = {"RLIMIT_AS": "VmSize", "RLIMIT_DATA": "VmData"}[kind]
         status = Path("/proc/self/status").read_text()
-        used = int(re.search(rf"{field}:\\\\s+(\\\\d+) kB", status)[1]) << 10
+        used = int(re.search(field + r":\\s+(\\d+) kB", status)[1]) << 10
         resource.setrlimit(getattr(resource, kind), (used + bytes, resource.RLIM_INFINITY))
 
     def rows(first, count):
         return torch.arange(first, first + count).float().unsqueeze(1) + torch.arange(100.)
 
     torchcache()(Wide())(rows(0, 3))  # loads all that there is
-    torch.manual_seed(0)
-""".replace("\\\\", "\\")
+    """
+)
 
 
 @pytest.mark.parametrize("kind", ["RLIMIT_AS", "RLIMIT_DATA"])
@@ -43,7 +45,7 @@ def test_many_caches_with_large_limits_leave_the_program_most_of_its_address_spa
             assert torch.equal(cached(rows(0, 400)), Wide()(rows(0, 400)))
             assert cached.cache_instance.info().memory_hits == 400
     """
-    run(tmp_path, LIMIT + script, OMP_NUM_THREADS="1")
+    run(tmp_path, LIMIT + textwrap.dedent(script), OMP_NUM_THREADS="1")
 
 
 def test_a_process_without_address_space_computes_and_keeps_what_fits(tmp_path: Path) -> None:
@@ -58,7 +60,7 @@ def test_a_process_without_address_space_computes_and_keeps_what_fits(tmp_path: 
         assert torch.equal(cached(rows(0, 500)), Wide()(rows(0, 500)))
         assert cached.cache_instance.info().memory_hits == 500
     """
-    done = run(tmp_path, LIMIT + script, OMP_NUM_THREADS="1")
+    done = run(tmp_path, LIMIT + textwrap.dedent(script), OMP_NUM_THREADS="1")
     assert "address space" in done.stderr
     assert done.stderr.count("WARNING") == 3  # that, that memory is full, and that no row was found so far
 
@@ -70,4 +72,4 @@ def test_without_a_limit_all_rows_have_one_chunk(tmp_path: Path) -> None:
             cached(rows(first, 1000))
         assert len(cached.cache_instance.tiers().memory._contents.arenas[0]._chunks) == 1
     """
-    run(tmp_path, LIMIT + script)
+    run(tmp_path, LIMIT + textwrap.dedent(script))

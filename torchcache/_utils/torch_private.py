@@ -132,6 +132,12 @@ def untraced(function: T, reason: str = "") -> T:
     return function
 
 
+def compiled_module(module: nn.Module) -> nn.Module | None:
+    """The module inside of one that torch.compile made, to which that passes attributes on; None for other modules."""
+    inner = module.__dict__.get("_modules", {}).get("_orig_mod") if type(module).__name__ == "OptimizedModule" else None
+    return inner if isinstance(inner, nn.Module) else None
+
+
 # ---- Operators that Python code defines with torch.library.custom_op.
 
 CustomOpDef: type = _private("torch._library.custom_ops:CustomOpDef", _Absent, _NOT_SHARED)
