@@ -16,9 +16,10 @@ from torchcache.engine import bypass
 from torchcache.engine.binding import Binder
 from torchcache.engine.bypass import Bypassed
 from torchcache.engine.call import Call
-from torchcache.engine.keys import CallVariant, Keys, autocast
+from torchcache.engine.keys import CallVariant, Keys
 from torchcache.engine.mode import Mode
 from torchcache.identity.identity import Identity, State
+from torchcache.identity.numerics import autocast, precision
 from torchcache.identity.tensors import Uninitialized, Unwatchable
 from torchcache.options import Options
 
@@ -174,7 +175,8 @@ class Decider:
         digest = b"" if state is None else state.snapshot.digest
         mode, mode_bypassed = self._mode.of(state)
         first = call.tensors[0]
-        variant = (call.template.description, mode, autocast("cpu" if first.is_cpu else first.device.type))
+        device_type = "cpu" if first.is_cpu else first.device.type
+        variant = call.template.description, mode, autocast(device_type), precision(device_type)
         return Request(call, variant, *self._keys.hash_request(call, variant, digest), state, mode_bypassed)
 
     def _without_keys(self) -> Bypassed:
