@@ -17,7 +17,7 @@ from torch._C._autograd import DeviceType
 
 from torchcache import torchcache
 from torchcache._native import ops
-from torchcache.identity.state import NativeWatch
+from torchcache.identity.watch import NativeWatch
 
 FEATURES = 768
 ROUNDS = 50

@@ -15,7 +15,8 @@ STABLE_TORCH_LIBRARY(torchcache, m) {
   m.def("digests(Tensor[] tensors) -> Tensor");               // N tensors → [N, 2]
   m.def("cuda_architectures() -> int[]");                     // such as 900; none in a library without CUDA
 
-  // State. A watch is a set of tensors that are not expected to change.
+  // State. A watch is a set of tensors that are not expected to change; a probe tells whether one tensor may have.
+  m.def("probes(Tensor[] tensors) -> Tensor");  // N tensors → [N]; 0 of a tensor on a device
   m.def("watch_open(Tensor[] tensors) -> int");
   m.def("watch_probe(int watch) -> int");
 
@@ -63,6 +64,7 @@ STABLE_TORCH_LIBRARY_IMPL(torchcache, CompositeImplicitAutograd, m) {
   m.impl("keys", TORCH_BOX(&torchcache::ops::keys));
   m.impl("digests", TORCH_BOX(&torchcache::ops::digests_op));
   m.impl("cuda_architectures", TORCH_BOX(&torchcache::ops::cuda_architectures));
+  m.impl("probes", TORCH_BOX(&torchcache::ops::probes));
   m.impl("watch_open", TORCH_BOX(&torchcache::ops::watch_open));
   m.impl("watch_probe", TORCH_BOX(&torchcache::ops::watch_probe));
   m.impl("table_open", TORCH_BOX(&torchcache::ops::table_open));

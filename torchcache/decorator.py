@@ -20,7 +20,7 @@ from torch import nn
 from torchcache._utils.locks import module_lock
 from torchcache._utils.torch_private import compiled_module, untraced
 from torchcache.engine.cache import Cache
-from torchcache.identity.fingerprint import init_arguments
+from torchcache.identity.identity import init_arguments
 from torchcache.options import ATTRIBUTE_PREFIX, Options
 from torchcache.overrides import Overrides
 

@@ -54,6 +54,10 @@ struct TensorSamples {
     }
   }
 
+  void mix_values(Mix& mix) const {
+    for (size_t i = 0; i < count; ++i) mix(list[i].value());
+  }
+
  private:
   // One line of the processor, unless that begins before the data.
   static const uint8_t* line(const uint8_t* data, int64_t at) {
@@ -81,7 +85,7 @@ HostProbe Watch::probe_host() const {
   for (const Tensor& t : tensors_) {
     const TensorSamples samples(t, mix);
     if (t.is_cpu()) {
-      for (size_t i = 0; i < samples.count; ++i) mix(samples.list[i].value());
+      samples.mix_values(mix);
     } else if (device_hasher() != nullptr && t.is_cuda()) {
       mix(samples.count);  // a list must not outlive the bytes
       auto& of_device = on_devices[t.get_device_index()];
@@ -92,6 +96,14 @@ HostProbe Watch::probe_host() const {
   core::MutexLock lock(mutex_);
   if (lists_.empty() || listed_ != mix.value) lists_ = upload(on_devices), listed_ = mix.value;
   return {mix.value, lists_};
+}
+
+int64_t probe_on_host(const Tensor& t) {
+  Mix mix;
+  const TensorSamples samples(t, mix);
+  if (!t.is_cpu()) return 0;
+  samples.mix_values(mix);
+  return static_cast<int64_t>(mix.value | 1);
 }
 
 }  // namespace torchcache::hash

@@ -45,4 +45,7 @@ class Watch {
   core::AtFork at_fork_{mutex_};
 };
 
+// The probe of one tensor on the CPU, never 0; 0 of a tensor on a device.
+int64_t probe_on_host(const torch::stable::Tensor& t);
+
 }  // namespace torchcache::hash

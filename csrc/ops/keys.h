@@ -31,6 +31,13 @@ inline std::vector<int64_t> cuda_architectures() {
   return hash::device_hasher() == nullptr ? std::vector<int64_t>{} : hash::device_hasher()->architectures();
 }
 
+inline Tensor probes(std::vector<Tensor> tensors) {
+  std::vector<int64_t> values;
+  values.reserve(tensors.size());
+  for (const Tensor& t : tensors) values.push_back(hash::probe_on_host(t));
+  return int64_tensor(values);
+}
+
 inline int64_t watch_open(std::vector<Tensor> tensors) {
   return watches().add(std::make_shared<hash::Watch>(std::move(tensors)));
 }

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from torchcache import torchcache
-from torchcache.identity.fingerprint import init_arguments
+from torchcache.identity.identity import init_arguments
 
 X = torch.arange(24.0).view(6, 4) / 7
 

@@ -16,7 +16,7 @@ from state_harness import X, keys
 from torch import Tensor, nn
 
 from torchcache import torchcache
-from torchcache.identity import state
+from torchcache._native import ops
 
 
 class Net(nn.Module):
@@ -312,6 +312,6 @@ def test_an_interrupt_while_weights_are_digested_costs_no_right_row(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(state, "digests", interrupted)
+        patch.setattr(ops, "digests", interrupted)
         module(x)
     assert torch.allclose(module(x), nn.functional.linear(x, module.weight, module.bias))

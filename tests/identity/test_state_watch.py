@@ -16,7 +16,7 @@ from state_harness import X, keys
 from torch import Tensor, nn
 
 from torchcache import torchcache
-from torchcache.identity.state import NativeWatch
+from torchcache.identity.watch import NativeWatch
 
 
 def test_submodules_in_another_order_are_another_state() -> None:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from torchcache import torchcache
 from torchcache._native import ops
-from torchcache.identity.state import NativeWatch
+from torchcache.identity.watch import NativeWatch
 
 pytestmark = pytest.mark.gpu
 

@@ -98,6 +98,11 @@ def digests(tensors: list[Tensor]) -> Tensor:
     return cast(Tensor, _native().digests.default(tensors))
 
 
+def probes(tensors: list[Tensor]) -> list[int]:
+    """For each tensor a number that stays the same while its address, shape and some bytes do; 0 off the CPU."""
+    return cast("list[int]", _native().probes.default(tensors).tolist())
+
+
 def watch_open(tensors: list[Tensor]) -> int:
     """Registers tensors that are not expected to change; they are kept alive."""
     return cast(int, _native().watch_open.default(tensors))

@@ -193,6 +193,11 @@ def without_frame(overload: Any) -> Any:
 
 # ---- TorchScript.
 
+# The type that a scripted module was compiled to, in one of its attributes.
+ConcreteModuleType: type = _private("torch._C:ConcreteModuleType", _Absent, "rows of scripted modules are not shared")
+# A method of a scripted module, whose program is described with the module.
+ScriptMethod: type = _private("torch._C:ScriptMethod", _Absent, "rows of frozen scripted modules are not shared")
+
 
 def compiled_forward(module: torch.jit.ScriptModule) -> Any:
     """The compiled forward of a scripted module; None if it has none, `UNKNOWN` where torch does not tell.

@@ -104,7 +104,7 @@ class Cache:
     @property
     def module_hash(self) -> str:
         """Short name of code, init arguments and options; the name of the subdirectory on disk."""
-        return self._decider.fingerprint.module_hash
+        return self._decider.identity.module_hash
 
     @lazy
     def cache_dir(self) -> Path | None:
@@ -241,7 +241,7 @@ class Cache:
         if isinstance(rows, Batch):
             return self._complete(forward, request, rows)
         state = request.state
-        if state is not None and state.is_live:
+        if state is not None and state.snapshot.trained:
             self._warn_of_parameters(request)
         self._last = call_parts(request)
         self._counts.hits["memory"] += request.call.batch
@@ -253,10 +253,10 @@ class Cache:
         The same operation probes the weights. If they have changed, the call gets new keys and is read again.
         """
         state = request.state
-        watch = None if state is None else state.watch
+        watch = None if state is None else state.watch.native
         try:
             found, probe = self._tiers.hash_and_read(request.tensors, request.digest, 0 if watch is None else watch.id)
-            if state is None or watch is None or probe == state.probe:
+            if state is None or watch is None or probe == watch.first:
                 return request, found
             decision = self._decider.decide_bound(request.call)
             if isinstance(decision, Bypassed):
@@ -296,7 +296,7 @@ class Cache:
         tiers = self._tiers
         if not tiers.is_described:
             assert self._last is not None
-            tiers.describe(meta(self._decider.fingerprint, self.options, by_name(self._last)))
+            tiers.describe(meta(self._decider.identity, self.options, by_name(self._last)))
         tiers.write(keys, computed.layout, computed.leaves)
 
     # ---- messages and counters
@@ -320,7 +320,7 @@ class Cache:
             )
 
     def _warn_of_parameters(self, request: Request) -> None:
-        if request.state is not None and (names := request.state.live_names):
+        if request.state is not None and (names := request.state.snapshot.trained):
             self._warnings.warn(
                 "grad",
                 "%s require grad: outputs come back detached, so these will not be trained, and every call hashes "
@@ -337,7 +337,7 @@ class Cache:
             rows["memory"],
             sum(rows.values()) - rows["memory"],
             None if self._last is None else differing(parts, by_name(self._last)),
-            None if self.cache_dir is None else since_directory(self.cache_dir, self._decider.fingerprint, parts),
+            None if self.cache_dir is None else since_directory(self.cache_dir, self._decider.identity, parts),
         )
 
     def _log_explanation(self, request: Request, batch: Batch) -> None:
@@ -351,9 +351,7 @@ class Cache:
 
     @lazy
     def _computer(self) -> MissComputer:
-        decider = self._decider
-        generators = decider.fingerprint.generators
-        return MissComputer(decider.is_unchanged, self.options.cache_dtype, generators, self._refused)
+        return MissComputer(self._decider.identity, self.options.cache_dtype, self._refused)
 
     @lazy
     def _tiers(self) -> Chain:

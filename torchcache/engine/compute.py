@@ -15,8 +15,8 @@ from torchcache.engine.call import Call, Indivisible
 from torchcache.engine.decision import Request
 from torchcache.engine.keys import CallVariant
 from torchcache.engine.outputs import UnsupportedOutput, split
-from torchcache.identity.randomness import Generators, GeneratorStates
-from torchcache.identity.state import State
+from torchcache.identity.identity import Identity
+from torchcache.identity.randomness import GeneratorStates
 from torchcache.tiers.layout import Layout, select
 
 _RANDOM = Bypassed("the forward draws random numbers (dropout, drop path, sampling?): is a submodule in train mode?")
@@ -47,23 +47,20 @@ class MissComputer:
     """Runs forwards, and remembers of which variants of calls the rows must not be kept.
 
     Args:
-        is_unchanged: says whether a forward left the state as it was (see `Decider.is_unchanged`).
         cache_dtype: the option.
-        generators: gives the generators that a forward may draw from (see `Fingerprint.generators`).
+        identity: of the module or function.
         refused: gets an entry for each variant that must not be cached from then on.
     """
 
     def __init__(
         self,
-        is_unchanged: Callable[[State, Any], bool],
+        identity: Identity,
         cache_dtype: torch.dtype | None,
-        generators: Callable[[State | None], Generators],
         refused: dict[CallVariant, Bypassed],
     ) -> None:
         self._lock = lock(self)
-        self._is_unchanged = is_unchanged
+        self._identity = identity
         self._cache_dtype = cache_dtype
-        self._generators = generators
         self._refused = refused
         self._leave_inputs: set[CallVariant] = set()  # whose forwards have been seen not to edit their inputs
         self._changed_once: set[CallVariant] = set()  # whose forwards have changed the state
@@ -81,13 +78,12 @@ class MissComputer:
         call = request.call
         arguments = self._some_arguments(request, rows)
         args, kwargs = (call.args, call.kwargs) if arguments is None else arguments
-        generators = GeneratorStates(functools.partial(self._generators, request.state))
-        before = None if request.state is None else request.state.before_forward()
+        generators = GeneratorStates(functools.partial(self._identity.generators, request.state))
         versions = call.versions() if arguments is None else None
         output, is_alone = self._run(forward, args, kwargs)
         if versions is not None and versions == call.versions():
             self._leave_inputs.add(request.variant)
-        why = self._objection(request, generators, before, is_alone)
+        why = self._objection(request, generators, is_alone)
         computed = why or self._split(output, call, rows, whole=arguments is None)
         if isinstance(computed, Computed):
             return computed
@@ -120,11 +116,11 @@ class MissComputer:
             with self._lock:
                 self._running.discard(this)
 
-    def _objection(self, request: Request, generators: GeneratorStates, before: Any, is_alone: bool) -> Bypassed | None:
+    def _objection(self, request: Request, generators: GeneratorStates, is_alone: bool) -> Bypassed | None:
         """Why rows that were just computed must not be kept."""
         has_changed = generators.has_new_generators()
         if request.state is not None:
-            has_changed |= not self._is_unchanged(request.state, before)
+            has_changed |= self._identity.after_forward(request.state) is not None
         if generators.numbers_were_drawn():
             return _IMPORTED if generators.modules_were_imported() else self._refuse(request.variant, _RANDOM)
         if not has_changed:

@@ -18,8 +18,8 @@ from torchcache.engine.bypass import Bypassed
 from torchcache.engine.call import Call
 from torchcache.engine.keys import CallVariant, Keys, autocast
 from torchcache.engine.mode import Mode
-from torchcache.identity.fingerprint import Fingerprint
-from torchcache.identity.state import State, Uninitialized, Unwatchable
+from torchcache.identity.identity import Identity, State
+from torchcache.identity.tensors import Uninitialized, Unwatchable
 from torchcache.options import Options
 
 
@@ -101,14 +101,10 @@ class Decider:
         return self._options_now()
 
     @lazy
-    def fingerprint(self) -> Fingerprint:
-        """What the module hash is made of."""
-        return Fingerprint(self._target, self._forward, self._init, self.options)
-
-    @lazy
-    def state(self) -> State | None:
-        """The state of the module that belongs to its keys; None where that does not count."""
-        return self.fingerprint.state()
+    def identity(self) -> Identity:
+        """What makes two calls the same computation."""
+        module = self._target if isinstance(self._target, nn.Module) else None
+        return Identity(module, self._forward, self._init, self.options)
 
     @lazy
     def _binder(self) -> Binder:
@@ -120,12 +116,11 @@ class Decider:
 
     @lazy
     def _mode(self) -> Mode:
-        return Mode(self.fingerprint.modules)
+        return Mode(self.identity.modules)
 
     def forget_state(self) -> None:
         """Has the next call look at every byte of the state again."""
-        with self._lock:
-            self.__dict__.pop("state", None)
+        self.identity.forget()
 
     def decide(self, args: tuple[Any, ...], kwargs: dict[str, Any], probe: bool = True) -> Request | Bypassed:
         """Whether this call is cached.
@@ -133,7 +128,7 @@ class Decider:
         Args:
             args: of the forward.
             kwargs: of the forward.
-            probe: whether to probe the weights natively. Else the caller does it (see `State.digest`).
+            probe: whether to probe the weights natively. Else the caller does it (see `Identity.state`).
 
         Raises:
             ValueError: a cached forward cannot have such arguments (see `Binder.bind`).
@@ -159,11 +154,6 @@ class Decider:
             return Bypassed(str(error))
         return request.mode_bypassed or self._refused.get(request.variant) or request
 
-    def is_unchanged(self, state: State, before: Any) -> bool:
-        """Whether a forward left the state as it was (see `State.after_forward`)."""
-        with self._lock:
-            return state.after_forward(before)
-
     def request(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Request:
         """What the keys of a call are made of, whether it is cached or not.
 
@@ -180,17 +170,16 @@ class Decider:
             raise TypeError(f"this call has no keys: {error}") from error
 
     def _request(self, call: Call, probe: bool) -> Request:
-        with self._lock:
-            state = self.state
-            digest = b"" if state is None else state.digest(probe)
-            mode, mode_bypassed = self._mode.of(0 if state is None else state.generation)
+        state = self.identity.state(probe)
+        digest = b"" if state is None else state.snapshot.digest
+        mode, mode_bypassed = self._mode.of(state)
         first = call.tensors[0]
         variant = (call.template.description, mode, autocast("cpu" if first.is_cpu else first.device.type))
         return Request(call, variant, *self._keys.hash_request(call, variant, digest), state, mode_bypassed)
 
     def _without_keys(self) -> Bypassed:
         return Bypassed(
-            f"the arguments do not fit the signature of {self.fingerprint.name}, or one of them is a tensor subclass "
+            f"the arguments do not fit the signature of {self.identity.name}, or one of them is a tensor subclass "
             "or nested",
             is_silent=True,
         )

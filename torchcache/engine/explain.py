@@ -12,7 +12,7 @@ import torch
 from torchcache.engine.call import CallTemplate
 from torchcache.engine.decision import Request
 from torchcache.engine.keys import KEY_FORMAT, CallVariant
-from torchcache.identity.fingerprint import Fingerprint
+from torchcache.identity.identity import Identity
 from torchcache.options import Options
 from torchcache.tiers.meta import META_FILE, read_meta
 
@@ -25,7 +25,7 @@ CallParts = tuple[CallTemplate, CallVariant, Parts]
 
 def call_parts(request: Request) -> CallParts:
     """Does not keep the tensors of the call alive."""
-    return request.call.template, request.variant, {} if request.state is None else request.state.parts
+    return request.call.template, request.variant, {} if request.state is None else request.state.snapshot.parts
 
 
 def by_name(call: CallParts) -> Parts:
@@ -92,36 +92,36 @@ def differing(now: Mapping[str, object], before: Mapping[str, object]) -> list[s
     return [name for name in dict.fromkeys([*now, *before]) if now.get(name) != before.get(name)]
 
 
-def meta(fingerprint: Fingerprint, options: Options, call: Parts) -> dict[str, Any]:
+def meta(identity: Identity, options: Options, call: Parts) -> dict[str, Any]:
     """What a directory remembers of the module that it belongs to, and of the first call that wrote to it."""
     return {
-        "class": fingerprint.name,
+        "class": identity.name,
         "key_format": KEY_FORMAT,
         "key_parts": _shortened(call),
-        "hash_parts": _shortened(_hash_parts(fingerprint)),
-        "module_hash": fingerprint.module_hash,
+        "hash_parts": _shortened(_hash_parts(identity)),
+        "module_hash": identity.module_hash,
         "options": {name: str(value) for name, value in options.stored().items()},
         "torch": torch.__version__,
     }
 
 
-def since_directory(directory: Path, fingerprint: Fingerprint, call: Parts) -> list[str] | None:
+def since_directory(directory: Path, identity: Identity, call: Parts) -> list[str] | None:
     """What differs from what a meta.json remembers: that of the directory, else the newest one of the same class."""
     own = read_meta(directory)
     if own:
         return _compared(call, own.get("key_parts"))
     others = [m.parent for m in directory.parent.glob(f"*/{META_FILE}")]
-    others = [d for d in others if read_meta(d).get("class") == fingerprint.name]
+    others = [d for d in others if read_meta(d).get("class") == identity.name]
     if not others:
         return None
     newest = max(others, key=lambda d: (d / META_FILE).stat().st_mtime)
-    return _compared(_hash_parts(fingerprint), read_meta(newest).get("hash_parts"))
+    return _compared(_hash_parts(identity), read_meta(newest).get("hash_parts"))
 
 
-def _hash_parts(fingerprint: Fingerprint) -> Parts:
+def _hash_parts(identity: Identity) -> Parts:
     """The parts of a module hash, with the code of each class by itself."""
-    classes = {f"code of {name}": code for name, code in fingerprint.classes().items()}
-    return {**fingerprint.parts, **classes}
+    classes = {f"code of {name}": code for name, code in identity.classes().items()}
+    return {**identity.parts, **classes}
 
 
 def _compared(now: Parts, before: Any) -> list[str] | None:

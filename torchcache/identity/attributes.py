@@ -24,6 +24,11 @@ def counts(name: str) -> bool:
     return not name.startswith(_PREFIXES) and name != _CACHE
 
 
+def counts_in_module(name: str) -> bool:
+    """Whether the attribute of this name counts in the ``__dict__`` of a module."""
+    return name not in _OF_EVERY_MODULE and not name.startswith(_PREFIXES)
+
+
 def counted(module: nn.Module) -> dict[str, Any]:
     """The attributes of a module that count, without those of its class."""
     # One loop without calls: every miss runs it.

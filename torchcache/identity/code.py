@@ -16,7 +16,7 @@ import enum
 import functools
 import logging
 import types
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from operator import itemgetter
 from typing import Any
 
@@ -27,7 +27,7 @@ from torchcache._utils.torch_private import UNKNOWN, CustomOpDef, parts_of_opera
 from torchcache.identity import syntax
 from torchcache.identity.attributes import FORWARD_HOOKS, counted, counts
 from torchcache.identity.encoding import encode, is_plain, type_name
-from torchcache.identity.objects import bound_object, configuration, definition, users_operators
+from torchcache.identity.objects import bound_object, definition, users_operators
 from torchcache.identity.origin import (
     Origin,
     attributes_of,
@@ -38,8 +38,20 @@ from torchcache.identity.origin import (
     of_module,
     unwrap,
 )
+from torchcache.identity.patches import is_replaced
 from torchcache.identity.torchscript import attributes_read, program
-from torchcache.identity.values import C_FUNCTIONS, CODE, PLACES, Fallback, Generators, Modules, Tensors, Values
+from torchcache.identity.values import (
+    C_FUNCTIONS,
+    CODE,
+    PLACES,
+    Fallback,
+    Generators,
+    Modules,
+    Tensors,
+    Values,
+    left_out,
+)
+from torchcache.identity.watch import Earlier, Slots
 
 _DESCRIPTORS = (types.GetSetDescriptorType, types.MemberDescriptorType)
 _ANNOTATIONS = ("__annotations__", "__annotate__", "__annotate_func__")
@@ -58,7 +70,9 @@ def describe(
     modules: Modules | None = None,
     generators: Generators | None = None,
     attributes: Callable[[torch.nn.Module], dict[str, Any]] = counted,
-    constants: bool = True,
+    fallback: Fallback | None = None,
+    slots: Slots | None = None,
+    earlier: Earlier | None = None,
 ) -> bytes:
     """Describes what a callable computes; of a module its classes, hooks and functions, without its state.
 
@@ -68,12 +82,15 @@ def describe(
         modules: gives the bytes for a module that code reaches; without it such modules count with their state.
         generators: is called with each generator of random numbers that code reaches; these do not count.
         attributes: gives the attributes of a module that count.
-        constants: whether containers and objects that code reaches count by what they hold; empty containers never do.
+        fallback: gives the bytes for what code reaches and what cannot be pickled; by default its type alone counts.
+        slots: collects where everything was found.
+        earlier: what containers held before a forward changed them.
     """
-    describer = _Describer(tensors, modules, constants=constants)
-    describer.fallback, describer.generators = describer.leave_out, generators
+    describer = _Describer(tensors, modules)
+    describer.fallback, describer.generators = fallback or (lambda value, location: left_out(value)), generators
+    describer.slots, describer.earlier = slots or describer.slots, earlier or describer.earlier
     if not isinstance(obj, torch.nn.Module):
-        return describer.finish(encode(obj, describer.value, name="the callable"))
+        return describer.finish(encode(obj, describer, name="the callable"))
     describer.attributes_of = attributes
     for name, module in tree(obj):
         describer.own_modules.setdefault(id(module), name)
@@ -88,6 +105,8 @@ def describe_value(
     weights: Tensors | None = None,
     generators: Generators | None = None,
     fallback: Fallback | None = None,
+    slots: Slots | None = None,
+    earlier: Earlier | None = None,
     name: str = "value",
 ) -> bytes:
     """Describes any value that has a stable encoding; code as `describe` does, other objects as pickle would keep them.
@@ -99,14 +118,18 @@ def describe_value(
         weights: gives the bytes for a tensor of a module, if not `tensors`.
         generators: is called with each generator of random numbers; these do not count.
         fallback: gives the bytes for what cannot be pickled, such as an open file.
+        slots: collects where everything was found.
+        earlier: what containers held before a forward changed them.
         name: what an error calls the value.
 
     Raises:
         Unencodable: the value holds something that cannot be pickled, and there is no `fallback`.
     """
     describer = _Describer(tensors, modules, weights)
-    describer.fallback, describer.generators = fallback, generators
-    return describer.finish(encode(value, describer.value, name=name))
+    describer.fallback, describer.generators, describer.location = fallback, generators, name
+    describer.slots, describer.earlier = slots or describer.slots, earlier or describer.earlier
+    describer.slots.add_contents(value)
+    return describer.finish(encode(value, describer, name=name))
 
 
 def tree(module: torch.nn.Module | None, path: str = "", seen: set[int] | None = None) -> Iterator[tuple[str, object]]:
@@ -139,7 +162,7 @@ class _Describer(Values):
     def mention(self, value: object, location: str) -> object:
         value = definition(unwrap(value))
         if is_plain(value):
-            return "value", encode(value, self.value)
+            return "value", encode(value, self)
         if isinstance(value, torch.Tensor):
             return "tensor", self.tensors(value)
         if id(value) in self.own_modules:
@@ -151,7 +174,7 @@ class _Describer(Values):
         if isinstance(value, types.ModuleType):
             origin = of_module(value.__name__)
             return ("see", self.number_of(value)) if origin is None else ("module", origin, value.__name__)
-        constant = self.constant(value, location) if location and self.constants else None
+        constant = self.constant(value, location) if location else None
         if constant is not None:
             return "constant", constant
         return "instance", self.number_of(type(value)), self.mention(attributes_of(value).get("__wrapped__"), location)
@@ -218,6 +241,7 @@ class _Describer(Values):
         origin = of_function(function)
         if origin is not None:
             return self.library_function(function, origin, cells)
+        self.slots.add_function(function)
         location = f"of the function {function.__qualname__}"
         defaults = [self.mention(item, f"a default {location}") for item in function.__defaults__ or ()]
         keywords = {
@@ -226,7 +250,7 @@ class _Describer(Values):
         }
         attributes = [
             (name, self.mention(item, f"the attribute {name} {location}"))
-            for name, item in sorted(vars(function).items() if self.constants else ())
+            for name, item in sorted(vars(function).items())
             if not name.startswith("_") and counts(name)
         ]
         return "function", self.code(function), defaults, keywords, self.reached(function, cells), attributes
@@ -241,23 +265,24 @@ class _Describer(Values):
         return "library function", origin, str(function.__globals__.get("__name__")), name, inside
 
     def code(self, function: types.FunctionType) -> object:
-        node = syntax.source_of(function)
-        if node is None:
+        source = syntax.source_of(function)
+        if source is None:
             # Several lambdas on one line have a source, only nothing tells them apart.
             if function.__name__ != "<lambda>" or not syntax.text_of(function):
                 _log_bytecode(function.__qualname__)
             return "bytecode", syntax.bytecode(function.__code__)
         scope = function.__globals__
-        kept = [item for item in syntax.decorators(node) if not is_our_decorator(item, scope)]
-        return "source", syntax.normal_form(node), [syntax.normal_form(item) for item in kept]
+        return "source", source.form, [form for node, form in source.decorators if not is_our_decorator(node, scope)]
 
     def closure(self, function: types.FunctionType) -> dict[str, object]:
         cells = {}
         for name, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=True):
             try:
-                cells[name] = cell.cell_contents
+                value = cell.cell_contents
             except ValueError:  # not assigned yet
                 continue
+            self.slots.add_cell(cell, name, value)
+            cells[name] = self.earlier.item(cell, name, value)
         return cells
 
     def reached(self, function: types.FunctionType, cells: dict[str, object]) -> object:
@@ -267,8 +292,11 @@ class _Describer(Values):
             if chain[0] in cells:
                 self.follow(cells[chain[0]], chain, values)
             elif chain[0] in function.__globals__:
-                self.follow(function.__globals__[chain[0]], chain, values)
+                self.follow(self.item_of(function.__globals__, chain[0]), chain, values)
         names = syntax.attribute_names(function.__code__)
+        if "__subclasses__" in names:
+            classes = [value for value in values.values() if isinstance(value, type)]
+            values.update({f"subclass {type_name(c)}": c for base in classes for c in _subclasses(base)})
         package = function.__globals__.get("__package__")
         for name in syntax.imported(function.__code__, package):
             self.search(import_users(name), name, names, values)
@@ -276,23 +304,33 @@ class _Describer(Values):
         location = f"that {function.__qualname__} reads"
         return [(name, self.mention(values[name], f"{name}, {location}")) for name in sorted(values)]
 
+    def item_of(self, attributes: dict[str, Any], name: str) -> object:
+        """What a name stands for in a module, or stood for before a forward changed it."""
+        value = attributes[name]
+        self.slots.add(attributes, name, value)
+        return self.earlier.item(attributes, name, value)
+
     def follow(self, value: object, chain: tuple[str, ...], values: dict[str, object]) -> None:
-        """Follows attributes of the user's modules as far as they are modules, and of a function the first one."""
+        """Follows attributes of modules as far as they are modules, and of a function the first one.
+
+        What code reads in a library's module counts by the library, unless somebody put something else there.
+        """
         depth = 1
-        while isinstance(value, types.ModuleType) and of_module(value.__name__) is None:
-            if depth == len(chain) or not hasattr(value, chain[depth]):
+        while isinstance(value, types.ModuleType) and depth < len(chain) and chain[depth] in vars(value):
+            part = self.item_of(vars(value), chain[depth])
+            if of_module(value.__name__) is not None and not is_replaced(value, chain[depth], part):
                 break
-            value = getattr(value, chain[depth])
+            value = part
             depth += 1
         values[".".join(chain[:depth])] = value
         if isinstance(value, types.FunctionType) and chain[depth : depth + 1] and chain[depth] in vars(value):
             values[".".join(chain[: depth + 1])] = vars(value)[chain[depth]]
 
-    def search(self, value: object, name: str, names: set[str], values: dict[str, object]) -> None:
+    def search(self, value: object, name: str, names: Collection[str], values: dict[str, object]) -> None:
         """Adds all that the function may mean of a module that it imports itself."""
         if name in values:
             return
-        used = names & set(vars(value)) if isinstance(value, types.ModuleType) else set()
+        used = set(names) & set(vars(value)) if isinstance(value, types.ModuleType) else set()
         if not used or of_module(getattr(value, "__name__")) is not None:  # noqa: B009
             values[name] = value
             return
@@ -325,11 +363,11 @@ class _Describer(Values):
             values = {name: member.value for name, member in cls.__members__.items()}
             members = [(name, item) for name, item in members if _is_users(item)]
             members = [*members, *sorted(values.items())]
-        return [
-            (name, self.mention(item, f"{name}, {location}"))
-            for name, item in members
-            if counts(name) and not _is_machinery(cls, name, item)
-        ]
+        members = [(name, item) for name, item in members if counts(name) and not _is_machinery(cls, name, item)]
+        for name, item in members:
+            if name in vars(cls) and not issubclass(cls, enum.Enum):
+                self.slots.add_attribute(cls, name, item)
+        return [(name, self.mention(item, f"{name}, {location}")) for name, item in members]
 
     # Modules
 
@@ -371,9 +409,6 @@ class _Describer(Values):
         return described
 
     def attribute_with_state(self, name: str, value: object, location: str) -> object:
-        values = configuration(value)
-        if values is not None:
-            return encode((self.number_of(type(value)), values), self.value, name=name)
         return self.weights(value) if isinstance(value, torch.Tensor) else self.mention(value, f"{name}, {location}")
 
     def attribute_without_state(self, name: str, value: object, location: str) -> object:
@@ -381,6 +416,14 @@ class _Describer(Values):
         if isinstance(value, CODE) or "__wrapped__" in attributes_of(value):
             return self.mention(value, f"{name}, {location}")
         return None if is_plain(value) or isinstance(value, torch.Tensor) else self.number_of(type(value))
+
+
+def _subclasses(cls: type) -> Iterator[type]:
+    sub: type
+    for sub in cls.__subclasses__():
+        if of_module(sub.__module__) is None:
+            yield sub
+        yield from _subclasses(sub)
 
 
 def _is_users(member: object) -> bool:

@@ -13,7 +13,8 @@ and the part before `<locals>.`, followed by the bytes that the hook gives for t
     e set, F frozenset   the items' encodings, sorted
     d dict               key + value for each item, in order
     r range, : slice     start + stop + step
-    E enum member        type + name (None if it has none) + value
+    E enum member        type + name (None if it has none) + value + its other attributes (dict), if it
+                         has any
     D dataclass          type + name + value for each field + its other attributes (dict), if it
                          has any; cached properties do not count
     n named tuple        type + name + value for each field
@@ -91,6 +92,7 @@ def encode(value: object, other: Hook | None = None, *, name: str = "value") -> 
         value: the value.
         other: is called with each value that is not plain, and gives its bytes or None. It is also called with the
             class of each enum member, dataclass, named tuple and subclass of a builtin: its bytes follow the name.
+            Its attribute `earlier`, if there is one, gives what dicts and lists held before a forward changed them.
         name: what an error calls the value.
 
     Raises:
@@ -103,6 +105,14 @@ def encode(value: object, other: Hook | None = None, *, name: str = "value") -> 
     except Unencodable as error:
         error.name = name
         raise
+
+
+def is_builtin(value: object) -> bool:
+    """Whether `value` is immutable all the way down and of no class whose code could count."""
+    kind = type(value)
+    if kind in _SCALAR_TYPES or value is ... or isinstance(value, _TORCH_NAMES) or kind in (range, torch.Size):
+        return True
+    return kind in (tuple, frozenset) and all(map(is_builtin, value))  # type: ignore[call-overload]
 
 
 def is_plain(value: object) -> bool:
@@ -177,6 +187,8 @@ def _each(items: Iterable[tuple[str, object]], other: Hook | None, depth: int) -
 
 
 def _container(value: object, other: Hook | None, depth: int) -> bytes:
+    earlier = getattr(other, "earlier", None)
+    value = earlier.contents(value) if earlier else value
     if isinstance(value, dict):
         pairs = dict.items(value)
         keys = _each(((".keys()", key) for key, _ in pairs), other, depth)
@@ -230,6 +242,8 @@ def _named(value: object, other: Hook | None, depth: int) -> bytes | None:
     if isinstance(value, enum.Enum):
         name = value.name if value.name in type(value).__members__ else None
         body = _each([("", name), (".value", value.value)], other, depth)
+        extra = {key: item for key, item in vars(value).items() if not (key.startswith("_") and key.endswith("_"))}
+        body += [_container(extra, other, depth)] if extra else []
         return _frame(b"E", _type(kind, other) + b"".join(body))
     dataclass = _is_dataclass(value)
     if dataclass or (isinstance(value, tuple) and hasattr(value, "_fields")):

@@ -10,7 +10,7 @@ import torch
 
 from torchcache._utils.torch_private import UNKNOWN, compiled_forward, script_type_name
 from torchcache.identity.encoding import Unencodable, encode
-from torchcache.identity.objects import tensor_bytes
+from torchcache.identity.tensors import tensor_bytes
 
 # The number of what the process scripted before, and the addresses of objects.
 _ACCIDENTAL = re.compile(r"___torch_mangle_\d+\.|\b0x[0-9a-f]+")

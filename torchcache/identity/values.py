@@ -18,10 +18,11 @@ from torchcache.identity.objects import array_bytes, bound_object, definition, i
 from torchcache.identity.origin import attributes_of, of_module, unwrap
 from torchcache.identity.randomness import generates
 from torchcache.identity.torchscript import script_object
+from torchcache.identity.watch import Earlier, Slots
 
 Tensors = Callable[[torch.Tensor], bytes]
 Modules = Callable[[torch.nn.Module], bytes]
-Fallback = Callable[[object], bytes]  # for objects that have no stable encoding
+Fallback = Callable[[object, str], bytes]  # for objects that have no stable encoding, and where they were found
 Generators = Callable[[object], None]
 
 _once = WarnOnce()
@@ -47,20 +48,23 @@ _CONTAINER_MODULES = frozenset(("builtins", "collections", "functools", "operato
 class Values(ABC):
     """Describes objects in the order in which they are first mentioned; a mention is the number of an object."""
 
-    def __init__(
-        self, tensors: Tensors, modules: Modules | None, weights: Tensors | None = None, constants: bool = True
-    ) -> None:
-        self.constants = constants
+    def __init__(self, tensors: Tensors, modules: Modules | None, weights: Tensors | None = None) -> None:
         self.tensors = tensors
         self.modules = modules
         self.weights = weights or tensors
         self.fallback: Fallback | None = None
         self.generators: Generators | None = None
-        self.location = ""  # of the constant that is being described
+        self.slots = Slots({})
+        self.earlier = Earlier({}, {})  # what containers held before a forward changed them
+        self.location = ""  # of the value that is being described
         self.own_modules: dict[int, str] = {}  # by id the names of modules whose state is left out
         self.numbers: dict[int, int] = {}  # by id
         self.objects: list[object] = []  # also keeps them alive, so that no id is used twice
         self.contents: dict[int, object] = {}  # by id what pickle would keep of an object
+
+    def __call__(self, value: object) -> bytes | None:
+        """Encodes a value that counts with all it holds: the hook of `encode`."""
+        return self.value(value)
 
     def number_of(self, obj: object) -> int:
         """The number of an object; an object without one gets the next."""
@@ -83,12 +87,12 @@ class Values(ABC):
         """
 
     def value(self, value: object) -> bytes | None:
-        """Encodes a value that counts with all it holds: the hook of `encode`."""
+        """Encodes a value that counts with all it holds."""
         value = definition(unwrap(value))
         if isinstance(value, types.MethodType):
-            return encode(("method", value.__func__, value.__self__), self.value)
+            return encode(("method", value.__func__, value.__self__), self)
         if isinstance(value, functools.partial):
-            return encode(("partial", value.func, value.args, value.keywords), self.value)
+            return encode(("partial", value.func, value.args, value.keywords), self)
         is_code = isinstance(value, (torch.Tensor, types.ModuleType, *CODE)) and bound_object(value) is None
         if is_code or "__wrapped__" in attributes_of(value):
             return encode(self.mention(value, ""))
@@ -107,6 +111,8 @@ class Values(ABC):
             contents = pickled(value)
             if contents is None:
                 return self.fall_back(value)
+            if len(contents) > 2 and isinstance(contents[2], dict):
+                contents[2] = self.earlier.contents(attributes_of(value), contents[2])
             top = type(value).__module__.partition(".")[0]
             if self.fallback and top not in _CONTAINER_MODULES and of_module(type(value).__module__) is not None:
                 return self.library_object(contents) or self.fall_back(value)
@@ -116,7 +122,7 @@ class Values(ABC):
     def library_object(self, contents: object) -> bytes | None:
         """Encodes what an object of a library holds; None if a part has no encoding, since the rest means nothing."""
         inner = type(self)(self.tensors, self.modules, self.weights)
-        inner.own_modules, inner.generators = self.own_modules, self.generators
+        inner.own_modules, inner.generators, inner.earlier = self.own_modules, self.generators, self.earlier
         try:
             return inner.finish(encode(contents, inner.value))
         except Unencodable:
@@ -124,32 +130,36 @@ class Values(ABC):
 
     def fall_back(self, value: object) -> bytes | None:
         """Encodes an object without a stable encoding by `fallback`; None without it."""
-        return None if self.fallback is None else self.fallback(value)
-
-    def leave_out(self, value: object) -> bytes:
-        """Encodes by its type alone what code reaches and what has no stable encoding."""
-        kind = type_name(type(value))
-        subject = self.location or "an object that code reaches", kind
-        _once.log(logging.INFO, subject, "%s, of type %s, may change and is left out of the module hash", *subject)
-        return encode(("left out", kind))
+        return None if self.fallback is None else self.fallback(value, self.location)
 
     def constant(self, value: object, location: str) -> bytes | None:
         """Encodes what a container or object holds; an empty one is a place for results."""
         if "__wrapped__" in attributes_of(value):
             return None
-        self.location = location
+        self.slots.add_contents(value)
+        value = self.earlier.contents(value) if isinstance(value, (dict, list)) else value
+        if isinstance(value, PLACES) and not value:
+            subject = location, type_name(type(value))
+            _once.log(logging.INFO, subject, "%s, of type %s, may change and is left out of the module hash", *subject)
+            return left_out(value)
+        outer, self.location = self.location, location
         try:
-            return self.leave_out(value) if isinstance(value, PLACES) and not value else encode(value, self.value)
+            return encode(value, self)
         except Unencodable:  # nested too deeply
-            return self.leave_out(value)
+            return self.fall_back(value) or left_out(value)
         finally:
-            self.location = ""
+            self.location = outer
 
     def encoded_contents(self, obj: object) -> bytes:
         """Encodes what an object that was mentioned holds."""
         try:
-            return encode(self.contents[id(obj)], self.value, name=type_name(type(obj)))
+            return encode(self.contents[id(obj)], self, name=type_name(type(obj)))
         except Unencodable:
             if self.fallback is None:
                 raise
-            return self.fallback(obj)
+            return self.fallback(obj, self.location)
+
+
+def left_out(value: object) -> bytes:
+    """Encodes a value by its type alone."""
+    return encode(("left out", type_name(type(value))))

@@ -1,0 +1,430 @@
+"""A cheap check, on every call, whether anything that a snapshot is made of may have changed since."""
+
+from __future__ import annotations
+
+import contextvars
+import copy
+import functools
+import itertools
+import threading
+import types
+import weakref
+from collections.abc import Callable, Container, Iterable, Iterator
+from operator import attrgetter, getitem, is_, itemgetter
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.utils.hooks import RemovableHandle
+
+from torchcache._native import ops
+from torchcache._utils.torch_private import versions
+from torchcache.identity import optimizers
+from torchcache.identity.attributes import FORWARD_HOOKS, TENSORS_AND_MODULES, counted, counts_in_module
+from torchcache.identity.encoding import Unencodable, encode, is_builtin
+from torchcache.identity.objects import is_without_value, what_thread_reads
+from torchcache.identity.origin import attributes_of
+from torchcache.identity.randomness import generates
+from torchcache.identity.tensors import Unwatchable, digests, plain_view
+
+ABSENT = object()
+MAX_SLOTS = 2000  # of containers and objects that modules hold and code reaches; edits of others are not noticed
+_MAX_DEPTH = 6
+
+_cell_contents = attrgetter("cell_contents")
+_code = attrgetter("__code__", "__defaults__", "__kwdefaults__")
+_requires_grad = attrgetter("requires_grad")
+_data_ptr = Tensor.data_ptr
+_holders_of = itemgetter(*TENSORS_AND_MODULES)
+_NOT_OPENED = (type, nn.Module, Tensor, types.ModuleType, types.FunctionType, torch.ScriptObject)
+_DIFFER = (LookupError, ValueError, TypeError, AttributeError, RuntimeError)
+
+
+class Slot(NamedTuple):
+    """A place and what was there: an item of a dict or list, an attribute (of an object's ``__dict__``)."""
+
+    container: Any
+    key: Any
+    value: Any
+
+    @property
+    def present(self) -> Any:
+        """What is there now; ABSENT if nothing is."""
+        try:
+            is_cell = isinstance(self.container, types.CellType)
+            return self.container.cell_contents if is_cell else self.container[self.key]
+        except (LookupError, ValueError):
+            return ABSENT
+
+
+class Earlier:
+    """What containers held before a forward changed them: that counts, instead of what they hold now. Immutable."""
+
+    def __init__(self, items: dict[int, dict[Any, Any]], containers: dict[int, Any]) -> None:
+        self._items = items  # by the id of the container: key → value before
+        self._containers = containers  # kept alive, so that no id is used twice
+
+    def __bool__(self) -> bool:
+        return bool(self._items)
+
+    def plus(self, slots: Iterable[Slot], own: nn.Module | None) -> Earlier:
+        """With more slots; of one place the first value counts. The ``__dict__`` of `own` is not kept alive."""
+        items, containers = {key: dict(held) for key, held in self._items.items()}, dict(self._containers)
+        for container, key, value in slots:
+            items.setdefault(id(container), {}).setdefault(key, value)
+            if own is None or container is not own.__dict__:
+                containers[id(container)] = container
+        return Earlier(items, containers)
+
+    def only(self, ids: Container[int]) -> Earlier:
+        """Without the containers that are not among these."""
+        items = {key: held for key, held in self._items.items() if key in ids}
+        return Earlier(items, {key: c for key, c in self._containers.items() if key in ids})
+
+    def item(self, container: Any, key: Any, present: Any) -> Any:
+        """What was in one place; `present` where no forward changed it."""
+        return self._items.get(id(container), {}).get(key, present)
+
+    def contents(self, container: Any, present: Any = None) -> Any:
+        """What a dict or list held; `present`, by default the container, if no forward changed it."""
+        present = container if present is None else present
+        changed = self._items.get(id(container))
+        if changed is None:
+            return present
+        if isinstance(present, list):
+            return [changed.get(i, item) for i, item in enumerate(present) if changed.get(i) is not ABSENT]
+        return {key: item for key, item in {**present, **changed}.items() if item is not ABSENT}
+
+
+class Slots:
+    """Where a snapshot found what it is made of, apart from the tensors and submodules of modules.
+
+    Args:
+        classes: the ``__dict__`` of each class, which is another object each time that one asks for it; is added to.
+    """
+
+    def __init__(self, classes: dict[type, Any]) -> None:
+        self._classes = classes
+        self.slots: dict[tuple[int, Any], Slot] = {}
+        self.sized: dict[int, Any] = {}  # by id: containers whose length counts
+        self.cells: dict[int, Slot] = {}  # the variables of closures
+        self.functions: dict[int, types.FunctionType] = {}
+        self.lists: dict[int, tuple[list[Any], int]] = {}  # with their lengths
+        self.reads: dict[int, tuple[Callable[[], Any], Any]] = {}  # what objects hold for this thread, and how to ask
+        self._opened: dict[int, Any] = {}
+
+    def add(self, container: Any, key: Any, value: Any) -> None:
+        """Adds an item of a dict or list, or an attribute in a ``__dict__``."""
+        self.slots.setdefault((id(container), key), Slot(container, key, value))
+
+    def add_cell(self, cell: types.CellType, name: str, value: Any) -> None:
+        """Adds a variable of a closure."""
+        self.cells.setdefault(id(cell), Slot(cell, name, value))
+
+    def add_function(self, function: types.FunctionType) -> None:
+        """Adds the code and the defaults of a function."""
+        self.functions.setdefault(id(function), function)
+
+    def add_attribute(self, cls: type, name: str, value: Any) -> None:
+        """Adds an attribute of a class."""
+        self.add(self._classes.setdefault(cls, vars(cls)), name, value)
+
+    def add_contents(self, value: Any, depth: int = 0) -> None:
+        """Adds what a container or object holds, at any depth that is not absurd."""
+        if is_builtin(value) or id(value) in self._opened or depth > _MAX_DEPTH or is_without_value(value):
+            return
+        self._opened[id(value)] = value
+        if isinstance(value, (threading.local, contextvars.ContextVar)):
+            read = what_thread_reads(value)
+            self.reads[id(value)] = read, read()
+        for container, items in _opened(value):
+            if len(self.slots) + len(items) > MAX_SLOTS:
+                return
+            if isinstance(container, dict):
+                self.sized[id(container)] = container
+            elif container is not None:
+                self.lists[id(container)] = container, len(container)
+            for key, item in items:
+                if container is not None:
+                    self.add(container, key, item)
+                self.add_contents(item, depth + 1)
+
+
+def _opened(value: Any) -> Iterator[tuple[Any, list[tuple[Any, Any]]]]:
+    """Containers that a value is made of, with their items; None stands for one that is immutable."""
+    if isinstance(value, types.MethodType):
+        yield None, [("__self__", value.__self__)]
+    elif isinstance(value, functools.partial):
+        yield None, [("func", value.func), ("args", value.args), ("keywords", value.keywords)]
+    elif isinstance(value, dict) and type(value).__getitem__ is dict.__getitem__:
+        yield value, list(value.items())
+    elif isinstance(value, list):
+        yield value, list(enumerate(value))
+    elif isinstance(value, (tuple, frozenset)):
+        yield None, list(enumerate(value))
+    if not isinstance(value, _NOT_OPENED) and isinstance(attributes := attributes_of(value), dict) and attributes:
+        yield attributes, list(attributes.items())
+
+
+class Modules(NamedTuple):
+    """The modules that a computation uses.
+
+    Attributes:
+        own: the module itself, to which nothing here refers; None: the computation is a function.
+        others: all other modules.
+    """
+
+    own: nn.Module | None
+    others: list[nn.Module]
+
+    @property
+    def all(self) -> list[nn.Module]:
+        """Every module once."""
+        return self.others if self.own is None else [self.own, *self.others]
+
+
+class Watch:
+    """Compares what a snapshot was made of with what is there now. Immutable, and it does not keep `own` alive.
+
+    Args:
+        modules: all modules.
+        tensors: all tensors.
+        slots: where everything else was found.
+    """
+
+    def __init__(self, modules: Modules, tensors: list[Tensor], slots: Slots) -> None:
+        own = modules.own
+        self._own_slots = [] if own is None else list(_attribute_slots(own, is_own=True))
+        self._own_keys = set() if own is None else set(own.__dict__)
+        own_dict = None if own is None else own.__dict__
+        others = [s for m in modules.others for s in _attribute_slots(m, is_own=False)]
+        found = {(id(s.container), s.key): s for s in (*slots.slots.values(), *others)}
+        self._slots = [s for s in found.values() if s.container is not own_dict]
+        self._sized = [*(c for c in slots.sized.values() if c is not own_dict), *(m.__dict__ for m in modules.others)]
+        self._cells = list(slots.cells.values())
+        self.functions = list(slots.functions.values())
+        self._lists = list(slots.lists.values())
+        self._reads = list(slots.reads.values())
+        self._layers = _layer_attributes(modules.others)
+        self._others = modules.others
+        self._watch_structure(modules)
+        self._watch_tensors(modules, tensors)
+        self._complete()
+
+    def _watch_structure(self, modules: Modules) -> None:
+        plain = [m for m in modules.all if isinstance(m._parameters, dict)]  # TorchScript makes new ones each time
+        self._holders = [d for m in plain for d in _holders_of(m.__dict__)]
+        self._empty, self._filled = [d for d in self._holders if not d], [d for d in self._holders if d]
+        self._lengths = list(map(len, self._filled))
+        self._held_in = [d for d in self._filled for _ in d], [key for d in self._filled for key in d]
+        self._held = [value for d in self._filled for value in d.values()]
+        self._ordered = [m._modules for m in plain if len(m._modules) > 1]
+        self._orders = list(map(list, self._ordered))
+        self._plain_others = [m.__dict__ for m in plain if m is not modules.own]
+        self._own_is_plain = modules.own in plain
+        # Those of the module itself run outside the cache.
+        hooks = [m.__dict__.get(name, {}) for m in modules.others for name in FORWARD_HOOKS]
+        self._no_hooks, self._next_hook = [d for d in hooks if not d], RemovableHandle.next_id
+        self._hooks = [d for d in hooks if d]
+        self._hook_keys = list(map(list, self._hooks))
+        self._classes = list(map(type, modules.others))
+        self._functional = list(vars(functional).values())
+
+    def _watch_tensors(self, modules: Modules, tensors: list[Tensor]) -> None:
+        self._parameters = [p for m in modules.all for p in dict(m._parameters).values() if p is not None]
+        self._flags = list(map(_requires_grad, self._parameters))
+        self.trained = [t for t in tensors if t.requires_grad]
+        if self.trained:
+            optimizers.count_steps()
+        self._steps = optimizers.steps()
+        self.tensors = tensors
+        self._ids = frozenset(map(id, tensors))
+        self._versions = versions(tensors)
+        self._addressed = [t for t in tensors if t.layout is torch.strided and not t.is_meta]
+        self._addresses = list(map(_data_ptr, self._addressed))
+        self._unversioned = [t for t in tensors if t.is_inference()]
+        self._digests = digests(self._unversioned)
+        self.native = NativeWatch(tensors) if tensors else None
+
+    def _complete(self) -> None:
+        """Computes the columns that `holds` compares without a loop."""
+        self._columns = [s.container for s in self._slots], [s.key for s in self._slots]
+        self._values = [s.value for s in self._slots]
+        self._own_names, self._own_values = [s.key for s in self._own_slots], [s.value for s in self._own_slots]
+        self._sizes, self._keys = list(map(len, self._sized)), list(map(set, self._sized))
+        self._cell_list, self._cell_values = [s.container for s in self._cells], [s.value for s in self._cells]
+        self._codes = list(map(_code, self.functions))
+
+    # ---- checking
+
+    def holds(self, own: nn.Module | None, probe: bool = True) -> bool:
+        """Whether everything is as it was.
+
+        Args:
+            own: the module itself.
+            probe: whether to probe the tensors natively. Else the caller does, and compares with `native.first`.
+        """
+        try:
+            return self._slots_hold(own) and self._rest_holds(own, probe)
+        except _DIFFER:  # something is gone, or is no longer what it was
+            return False
+
+    def _slots_hold(self, own: nn.Module | None) -> bool:
+        # map() over prepared lists: this runs on every call, and a loop would take three times as long.
+        return (
+            (all(map(is_, map(getitem, *self._columns), self._values)) or _are_equal(self._slots))
+            and (all(map(is_, map(_cell_contents, self._cell_list), self._cell_values)) or _are_equal(self._cells))
+            and list(map(len, self._sized)) == self._sizes
+            and (own is None or self._own_holds(own.__dict__))
+        )
+
+    def _own_holds(self, attributes: dict[str, Any]) -> bool:
+        present = map(attributes.__getitem__, self._own_names)
+        return len(attributes) == len(self._own_keys) and (
+            all(map(is_, present, self._own_values))
+            or _are_equal([s._replace(container=attributes) for s in self._own_slots])
+        )
+
+    def _rest_holds(self, own: nn.Module | None, probe: bool) -> bool:
+        holders = itertools.chain.from_iterable(map(_holders_of, self._plain_others))
+        if self._own_is_plain and own is not None:
+            holders = itertools.chain(_holders_of(own.__dict__), holders)
+        return (
+            all(map(is_, holders, self._holders))
+            and all(map(is_, map(getitem, *self._held_in), self._held))
+            and list(map(len, self._filled)) == self._lengths
+            and not any(self._empty)
+            and list(map(list, self._ordered)) == self._orders
+            and list(map(type, self._others)) == self._classes
+            and all(list(map(getter, dicts)) == values for getter, dicts, values in self._layers)
+            and list(map(list, self._hooks)) == self._hook_keys
+            and (RemovableHandle.next_id == self._next_hook or not any(self._no_hooks))
+            and list(map(_code, self.functions)) == self._codes
+            and all(read() is value for read, value in self._reads)
+            and list(vars(functional).values()) == self._functional
+            and self.tensors_hold(probe)
+        )
+
+    def tensors_hold(self, probe: bool) -> bool:
+        """Whether the tensors have the bytes that they had, as far as can be told without reading all of them."""
+        return (
+            list(map(_requires_grad, self._parameters)) == self._flags
+            and versions(self.tensors) == self._versions
+            and list(map(_data_ptr, self._addressed)) == self._addresses
+            and not (optimizers.steps() != self._steps and optimizers.have_changed(self._ids, self._steps))
+            and (not self._unversioned or digests(self._unversioned) == self._digests)
+            and (not probe or self.native is None or self.native.probe() == self.native.first)
+        )
+
+    def may_hold_again(self, other: Watch) -> bool:
+        """Whether a switch that is set back is all that this watch needs to hold instead of the other one."""
+        return self._ids <= other._ids and self.tensors_hold_versions()
+
+    def tensors_hold_versions(self) -> bool:
+        """Whether no version has moved: versions never return."""
+        return versions(self.tensors) == self._versions
+
+    # ---- what forwards set
+
+    def changes(self, own: nn.Module | None) -> list[Slot]:
+        """What differs in slots and attributes, each with its value before; ABSENT if it is new."""
+        slots, sized = self._all_slots(own), list(zip(self._sized, self._keys))
+        if own is not None:
+            sized.append((own.__dict__, self._own_keys))
+        changed = [s for s in slots if not _is_same(s.present, s.value)]
+        created = [(container, key) for container, keys in sized for key in container.keys() - keys]
+        return changed + [Slot(c, key, ABSENT) for c, key in created if "_parameters" not in c or counts_in_module(key)]
+
+    def _all_slots(self, own: nn.Module | None) -> list[Slot]:
+        of_own = [] if own is None else [s._replace(container=own.__dict__) for s in self._own_slots]
+        return [*self._slots, *self._cells, *of_own]
+
+    def appended(self) -> list[Slot]:
+        """The items that were appended to lists: results of forwards or of others, which do not count."""
+        return [Slot(items, i, ABSENT) for items, length in self._lists for i in range(length, len(items))]
+
+    def after(self, changed: Iterable[Slot], own: nn.Module | None) -> Watch:
+        """The same watch for what a forward left behind.
+
+        Args:
+            changed: the slots that do not count any more. Others that have changed have an equal value now.
+            own: the module itself.
+        """
+        gone = {(id(s.container), s.key) for s in changed}
+        slots = [s for s in self._all_slots(own) if (id(s.container), s.key) not in gone]
+        slots = [s if s.present is s.value else s._replace(value=s.present) for s in slots]
+        new = copy.copy(self)
+        own_dict = None if own is None else own.__dict__
+        new._own_slots = [s._replace(container=None) for s in slots if s.container is own_dict]
+        new._cells = [s for s in slots if isinstance(s.container, types.CellType)]
+        new._slots = [s for s in slots if s.container is not own_dict and not isinstance(s.container, types.CellType)]
+        new._own_keys = set() if own is None else set(own.__dict__)
+        new._complete()
+        return new
+
+
+def _are_equal(slots: list[Slot]) -> bool:
+    return all(_is_same(s.present, s.value) for s in slots)
+
+
+def _is_same(a: Any, b: Any) -> bool:
+    """Equal in type and value, for plain values; NaN is the same as itself."""
+    return a is b or (is_builtin(a) and is_builtin(b) and encode(a) == encode(b))
+
+
+def is_alike(a: Any, b: Any) -> bool:
+    """Whether two values are the same, or containers of the same values, or both carry none."""
+    if _is_same(a, b) or (type(a) is type(b) and (generates(type(a)) or is_without_value(a))):
+        return True
+    try:
+        return encode(a) == encode(b)
+    except Unencodable:
+        return False
+
+
+def _may_be_set_later(m: nn.Module, name: str, value: Any) -> bool:
+    """Not so private attributes of torch's own layers, which they set again themselves."""
+    return not (name.startswith("_") and _is_of_torch(m))
+
+
+def _is_of_torch(m: nn.Module) -> bool:
+    return type(m).__module__.startswith("torch.nn.")
+
+
+def _attribute_slots(m: nn.Module, is_own: bool) -> Iterator[Slot]:
+    """The attributes of a module that count, but for those that `_layer_attributes` has."""
+    for name, value in counted(m).items():
+        if _may_be_set_later(m, name, value) and (is_own or not (_is_of_torch(m) and is_builtin(value))):
+            yield Slot(None if is_own else m.__dict__, name, value)
+
+
+def _layer_attributes(modules: Iterable[nn.Module]) -> list[tuple[Callable[[Any], Any], list[Any], list[Any]]]:
+    """The plain attributes of torch's own layers, such as a stride, compared by value: there are hundreds of them."""
+    groups: dict[tuple[str, ...], list[dict[str, Any]]] = {}
+    for m in filter(_is_of_torch, modules):
+        names = tuple(n for n, value in counted(m).items() if is_builtin(value) and _may_be_set_later(m, n, value))
+        if names:
+            groups.setdefault(names, []).append(m.__dict__)
+    getters = [(itemgetter(*names), dicts) for names, dicts in groups.items()]
+    return [(getter, dicts, list(map(getter, dicts))) for getter, dicts in getters]
+
+
+class NativeWatch:
+    """A native watch that is closed with its owner.
+
+    Attributes:
+        first: the result of the first probe.
+    """
+
+    def __init__(self, tensors: list[Tensor]) -> None:
+        try:
+            self.id = ops.watch_open([plain_view(t) for t in tensors])
+        except RuntimeError as error:
+            raise Unwatchable(str(error)) from error
+        weakref.finalize(self, ops.watch_close, self.id).atexit = False
+        self.first = self.probe()
+
+    def probe(self) -> int:
+        """A number that changes with the address, shape, dtype and sampled bytes of the tensors."""
+        return ops.watch_probe(self.id)
