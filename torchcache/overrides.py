@@ -18,7 +18,7 @@ class Overrides:
         others: where attributes may be set, too.
     """
 
-    __slots__ = ("_last", "_other_sizes", "_other_values", "_others", "_size", "_values")
+    __slots__ = ("_is_set", "_last", "_other_sizes", "_other_values", "_others", "_size", "_values")
 
     def __init__(self, attributes: dict[str, Any], others: Sequence[Mapping[str, Any]] = ()) -> None:
         self._others = others
@@ -28,6 +28,7 @@ class Overrides:
         """Takes the present attributes for the accepted ones."""
         self._other_values = [(d, _given(d)) for d in self._others]
         self._values = _given(attributes)
+        self._is_set = bool(self._values) or any(values for _, values in self._other_values)
         self._note_sizes(attributes)
 
     def hold(self, attributes: dict[str, Any]) -> bool:
@@ -37,7 +38,7 @@ class Overrides:
             and next(reversed(attributes), None) is self._last
             and list(map(len, self._others)) == self._other_sizes
         ):
-            return self._values_hold(attributes)
+            return not self._is_set or self._values_hold(attributes)
         places = [(attributes, self._values), *self._other_values]
         if any(_given(d).keys() != values.keys() for d, values in places):
             return False

@@ -22,7 +22,8 @@ from torchcache.tiers.layout import Layout, Leaf, movable, select
 
 _CHUNK_BYTES = 64 << 20
 _GROWTH = 8  # a chunk has at least 1/8 of the rows of all earlier ones: few chunks, little unused memory
-_SHARE = 8  # a chunk takes at most 1/8 of the address space that a limited process has left
+_FOR_THE_PROGRAM = 8  # arenas leave 1/8 of a limited address space
+_SHARE = 4  # a chunk takes at most 1/4 of what they may take of it
 _MAP_NORESERVE = 0x4000  # Linux; Python's mmap does not name it
 _SMALL_BYTES = 16 << 20  # huge pages start at this offset of a leaf, because the last one is mostly unused
 
@@ -135,17 +136,17 @@ class RowArena:
         self._chunks.append(_Chunk(first, first + rows, leaves))
 
     def _room(self) -> int:
-        """How many rows a new chunk may have, so that the program keeps most of the address space that it may use.
+        """How many rows a new chunk may have, so that the program keeps room in a limited address space.
 
         Raises:
             MemoryError: there is none left.
         """
-        free = free_address_space() if self.device.type == "cpu" else None
-        if free is None or not self.layout.row_bytes:
+        spare = spare_address_space() if self.device.type == "cpu" else None
+        if spare is None or not self.layout.row_bytes:
             return 2**62
-        if free // _SHARE < self.layout.row_bytes:
-            raise MemoryError(f"the limit of this process (ulimit -v, -d) leaves {free} bytes of address space")
-        return free // _SHARE // self.layout.row_bytes
+        if spare // _SHARE < self.layout.row_bytes:
+            raise MemoryError("most of the address space that the system allows this process (ulimit -v, -d) is used")
+        return spare // _SHARE // self.layout.row_bytes
 
     def _register_chunks(self) -> None:
         """Registers new chunks with native code. After an interrupt it registers one again, which changes nothing."""
@@ -170,14 +171,15 @@ class RowArena:
             return torch.empty((rows, *leaf.shape), dtype=leaf.stored, device=self.device)
 
 
-def free_address_space() -> int | None:
-    """The bytes of memory that the system still lets this process map; None: as many as it likes."""
+def spare_address_space() -> int | None:
+    """The bytes that arenas may still take where the system limits what this process maps; None: it does not."""
     limits = [resource.getrlimit(kind)[0] for kind in (resource.RLIMIT_AS, resource.RLIMIT_DATA)]
     if limits == [resource.RLIM_INFINITY] * 2:
         return None
     pages = Path("/proc/self/statm").read_text().split()  # proc(5): the first is all memory, the sixth data
     used = [int(pages[0]) * mmap.PAGESIZE, int(pages[5]) * mmap.PAGESIZE]
-    return max(0, min(limit - size for limit, size in zip(limits, used) if limit != resource.RLIM_INFINITY))
+    limited = [(limit, size) for limit, size in zip(limits, used) if limit != resource.RLIM_INFINITY]
+    return max(0, min(limit - limit // _FOR_THE_PROGRAM - size for limit, size in limited))
 
 
 def _reserve(leaf: Leaf, capacity: int) -> Tensor | None:
