@@ -20,6 +20,7 @@ from torch import nn
 from torchcache._utils.locks import module_lock
 from torchcache._utils.torch_private import compiled_module, untraced
 from torchcache.engine.cache import Cache
+from torchcache.engine.dimensions import warn_of_sequence_first
 from torchcache.identity.identity import init_arguments
 from torchcache.options import ATTRIBUTE_PREFIX, Options
 from torchcache.overrides import Overrides
@@ -56,6 +57,7 @@ def torchcache(
     use_mmap_on_load: bool = False,
     subsample: bool = False,
     frozen: bool = False,
+    verify: float | str = 0.01,
 ) -> Callable[[T], T]:
     """Caches the outputs of a module class, a module instance or a function, row by row.
 
@@ -95,6 +97,10 @@ def torchcache(
             count as equal, so use it only for inputs where this cannot happen.
         frozen: freeze the module: its parameters do not require grad, and it stays in eval mode, whatever ``train()``
             is called on it or on a module that contains it. Not for functions.
+        verify: the share of the time, 0 to 1, in which rows are computed again and compared with the cached ones, once
+            1,000 rows were asked for. If one is wrong, a warning says why, and such calls are not cached any more.
+            0: no checks; 1: one in every call; ``"strict"``: 0.01, and a wrong row raises
+            `torchcache.errors.WrongRow`. The environment variable ``TORCHCACHE_VERIFY`` overrides it.
 
     Returns:
         A decorator. It patches a class or an instance in place and returns it; it wraps a function.
@@ -199,11 +205,10 @@ def _patch_class(cls: type[nn.Module], options: Options) -> None:
             self.__dict__[_HANDLE] = _Handle(type(self), None, init)
         original(self, *args, **kwargs)
         if is_outermost:
-            _options_of(
-                self, self.__dict__[_HANDLE], options
-            )  # wrong torchcache_ attributes raise now, not at the first call
+            _options_of(self, self.__dict__[_HANDLE], options)  # wrong torchcache_ attributes raise now, not at a call
             if _is_frozen(self):
                 _freeze(self)
+            warn_of_sequence_first(self, type(self))
             forward = self.__dict__.get("forward")
             if forward is not None and not hasattr(forward, _ORIGINAL):
                 self.__dict__["forward"] = _InstanceForward(self, forward, options)
@@ -225,6 +230,7 @@ def _patch_instance(module: T, options: Options) -> T:
     if isinstance(module, nn.modules.lazy.LazyModuleMixin) and module.cls_to_become is not None:
         _patch_forward(module.cls_to_become, None)  # its class from the first call on
     module.__dict__[_HANDLE] = handle
+    warn_of_sequence_first(module, object())
     if custom is not None:
         module.__dict__["forward"] = _InstanceForward(module, custom)
     if _is_frozen(module):

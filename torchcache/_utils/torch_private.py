@@ -168,6 +168,13 @@ def compiled_module(module: nn.Module) -> nn.Module | None:
     return inner if isinstance(inner, nn.Module) else None
 
 
+def is_compiled(value: Any) -> bool:
+    """Whether torch.compile made this module or function, or ``module.compile()`` was called."""
+    names = ("_orig_mod", "_torchdynamo_orig_callable")
+    value = getattr(value, "func", value)  # of a functools.partial
+    return any(hasattr(value, name) for name in names) or getattr(value, "_compiled_call_impl", None) is not None
+
+
 # ---- Operators that Python code defines with torch.library.custom_op.
 
 CustomOpDef: type = _private("torch._library.custom_ops:CustomOpDef", _Absent, _NOT_SHARED)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -92,6 +93,31 @@ class MissComputer:
             output = forward(*call.args, **call.kwargs)
         return Uncached(output, computed)
 
+    def recompute(self, forward: Forward, request: Request, rows: Tensor) -> Computed | Bypassed:
+        """Computes rows of a call once more, on copies of them, for a comparison.
+
+        Generators are set back if the forward moved them; what it changes in the state counts like any forward.
+
+        Args:
+            forward: of the module.
+            request: the call.
+            rows: int64 ``[M]``, positions in the batch: ascending and consecutive, or with the last one not above the
+                first one.
+
+        Raises:
+            Exception: what the forward raises for such a batch, or Indivisible.
+        """
+        args, kwargs = request.call.select(rows, copy=True)
+        generators = GeneratorStates(functools.partial(self._identity.generators, request.state))
+        try:
+            with torch.no_grad(), _without_autocast_cache():
+                output, is_alone = self._run(forward, args, kwargs)
+            why = self._objection(request, generators, is_alone)
+            return why or self._split(output, request.call, rows, whole=False)
+        finally:
+            if generators.numbers_were_drawn():
+                generators.restore()
+
     def _some_arguments(self, request: Request, rows: Tensor) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         """The arguments with these rows alone; None: the whole batch is to be computed."""
         if rows.shape[0] == request.call.batch:
@@ -143,3 +169,14 @@ class MissComputer:
         except UnsupportedOutput as error:
             return Bypassed("the output cannot be kept", details=str(error))
         return Computed(layout, leaves if count == leaves[0].shape[0] else [select(t, rows) for t in leaves])
+
+
+@contextlib.contextmanager
+def _without_autocast_cache() -> Iterator[None]:
+    """Autocast would remember weights that were cast without grad, and give them to a forward that trains them."""
+    enabled = torch.is_autocast_cache_enabled()
+    torch.set_autocast_cache_enabled(False)
+    try:
+        yield
+    finally:
+        torch.set_autocast_cache_enabled(enabled)

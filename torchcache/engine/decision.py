@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import weakref
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -95,6 +96,11 @@ class Decider:
     def name(self) -> str:
         """Of the class or function, for messages."""
         return type(self._target).__qualname__ if isinstance(self._target, nn.Module) else self._forward.__qualname__
+
+    @property
+    def forward(self) -> Callable[..., Any]:
+        """The undecorated forward, with the module as its first argument."""
+        return functools.partial(self._forward, self._target) if self._takes_self else self._forward
 
     @lazy
     def options(self) -> Options:
