@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from torchcache._native.ops import Digest
 from torchcache._utils.lazy import lazy
 from torchcache._utils.locks import lock
 from torchcache._utils.logs import WarnOnce, logger
@@ -63,7 +64,7 @@ class Cache:
         options: Callable[[], Options],
     ) -> None:
         self._lock = lock(self)
-        self._refused: dict[CallVariant, Bypassed] = {}
+        self._refused: dict[CallVariant | Digest, Bypassed] = {}
         self._decider = Decider(target, forward, takes_self, init, options, self._refused)
         self._counts = Counts()
         self.filling = False  # rows are expected to be new
@@ -242,12 +243,10 @@ class Cache:
             self._log_explanation(request, batch)
         self._last = call_parts(request)
         if count:
-            computed = self._computer.compute(forward, request, missing)
+            computed = self._computer.compute(forward, request, missing, batch.layout)
             if isinstance(computed, Uncached):
                 self._note_bypass(computed.why)
                 return computed.output
-            if batch.layout not in (None, computed.layout):
-                return self._compute_all(forward, request, _SEVERAL_LAYOUTS)
             self._write(batch.missing_keys, computed)
             batch.add(Rows(None, *computed))
         self._warn_of_parameters(request)
