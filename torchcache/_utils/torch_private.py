@@ -73,6 +73,12 @@ global_forward_hooks: dict[int, Any] = _private("torch.nn.modules.module:_global
 global_forward_pre_hooks: dict[int, Any] = _private(
     "torch.nn.modules.module:_global_forward_pre_hooks", {0: UNKNOWN}, _NO_CALL
 )
+# Sees the operators that one thread calls.
+TorchDispatchMode: Any = _private(
+    "torch.utils._python_dispatch:TorchDispatchMode",
+    None,
+    "no forward is cached during which another thread draws random numbers",
+)
 # The level of forward-mode AD, below 0 outside of it. Where torch does not tell, engine/bypass.py asks each tensor.
 _private("torch.autograd.forward_ad:_current_level", 0, "each call takes a little longer")
 forward_ad_level: Callable[[], Any] = functools.partial(vars(torch.autograd.forward_ad).get, "_current_level", 0)

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from torchcache._native.ops import Digest
 from torchcache._utils.lazy import lazy
 from torchcache._utils.locks import lock
 from torchcache._utils.logs import WarnOnce, logger
@@ -73,8 +74,7 @@ class Cache:
         options: Callable[[], Options],
     ) -> None:
         self._lock = lock(self)
-        self._refused: dict[CallVariant, Bypassed] = {}
-        self._whole: set[CallVariant] = set()  # whose rows are only right if the whole batch is computed
+        self._refused: dict[CallVariant | Digest, Bypassed] = {}
         self._decider = Decider(target, forward, takes_self, init, options, self._refused)
         self._held: Callable[[], Cache | None] = lambda: None
         self._counts = Counts()
@@ -231,7 +231,6 @@ class Cache:
         with self._lock:
             tiers = self.__dict__.get("_tiers")
             self._refused = {}
-            self._whole = set()
             self._decider = self._decider.renewed(self._refused)
             for name in ("_tiers", "_computer", "_verifier", "cache_dir"):
                 self.__dict__.pop(name, None)
@@ -303,13 +302,11 @@ class Cache:
         self._last = call_parts(request)
         if count:
             started = perf_counter()
-            computed = self._computer.compute(forward, request, missing)
+            computed = self._computer.compute(forward, request, missing, batch.layout)
             self._verifier.forward_took(perf_counter() - started, count)
             if isinstance(computed, Uncached):
                 self._note_bypass(computed.why)
                 return computed.output
-            if batch.layout not in (None, computed.layout):
-                return self._compute_all(forward, request, _SEVERAL_LAYOUTS)
             sample = Sample(forward, request, missing, *computed, is_computed=True)
             if self._verifier.is_due() and (why := self._verify(sample)) is not None:
                 return self._compute_all(forward, request, why)
@@ -418,7 +415,7 @@ class Cache:
     def _verifier(self) -> Verifier:
         modules = functools.partial(self._decider.identity.modules, None)
         given = self._decider.name, self.options, self.cache_dir, self._computer, modules
-        return Verifier(*given, self._refused, self._whole, self._counts)
+        return Verifier(*given, self._refused, self._computer.whole, self._counts)
 
     @lazy
     def _tiers(self) -> Chain:

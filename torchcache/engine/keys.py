@@ -37,6 +37,8 @@ class Keys:
         tensors = call.tensors
         if self._subsample_count is not None or not all(map(_is_plain, tensors)):
             tensors = [self._row_bytes(t) for t in tensors]
+        if call.template.positions is not None:
+            tensors = [*tensors, call.template.positions]
         parts = (*variant, state)
         return tensors, self._digests.get(parts) or self._new_digest(parts)
 

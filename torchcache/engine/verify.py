@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from torchcache._native.ops import Digest
 from torchcache._utils.logs import WarnOnce, logger
 from torchcache._utils.torch_private import is_compiled
 from torchcache.engine.bypass import Bypassed
@@ -137,7 +138,7 @@ class Verifier:
         directory: object,
         computer: MissComputer,
         modules: Callable[[], Sequence[nn.Module]],
-        refused: dict[CallVariant, Bypassed],
+        refused: dict[CallVariant | Digest, Bypassed],
         whole: set[CallVariant],
         counts: Counts,
     ) -> None:
