@@ -19,7 +19,6 @@ STABLE_TORCH_LIBRARY(torchcache, m) {
   m.def("probes(Tensor[] tensors) -> Tensor");  // N tensors → [N]; 0 of a tensor on a device
   m.def("watch_open(Tensor[] tensors) -> int");
   m.def("watch_probe(int watch) -> int");
-  m.def("watch_close(int watch) -> ()");
 
   // Memory tier. lookup gives slots [B], distinct missing rows [M], layout; find gives layout, slot. hash_and_read
   // gives true and the leaves [B, …] of a batch of which every row is there, else false and keys [B, 2], slots, missing
@@ -33,7 +32,6 @@ STABLE_TORCH_LIBRARY(torchcache, m) {
   m.def("table_insert(int table, Tensor keys, int layout, int first) -> ()");
   m.def("table_find(int table, int low) -> (int, int)");
   m.def("table_low_keys(int table) -> Tensor");
-  m.def("table_close(int table) -> ()");
 
   // Disk tier. lookup gives present [B] and the layout; read gives verified [B]; write gives the number of rows
   // admitted.
@@ -48,7 +46,6 @@ STABLE_TORCH_LIBRARY(torchcache, m) {
   m.def("store_flush(int store) -> ()");
   m.def("store_stats(int store) -> int[]");
   m.def("store_warnings(int store) -> str[]");
-  m.def("store_close(int store) -> ()");
 
   // Maintenance of a directory. Results with several values are JSON: store/maintenance/report.h. segment_keys gives
   // keys [N, 2]; segment_remove and compact_add give false for a segment that is in use.
@@ -60,7 +57,6 @@ STABLE_TORCH_LIBRARY(torchcache, m) {
   m.def("compact_open(str directory, str[] retained) -> int");
   m.def("compact_add(int compaction, str name) -> bool");
   m.def("compact_finish(int compaction) -> str");
-  m.def("compact_close(int compaction) -> ()");
 }
 
 // Implicit: nothing here is differentiable, so autograd's own layer (2 µs a call) is not needed either.
@@ -71,7 +67,6 @@ STABLE_TORCH_LIBRARY_IMPL(torchcache, CompositeImplicitAutograd, m) {
   m.impl("probes", TORCH_BOX(&torchcache::ops::probes));
   m.impl("watch_open", TORCH_BOX(&torchcache::ops::watch_open));
   m.impl("watch_probe", TORCH_BOX(&torchcache::ops::watch_probe));
-  m.impl("watch_close", TORCH_BOX(&torchcache::ops::watch_close));
   m.impl("table_open", TORCH_BOX(&torchcache::ops::table_open));
   m.impl("table_lookup", TORCH_BOX(&torchcache::ops::table_lookup));
   m.impl("table_hash_and_read", TORCH_BOX(&torchcache::ops::table_hash_and_read));
@@ -81,7 +76,6 @@ STABLE_TORCH_LIBRARY_IMPL(torchcache, CompositeImplicitAutograd, m) {
   m.impl("table_insert", TORCH_BOX(&torchcache::ops::table_insert));
   m.impl("table_find", TORCH_BOX(&torchcache::ops::table_find));
   m.impl("table_low_keys", TORCH_BOX(&torchcache::ops::table_low_keys));
-  m.impl("table_close", TORCH_BOX(&torchcache::ops::table_close));
   m.impl("store_open", TORCH_BOX(&torchcache::ops::store_open));
   m.impl("store_lookup", TORCH_BOX(&torchcache::ops::store_lookup));
   m.impl("store_read", TORCH_BOX(&torchcache::ops::store_read));
@@ -90,7 +84,6 @@ STABLE_TORCH_LIBRARY_IMPL(torchcache, CompositeImplicitAutograd, m) {
   m.impl("store_flush", TORCH_BOX(&torchcache::ops::store_flush));
   m.impl("store_stats", TORCH_BOX(&torchcache::ops::store_stats));
   m.impl("store_warnings", TORCH_BOX(&torchcache::ops::store_warnings));
-  m.impl("store_close", TORCH_BOX(&torchcache::ops::store_close));
   m.impl("segment_inspect", TORCH_BOX(&torchcache::ops::segment_inspect));
   m.impl("segment_verify", TORCH_BOX(&torchcache::ops::segment_verify));
   m.impl("segment_waste", TORCH_BOX(&torchcache::ops::segment_waste));
@@ -99,5 +92,28 @@ STABLE_TORCH_LIBRARY_IMPL(torchcache, CompositeImplicitAutograd, m) {
   m.impl("compact_open", TORCH_BOX(&torchcache::ops::compact_open));
   m.impl("compact_add", TORCH_BOX(&torchcache::ops::compact_add));
   m.impl("compact_finish", TORCH_BOX(&torchcache::ops::compact_finish));
-  m.impl("compact_close", TORCH_BOX(&torchcache::ops::compact_close));
 }
+
+// What finalizers of Python call. They run anywhere, also while torch records a graph, of which an operation would
+// become a part; so these are plain C functions.
+namespace {
+
+void close_quietly(void (*close)(int64_t), int64_t id) noexcept {
+  try {
+    close(id);
+  } catch (...) {  // NOLINT(bugprone-empty-catch): no exception may pass through C, and nobody waits for this one
+  }
+}
+
+}  // namespace
+
+#define TORCHCACHE_EXPORT __attribute__((visibility("default")))
+
+extern "C" {
+
+TORCHCACHE_EXPORT void torchcache_watch_close(int64_t id) { close_quietly(torchcache::ops::watch_close, id); }
+TORCHCACHE_EXPORT void torchcache_table_close(int64_t id) { close_quietly(torchcache::ops::table_close, id); }
+TORCHCACHE_EXPORT void torchcache_store_close(int64_t id) { close_quietly(torchcache::ops::store_close, id); }
+TORCHCACHE_EXPORT void torchcache_compaction_close(int64_t id) { close_quietly(torchcache::ops::compact_close, id); }
+
+}  // extern "C"

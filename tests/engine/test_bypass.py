@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.func import grad, jacfwd, vmap
 
 from torchcache import torchcache
+from torchcache.engine.bypass import training_modules
 
 
 class Double(nn.Module):
@@ -151,6 +152,26 @@ def test_batch_statistics_are_never_cached_and_warned_of_once(
     assert len(warnings()) == 1 and "BatchNorm1d" in warnings()[0] and "eval" in warnings()[0]
     module.eval(), plain.eval()
     assert torch.equal(module(X), plain(X)) and rows(module) == 3
+
+
+def test_the_warning_names_the_submodule_in_train_mode(warnings: Callable[[], list[str]]) -> None:
+    layers = nn.Sequential(nn.Linear(2, 2), nn.Sequential(nn.BatchNorm1d(2))).requires_grad_(False)
+    torchcache()(layers)(X)
+    assert "1.0 (BatchNorm1d) is in train mode" in warnings()[0] and "torchcache(frozen=True)" in warnings()[0]
+    torchcache()(nn.Sequential(nn.BatchNorm1d(2, affine=False, track_running_stats=False)).eval())(X)
+    assert "0 (BatchNorm1d) always uses" in warnings()[1] and "frozen" not in warnings()[1]
+
+
+def test_modules_that_compute_something_else_in_train_mode_are_found_by_name() -> None:
+    rows = nn.Sequential(
+        nn.Linear(2, 2), nn.Dropout(0.0), nn.Sequential(nn.BatchNorm1d(2), nn.LSTM(2, 2, 2, dropout=0.1))
+    )
+    assert training_modules(rows.named_modules()) == ["1 (Dropout)", "2.0 (BatchNorm1d)", "2.1 (LSTM)"]
+    rows[1].eval(), rows[2].eval()
+    assert training_modules(rows.named_modules()) == ["Sequential"]
+    rows.eval()[0].train()
+    assert training_modules(rows.named_modules()) == ["0 (Linear)"]
+    assert training_modules(rows.eval().named_modules()) == []
 
 
 def test_a_forward_that_changes_its_own_state_is_never_cached(

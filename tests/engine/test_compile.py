@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 
+import pytest
 import torch
 from cache_harness import cache_of
 from torch import Tensor, nn
@@ -19,6 +21,20 @@ class Backbone(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.linear(x).relu()
+
+
+class Nested(nn.Sequential):
+    pass
+
+
+@torchcache()
+def double(x: Tensor) -> Tensor:
+    return x * 2
+
+
+class WithFunction(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return double(x) + 1
 
 
 class Counter:
@@ -78,3 +94,25 @@ def test_a_module_compiled_before_it_is_decorated_computes_its_misses_compiled()
         assert torch.allclose(module(x), plain(x))
     assert counter.graphs == 1
     assert cache_of(module).info().memory_hits == 12
+
+
+@pytest.mark.parametrize("outer", [nn.Sequential, Nested])
+def test_a_cached_module_is_cached_inside_a_compiled_one_of_its_own_class(outer: Callable[..., nn.Module]) -> None:
+    torch._dynamo.reset()
+    plain = nn.Sequential(nn.Linear(4, 8), nn.ReLU()).requires_grad_(False)
+    head, cached = nn.Linear(8, 2), torchcache()(copy.deepcopy(plain))
+    model = torch.compile(outer(cached, nn.Sequential(head)), backend="eager")
+    for batch in (6, 6, 3):
+        x = torch.randn(batch, 4)
+        assert torch.allclose(model(x), head(plain(x))) and torch.allclose(model(x), head(plain(x)))
+    assert cache_of(cached).info().memory_hits == cache_of(cached).info().misses == 15
+
+
+def test_fullgraph_says_why_a_cached_module_is_a_graph_break() -> None:
+    torch._dynamo.reset()
+    for model in (nn.Sequential(torchcache()(Backbone()), nn.Linear(8, 2)), torchcache()(Backbone()), WithFunction()):
+        compiled = torch.compile(model, backend="eager", fullgraph=True)
+        with pytest.raises(
+            Exception, match="a cached module or function is one graph break: compile without fullgraph"
+        ):
+            compiled(torch.randn(3, 4))

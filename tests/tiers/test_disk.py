@@ -6,8 +6,11 @@ import json
 import logging
 import resource
 import shutil
+import sys
+from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from types import FrameType
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -328,3 +331,57 @@ def test_a_clear_that_fails_leaves_the_rows_that_are_left_and_the_cache_in_use(t
     assert torch.equal(module(torch.ones(2, 2) * 3), torch.ones(2, 2) * 6)
     cache_of(module).flush()
     assert cache_of(module).explain(torch.ones(2, 2) * 3).in_memory == 2 and cache_of(module).info().disk_rows >= 1
+
+
+def test_a_clear_that_is_interrupted_anywhere_leaves_the_cache_in_use(tmp_path: Path) -> None:
+    lines, done = 0, False
+    while not done:
+        lines += 1
+        module = cached(tmp_path / str(lines))
+        module(torch.ones(2, 2))
+        cache_of(module).flush()
+        done = not interrupted(lambda: cache_of(module).clear(persistent=True), lines)  # noqa: B023
+        for factor in (3, 4, 3):
+            assert torch.equal(module(torch.ones(2, 2) * factor), torch.ones(2, 2) * factor * 2)
+        cache_of(module).flush()
+        info = cache_of(module).info()
+        assert info.memory_rows >= 2 and info.disk_rows >= 2 and (info.dropped_rows, info.bypassed_calls) == (0, 0)
+        cache_of(module).clear(persistent=True)
+        assert list(directory_of(module).glob("*.seg")) == [] and cache_of(module).info().disk_rows == 0
+        assert torch.equal(module(torch.ones(2, 2)), torch.ones(2, 2) * 2)
+    assert lines > 20
+
+
+def interrupted(function: Callable[[], object], line: int) -> bool:
+    """Runs a function, with a KeyboardInterrupt at this line of torchcache's; whether there was one."""
+    left = line
+
+    def trace(frame: FrameType, event: str, argument: object) -> Any:
+        nonlocal left
+        if "torchcache" not in frame.f_globals.get("__name__", ""):
+            return None
+        left -= event == "line"
+        if left == 0 and event == "line":
+            sys.settrace(None)
+            raise KeyboardInterrupt
+        return trace
+
+    sys.settrace(trace)
+    try:
+        function()
+    except KeyboardInterrupt:
+        return True
+    finally:
+        sys.settrace(None)
+    return False
+
+
+def test_a_clear_removes_what_it_may(tmp_path: Path) -> None:
+    module = cached(tmp_path)
+    module(torch.ones(2, 2))
+    cache_of(module).flush()
+    for name in ("0", "f"):
+        (directory_of(module) / (name * 32 + ".seg")).mkdir()
+    with pytest.raises(OSError):
+        cache_of(module).clear(persistent=True)
+    assert [path.name for path in sorted(directory_of(module).glob("*.seg"))] == ["0" * 32 + ".seg", "f" * 32 + ".seg"]

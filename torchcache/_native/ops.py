@@ -6,6 +6,7 @@ A digest or key in a tensor is int64 ``[2]``: low half, high half. Ids name nati
 
 from __future__ import annotations
 
+import ctypes
 import functools
 from typing import Any, cast
 
@@ -36,6 +37,21 @@ def _native() -> Any:
 def _direct(name: str) -> Any:
     """An operation without the Python frame that torch puts around it: for those of every hit."""
     return without_frame(getattr(_native(), name).default)
+
+
+def _close(kind: str, number: int) -> None:
+    """Closes a native object by a plain C function: finalizers call this, also while torch records a graph.
+
+    An operation would become a part of that graph, such as a program that torch.export saves.
+    """
+    _closer(kind)(number)
+
+
+@functools.cache
+def _closer(kind: str) -> Any:
+    function = getattr(ctypes.CDLL(str(build.library())), f"torchcache_{kind}_close")
+    function.argtypes, function.restype = [ctypes.c_int64], None
+    return function
 
 
 # torch's stable interface does not pass these: see `bits`.
@@ -102,7 +118,7 @@ def watch_probe(watch: int) -> int:
 
 
 def watch_close(watch: int) -> None:
-    _native().watch_close.default(watch)
+    _close("watch", watch)
 
 
 def table_open() -> int:
@@ -169,7 +185,7 @@ def table_low_keys(table: int) -> Tensor:
 
 
 def table_close(table: int) -> None:
-    _native().table_close.default(table)
+    _close("table", table)
 
 
 WARNINGS = 1  # there are `store_warnings`
@@ -248,7 +264,7 @@ def store_warnings(store: int) -> list[str]:
 
 
 def store_close(store: int) -> None:
-    _native().store_close.default(store)
+    _close("store", store)
 
 
 def segment_inspect(directory: str, name: str) -> str:
@@ -292,4 +308,4 @@ def compact_finish(compaction: int) -> str:
 
 
 def compact_close(compaction: int) -> None:
-    _native().compact_close.default(compaction)
+    _close("compaction", compaction)

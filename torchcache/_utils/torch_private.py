@@ -10,7 +10,7 @@ import functools
 import operator
 import os
 import pkgutil
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -89,6 +89,36 @@ BatchNorm: type | tuple[type, ...] = _private(
     "only torch's own batch norms are noticed",
 )
 
+# ---- The precision of operators. Every call asks for it.
+
+_NO_PRECISION = "rows do not depend on some of the precision settings of torch.backends"
+
+# The precision of a kind of operators (matmul, conv, rnn) in a backend (cuda, mkldnn), such as "tf32".
+fp32_precision: Callable[[str, str], str] = _private(
+    "torch._C:_get_fp32_precision_getter", lambda backend, operator: torch.get_float32_matmul_precision(), _NO_PRECISION
+)
+# Whether torch.use_deterministic_algorithms is on.
+is_deterministic: Callable[[], bool] = _private(
+    "torch._C:_get_deterministic_algorithms", torch.are_deterministic_algorithms_enabled, "each call takes longer"
+)
+reduced_precision_on_cpu: Callable[[], Any] = _private(
+    "torch._C:_get_cpu_allow_fp16_reduced_precision_reduction", lambda: False, _NO_PRECISION
+)
+_in_cuda: list[Callable[[], Any]] = [
+    _private(f"torch._C:{name}", lambda: None, _NO_PRECISION)
+    for name in (
+        "_get_cublas_allow_bf16_reduced_precision_reduction",
+        "_get_cublas_allow_fp16_reduced_precision_reduction",
+        "_get_cublas_allow_fp16_accumulation",
+    )
+]
+
+
+def reduced_precision_in_cuda() -> tuple[Any, ...]:
+    """What matrix products of 16-bit numbers in CUDA may round, in the order of torch.backends.cuda.matmul."""
+    return tuple(get() for get in _in_cuda)
+
+
 # ---- How often a tensor was changed in place.
 
 _get_version = operator.attrgetter("_version")
@@ -122,15 +152,33 @@ _Strategy = _private("torch._C._dynamo.eval_frame:_FrameExecStrategy", None, _MO
 _Action = _private("torch._C._dynamo.eval_frame:_FrameAction", None, _MORE_BREAKS)
 
 
-def untraced(function: T) -> T:
+def untraced(function: T, reason: str = "") -> T:
     """Marks a function that torch.compile leaves alone, with all that it calls.
 
     torch.compiler.disable would do, but for its import, and for the microseconds of its wrapper.
+
+    Args:
+        function: is returned.
+        reason: what torch.compile says with fullgraph=True.
     """
     if _set_strategy and _Strategy and _Action:
         _set_strategy(function.__code__, _Strategy(_Action.SKIP, _Action.SKIP))  # type: ignore[attr-defined]
     function._torchdynamo_disable = True  # type: ignore[attr-defined]
+    function._torchdynamo_disable_msg = reason or None  # type: ignore[attr-defined]
     return function
+
+
+def compiled_module(module: nn.Module) -> nn.Module | None:
+    """The module inside of one that torch.compile made, to which that passes attributes on; None for other modules."""
+    inner = module.__dict__.get("_modules", {}).get("_orig_mod") if type(module).__name__ == "OptimizedModule" else None
+    return inner if isinstance(inner, nn.Module) else None
+
+
+def is_compiled(value: Any) -> bool:
+    """Whether torch.compile made this module or function, or ``module.compile()`` was called."""
+    names = ("_orig_mod", "_torchdynamo_orig_callable")
+    value = getattr(value, "func", value)  # of a functools.partial
+    return any(hasattr(value, name) for name in names) or getattr(value, "_compiled_call_impl", None) is not None
 
 
 # ---- Operators that Python code defines with torch.library.custom_op.
@@ -163,9 +211,10 @@ def parts_of_operator(definition: Any) -> Operator | None:
     return Operator(definition, *parts)
 
 
-def operators() -> list[Operator]:
-    """All operators that Python code has defined so far, as far as torch tells."""
-    return [parts for definition in list(_custom_operators.values()) if (parts := parts_of_operator(definition))]
+def operators(names: Container[str]) -> list[Operator]:
+    """The operators with one of these names that Python code has defined so far, as far as torch tells."""
+    named = [item for item in list(_custom_operators.values()) if getattr(item, "_name", None) in names]
+    return [parts for definition in named if (parts := parts_of_operator(definition))]
 
 
 def operators_are_known() -> bool:

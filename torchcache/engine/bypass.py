@@ -6,7 +6,7 @@ what is trained, so they are worth a warning.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -99,9 +99,53 @@ def of_modules(modules: Sequence[nn.Module]) -> Bypassed | None:
             "DistributedDataParallel",
         ):
             return Bypassed(f"{kind} talks to other processes, which would wait for ranks without misses")
-        if isinstance(m, BatchNorm) and (m.training or m.running_mean is None):
+        if isinstance(m, BatchNorm) and m.running_mean is None:
             return Bypassed(
-                f"{kind} uses the statistics of the batch, so rows depend on their neighbours; "
-                "put the module in eval mode, after every model.train() (override train() to keep it there)"
+                f"{_place(m, modules)} always uses the statistics of the batch, for it has no running ones, so rows "
+                "depend on their neighbours; leave it out of the cached module"
+            )
+        if isinstance(m, BatchNorm) and m.training:
+            return Bypassed(
+                f"{_place(m, modules)} is in train mode and uses the statistics of the batch, so rows depend on their "
+                f"neighbours; {KEEP_IN_EVAL_MODE}"
             )
     return None
+
+
+KEEP_IN_EVAL_MODE = (
+    "decorate the module with torchcache(frozen=True), which keeps it in eval mode, or call its eval() after every "
+    "model.train()"
+)
+
+
+def training_modules(named_modules: Iterable[tuple[str, nn.Module]]) -> list[str]:
+    """The modules in train mode that compute something else there, as "name (class)", for messages.
+
+    Where torchcache knows of none that does, the outermost modules in train mode.
+
+    Args:
+        named_modules: as ``named_modules()`` of a module gives them.
+    """
+    training = [(name, m) for name, m in named_modules if getattr(m, "training", False)]
+    inner = {id(child) for _, m in training for child in m.modules() if child is not m}
+    found = [item for item in training if _differs_in_train_mode(item[1])]
+    return [_described(name, m) for name, m in found or [item for item in training if id(item[1]) not in inner]]
+
+
+def _differs_in_train_mode(m: nn.Module) -> bool:
+    """Whether a class is one of batch statistics or dropout, by what it is, is called or is told."""
+    rates = (getattr(m, name, None) for name in ("dropout", "p", "drop_prob"))
+    if isinstance(m, BatchNorm):
+        return True
+    has_rate = any(isinstance(rate, float) and 0 < rate <= 1 for rate in rates)
+    return has_rate or isinstance(m, nn.RReLU) or ("drop" in type(m).__name__.lower() and not list(m.children()))
+
+
+def _place(module: nn.Module, modules: Sequence[nn.Module]) -> str:
+    """The name of a module in the first one that contains it, and its class."""
+    names = (name for root in modules for name, m in root.named_modules() if m is module)
+    return _described(next(names, ""), module)
+
+
+def _described(name: str, module: nn.Module) -> str:
+    return f"{name} ({type(module).__name__})" if name else type(module).__name__

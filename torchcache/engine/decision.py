@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import weakref
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -15,9 +17,10 @@ from torchcache.engine import bypass
 from torchcache.engine.binding import Binder, UnsupportedArgument
 from torchcache.engine.bypass import Bypassed
 from torchcache.engine.call import Call
-from torchcache.engine.keys import CallVariant, Keys, autocast
+from torchcache.engine.keys import CallVariant, Keys
 from torchcache.engine.mode import Mode
 from torchcache.identity.identity import Identity, State
+from torchcache.identity.numerics import autocast, precision
 from torchcache.identity.tensors import Uninitialized, Unwatchable
 from torchcache.options import Options
 
@@ -59,7 +62,7 @@ class Decider:
         options: Callable[[], Options],
         refused: Mapping[CallVariant | Digest, Bypassed],
     ) -> None:
-        self._target = target
+        self._target_now = (lambda: target) if target is forward else weakref.ref(target)
         self._forward = forward
         self._takes_self = takes_self
         self._init = init
@@ -68,9 +71,37 @@ class Decider:
         self._lock = lock(self)
 
     @property
+    def _target(self) -> nn.Module | Callable[..., Any]:
+        """The module, which this object does not keep alive, or the function."""
+        target = self._target_now()
+        if target is None:
+            raise ReferenceError(f"the module of this cache does not exist any more: {self._forward.__qualname__}")
+        return target
+
+    def renewed(self, refused: Mapping[CallVariant | Digest, Bypassed]) -> Decider:
+        """A new one, which knows nothing yet."""
+        return Decider(self._target, self._forward, self._takes_self, self._init, self._options_now, refused)
+
+    def updated_options(self) -> Options:
+        """The options that attributes give at present.
+
+        Raises:
+            ValueError: an attribute is unknown, wrong, or fixed by the options in force.
+        """
+        options = self._options_now()
+        if "options" in self.__dict__:
+            self.options.check_change(options)
+        return options
+
+    @property
     def name(self) -> str:
         """Of the class or function, for messages."""
         return type(self._target).__qualname__ if isinstance(self._target, nn.Module) else self._forward.__qualname__
+
+    @property
+    def forward(self) -> Callable[..., Any]:
+        """The undecorated forward, with the module as its first argument."""
+        return functools.partial(self._forward, self._target) if self._takes_self else self._forward
 
     @lazy
     def options(self) -> Options:
@@ -158,7 +189,8 @@ class Decider:
         digest = b"" if state is None else state.snapshot.digest
         mode, mode_bypassed = self._mode.of(state)
         first = call.tensors[0]
-        variant = (call.template.description, mode, autocast("cpu" if first.is_cpu else first.device.type))
+        device_type = "cpu" if first.is_cpu else first.device.type
+        variant = call.template.description, mode, autocast(device_type), precision(device_type)
         return Request(call, variant, *self._keys.hash_request(call, variant, digest), state, mode_bypassed)
 
     def _without_keys(self) -> Bypassed:

@@ -16,7 +16,7 @@ import enum
 import functools
 import logging
 import types
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from operator import itemgetter
 from typing import Any
 
@@ -34,6 +34,7 @@ from torchcache.identity.origin import (
     import_users,
     is_added,
     is_our_decorator,
+    is_users,
     of_function,
     of_module,
     unwrap,
@@ -265,15 +266,14 @@ class _Describer(Values):
         return "library function", origin, str(function.__globals__.get("__name__")), name, inside
 
     def code(self, function: types.FunctionType) -> object:
-        node = syntax.source_of(function)
-        if node is None:
+        source = syntax.source_of(function)
+        if source is None:
             # Several lambdas on one line have a source, only nothing tells them apart.
             if function.__name__ != "<lambda>" or not syntax.text_of(function):
                 _log_bytecode(function.__qualname__)
             return "bytecode", syntax.bytecode(function.__code__)
         scope = function.__globals__
-        kept = [item for item in syntax.decorators(node) if not is_our_decorator(item, scope)]
-        return "source", syntax.normal_form(node), [syntax.normal_form(item) for item in kept]
+        return "source", source.form, [form for node, form in source.decorators if not is_our_decorator(node, scope)]
 
     def closure(self, function: types.FunctionType) -> dict[str, object]:
         cells = {}
@@ -327,11 +327,11 @@ class _Describer(Values):
         if isinstance(value, types.FunctionType) and chain[depth : depth + 1] and chain[depth] in vars(value):
             values[".".join(chain[: depth + 1])] = vars(value)[chain[depth]]
 
-    def search(self, value: object, name: str, names: set[str], values: dict[str, object]) -> None:
+    def search(self, value: object, name: str, names: Collection[str], values: dict[str, object]) -> None:
         """Adds all that the function may mean of a module that it imports itself."""
         if name in values:
             return
-        used = names & set(vars(value)) if isinstance(value, types.ModuleType) else set()
+        used = set(names) & set(vars(value)) if isinstance(value, types.ModuleType) else set()
         if not used or of_module(getattr(value, "__name__")) is not None:  # noqa: B009
             values[name] = value
             return
@@ -348,7 +348,7 @@ class _Describer(Values):
         bases = [self.number_of(base) for base in cls.__bases__ if base is not object]
         members = sorted(vars(cls).items())
         if origin is not None:
-            patched = [item for item in members if _is_users(item[1])]
+            patched = [item for item in members if is_users(item[1])]
             home = f"{cls.__module__}.{type_name(cls)}"
             return "library class", origin, home, bases, self.members(cls, patched)
         maker = None if type(cls) is type else self.number_of(type(cls))
@@ -362,7 +362,7 @@ class _Describer(Values):
         location = f"an attribute of the class {type_name(cls)}"
         if issubclass(cls, enum.Enum):
             values = {name: member.value for name, member in cls.__members__.items()}
-            members = [(name, item) for name, item in members if _is_users(item)]
+            members = [(name, item) for name, item in members if is_users(item)]
             members = [*members, *sorted(values.items())]
         members = [(name, item) for name, item in members if counts(name) and not _is_machinery(cls, name, item)]
         for name, item in members:
@@ -425,12 +425,6 @@ def _subclasses(cls: type) -> Iterator[type]:
         if of_module(sub.__module__) is None:
             yield sub
         yield from _subclasses(sub)
-
-
-def _is_users(member: object) -> bool:
-    """Whether a class's member is a function that the user wrote."""
-    function = unwrap(getattr(member, "__func__", member))
-    return isinstance(function, types.FunctionType) and of_function(function) is None
 
 
 def _is_machinery(cls: type, name: str, member: object) -> bool:

@@ -39,6 +39,14 @@ class State(NamedTuple):
     snapshot: Snapshot
 
 
+class _First(NamedTuple):
+    """What the module hash needs of the first look, and calls with a given module hash."""
+
+    code: bytes
+    others: list[nn.Module]
+    generators: Generators
+
+
 class _Published(NamedTuple):
     """All that changes, so that it is replaced by one assignment."""
 
@@ -73,7 +81,7 @@ class Identity:
     def parts(self) -> dict[str, bytes]:
         """What the module hash is made of."""
         return {
-            "code": self._first_survey.code,
+            "code": self._first.code,
             "init arguments": self._init,
             **{f"option {name}": encode(value) for name, value in self._options.stored().items()},
             **({} if operators_are_known() else {"operators": UNKNOWN}),
@@ -88,8 +96,9 @@ class Identity:
         return name
 
     @lazy
-    def _first_survey(self) -> Survey:
-        return Survey(self._target, self._published.kept)
+    def _first(self) -> _First:
+        survey = Survey(self._target, self._published.kept)
+        return _First(survey.code, [m for _, m in survey.named if m is not survey.target.module], survey.generators)
 
     def classes(self) -> dict[str, bytes]:
         """Name of each class of a module → its code, to say which one changed."""
@@ -137,17 +146,13 @@ class Identity:
 
     def modules(self, state: State | None) -> list[nn.Module]:
         """Every module that the forward may use."""
-        others = self._first_modules if state is None else state.snapshot.others
+        others = self._first.others if state is None else state.snapshot.others
         module = self._module()
         return others if module is None else [module, *others]
 
-    @lazy
-    def _first_modules(self) -> list[nn.Module]:
-        return [m for _, m in self._first_survey.named if m is not self._module()]
-
     def generators(self, state: State | None) -> Generators:
         """The generators of random numbers that the forward may use: those that code reaches or modules hold."""
-        reached = self._first_survey.generators if state is None else state.snapshot.generators
+        reached = self._first.generators if state is None else state.snapshot.generators
         return {**reached, **held_generators(self.modules(state))}
 
     @property

@@ -11,7 +11,7 @@ import sys
 import threading
 import types
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from concurrent.futures import Executor
 from typing import Any
 
@@ -43,9 +43,9 @@ def definition(value: object) -> object:
     return value if in_python is None else in_python
 
 
-def users_operators(names: set[str]) -> list[Operator]:
+def users_operators(names: Collection[str]) -> list[Operator]:
     """The user's operators that code with these names may call, however it gets to ``torch.ops``."""
-    named = [op for op in operators() if op.name in names and op.namespace in names]
+    named = [op for op in operators(names) if op.namespace in names]
     return [op for op in named if of_function(op.function) is None]
 
 

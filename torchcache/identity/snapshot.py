@@ -99,7 +99,7 @@ class Survey:
     """
 
     def __init__(self, target: Target, kept: Kept) -> None:
-        self._target = target
+        self.target = target
         self._kept = kept
         self.modules: dict[str, nn.Module] = {}  # that code reaches, by name
         self.tensors: dict[str, Tensor] = {}
@@ -116,7 +116,7 @@ class Survey:
     # ---- modules
 
     def _named(self) -> list[tuple[str, nn.Module]]:
-        own = {} if self._target.module is None else {"": self._target.module}
+        own = {} if self.target.module is None else {"": self.target.module}
         return [
             (".".join(filter(None, (root, name))), m)
             for root, module in {**own, **self.modules}.items()
@@ -131,11 +131,9 @@ class Survey:
 
     def _describe_code(self) -> bytes:
         """Describes the forward, the module, the modules that their code reaches, and so on."""
-        scripted = isinstance(
-            self._target.module, torch.jit.ScriptModule
-        )  # then the module has the code of its forward
-        todo: list[Any] = [] if scripted else [self._target.forward]
-        todo += [m for m in (self._target.module,) if m is not None]
+        scripted = isinstance(self.target.module, torch.jit.ScriptModule)  # then the module has the code of its forward
+        todo: list[Any] = [] if scripted else [self.target.forward]
+        todo += [m for m in (self.target.module,) if m is not None]
         parts, known = [], 0
         while todo:
             parts.append(describe(todo.pop(0), **self._reach, attributes=self._attributes))
@@ -171,7 +169,7 @@ class Survey:
         parts = {}
         for path, module in self.named:
             plain = {name: value for name, value in self._attributes(module).items() if is_builtin(value)}
-            if module is self._target.module:
+            if module is self.target.module:
                 parts.update({f"attribute {name}": encode(value) for name, value in plain.items()})
                 plain = {}
             scripted = not isinstance(module._parameters, dict)
@@ -211,7 +209,7 @@ class Survey:
 
     def _not_shared(self, value: object, name: str) -> bytes:
         """Encodes an object without a stable encoding, so that no rows are shared."""
-        subject = self._target.name, name, type(value).__qualname__
+        subject = self.target.name, name, type(value).__qualname__
         _once.warn(subject, _NOT_SHARED, *subject)
         known = self._kept.private.get(id(value)) or self.private.get(id(value)) or (value, os.urandom(16))
         self.private[id(value)] = known
@@ -225,7 +223,7 @@ class Survey:
         Raises:
             Unwatchable: a tensor has no readable bytes.
         """
-        own = self._target.module
+        own = self.target.module
         named = {**self.tensors, **dict(self._module_tensors())}
         for name, tensor in named.items():
             check_has_bytes(name, tensor)

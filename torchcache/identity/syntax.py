@@ -10,9 +10,11 @@ import linecache
 import re
 import types
 from collections.abc import Iterator
+from typing import NamedTuple
 
 from torchcache.identity.encoding import encode
 
+_MAX_SOURCES = 4096  # functions whose source is remembered
 # Fields that do not belong to the program: the role of a name, u"" prefixes, type comments.
 _IGNORED_FIELDS = frozenset(("ctx", "kind", "type_comment"))
 _FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)
@@ -53,17 +55,32 @@ def text_of(function: types.FunctionType) -> str:
     return "".join(linecache.getlines(file, function.__globals__))
 
 
-def source_of(function: types.FunctionType) -> ast.AST | None:
-    """The function's syntax tree; None if its source cannot be read, or compiles to other code than what runs."""
+class Source(NamedTuple):
+    """The normal form of a function, and its decorators with theirs."""
+
+    form: bytes
+    decorators: list[tuple[ast.expr, bytes]]
+
+
+_sources: dict[types.CodeType, Source] = {}
+
+
+def source_of(function: types.FunctionType) -> Source | None:
+    """The function's source; None if it cannot be read, or compiles to other code than what runs."""
     code = function.__code__
-    try:
-        nodes, codes = _functions_of(text_of(function)).get((code.co_firstlineno, code.co_name), ([], []))
-    except (SyntaxError, ValueError, RecursionError):
-        return None
-    # Nothing tells several lambdas on one line apart.
-    if len(nodes) != 1 or bytecode(code) not in map(bytecode, codes):
-        return None
-    return nodes[0]
+    if code not in _sources:
+        try:
+            nodes, codes = _functions_of(text_of(function)).get((code.co_firstlineno, code.co_name), ([], []))
+        except (SyntaxError, ValueError, RecursionError):
+            return None
+        # Nothing tells several lambdas on one line apart.
+        if len(nodes) != 1 or bytecode(code) not in map(bytecode, codes):
+            return None
+        if len(_sources) >= _MAX_SOURCES:
+            _sources.clear()
+        found = [(item, normal_form(item)) for item in decorators(nodes[0])]
+        _sources[code] = Source(normal_form(nodes[0]), found)
+    return _sources[code]
 
 
 def decorators(node: ast.AST) -> list[ast.expr]:
@@ -101,7 +118,8 @@ def bytecode(code: types.CodeType) -> bytes:
     return encode((code.co_name, counts, flags, code.co_code, constants, variables))
 
 
-def reached(code: types.CodeType) -> set[tuple[str, ...]]:
+@functools.lru_cache(maxsize=4096)
+def reached(code: types.CodeType) -> frozenset[tuple[str, ...]]:
     """The names that the code and its nested functions read from outside, as (name, attribute, …)."""
     chains: set[tuple[str, ...]] = set()
     chain: tuple[str, ...] = ()
@@ -116,10 +134,11 @@ def reached(code: types.CodeType) -> set[tuple[str, ...]]:
         chain = (step.argval,) if outside else ()
     chains.add(chain)
     inner = (reached(item) for item in code.co_consts if isinstance(item, types.CodeType))
-    return chains.union(*inner) - {()}
+    return frozenset(chains.union(*inner) - {()})
 
 
-def imported(code: types.CodeType, package: str | None) -> set[str]:
+@functools.lru_cache(maxsize=4096)
+def imported(code: types.CodeType, package: str | None) -> frozenset[str]:
     """The full names of the modules that the code and its nested functions import themselves."""
     modules = set()
     steps = list(dis.get_instructions(code))
@@ -134,9 +153,10 @@ def imported(code: types.CodeType, package: str | None) -> set[str]:
     if _IMPORTERS.intersection(code.co_names):
         modules |= {name for name in code.co_consts if isinstance(name, str) and _MODULE_NAME.fullmatch(name)}
     inner = (imported(item, package) for item in code.co_consts if isinstance(item, types.CodeType))
-    return modules.union(*inner)
+    return frozenset(modules.union(*inner))
 
 
-def attribute_names(code: types.CodeType) -> set[str]:
+@functools.lru_cache(maxsize=4096)
+def attribute_names(code: types.CodeType) -> frozenset[str]:
     """Every global, attribute and imported name in the code and its nested functions."""
-    return {name for nested in nested(code) for name in nested.co_names}
+    return frozenset(name for inner in nested(code) for name in inner.co_names)

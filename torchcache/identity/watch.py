@@ -215,8 +215,12 @@ class Watch:
     def _watch_structure(self, modules: Modules) -> None:
         plain = [m for m in modules.all if isinstance(m._parameters, dict)]  # TorchScript makes new ones each time
         self._holders = [d for m in plain for d in _holders_of(m.__dict__)]
-        self._names = list(itertools.chain.from_iterable(self._holders))
-        self._held = list(itertools.chain.from_iterable(map(dict.values, self._holders)))
+        self._empty, self._filled = [d for d in self._holders if not d], [d for d in self._holders if d]
+        self._lengths = list(map(len, self._filled))
+        self._held_in = [d for d in self._filled for _ in d], [key for d in self._filled for key in d]
+        self._held = [value for d in self._filled for value in d.values()]
+        self._ordered = [m._modules for m in plain if len(m._modules) > 1]
+        self._orders = list(map(list, self._ordered))
         self._plain_others = [m.__dict__ for m in plain if m is not modules.own]
         self._own_is_plain = modules.own in plain
         # Those of the module itself run outside the cache.
@@ -288,8 +292,10 @@ class Watch:
             holders = itertools.chain(_holders_of(own.__dict__), holders)
         return (
             all(map(is_, holders, self._holders))
-            and list(itertools.chain.from_iterable(self._holders)) == self._names
-            and all(map(is_, itertools.chain.from_iterable(map(dict.values, self._holders)), self._held))
+            and all(map(is_, map(getitem, *self._held_in), self._held))
+            and list(map(len, self._filled)) == self._lengths
+            and not any(self._empty)
+            and list(map(list, self._ordered)) == self._orders
             and list(map(type, self._others)) == self._classes
             and all(list(map(getter, dicts)) == values for getter, dicts, values in self._layers)
             and list(map(list, self._hooks)) == self._hook_keys

@@ -1,16 +1,18 @@
 """An arena stores the rows of one layout in memory: in chunks of tensors ``[rows, …]``, one tensor for each leaf.
 
 On the CPU it reserves one chunk for all rows that the limit allows, which uses no memory before rows are written. If
-the system refuses that much address space, and on other devices, it adds chunks as rows come.
+the system refuses or limits (``ulimit -v``) that much address space, and on other devices, it adds chunks as rows come.
 """
 
 from __future__ import annotations
 
 import contextlib
 import mmap
+import resource
 from bisect import bisect_right
 from collections.abc import Callable, Iterator
 from operator import attrgetter
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -20,6 +22,8 @@ from torchcache.tiers.layout import Layout, Leaf, movable, select
 
 _CHUNK_BYTES = 64 << 20
 _GROWTH = 8  # a chunk has at least 1/8 of the rows of all earlier ones: few chunks, little unused memory
+_FOR_THE_PROGRAM = 8  # arenas leave 1/8 of a limited address space
+_SHARE = 4  # a chunk takes at most 1/4 of what they may take of it
 _MAP_NORESERVE = 0x4000  # Linux; Python's mmap does not name it
 _SMALL_BYTES = 16 << 20  # huge pages start at this offset of a leaf, because the last one is mostly unused
 
@@ -58,11 +62,17 @@ class RowArena:
         self.layout = layout
         self.device = device
         self.is_native = add_chunk is not None and device.type == "cpu"
-        self._capacity = max(1, limit // layout.row_bytes if layout.row_bytes else 2**40)  # in rows, as all below
+        self._capacity = 0  # in rows, as all below
         self._add_chunk = add_chunk
         self._chunks: list[_Chunk] = []
         self._registered = 0  # chunks that native code knows
         self.used = 0
+        self.resize(limit)
+
+    def resize(self, limit: int) -> None:
+        """Sets how many more bytes of rows the arena may hold."""
+        row_bytes = self.layout.row_bytes
+        self._capacity = max(1, self.used + (max(0, limit) // row_bytes if row_bytes else 2**40))
 
     @property
     def _allocated(self) -> int:
@@ -117,12 +127,26 @@ class RowArena:
     def _grow(self) -> None:
         """Adds a chunk, by one assignment: an interrupt must not leave half of one."""
         first = self._allocated
-        rows, leaves = self._capacity, self._reserve() if not self._chunks and self.device.type == "cpu" else None
+        left, at_most = max(1, self._capacity - first), self._room()
+        rows, leaves = left, self._reserve() if self.device.type == "cpu" and left <= at_most else None
         if leaves is None:
             least = max(1, _CHUNK_BYTES // max(1, self.layout.row_bytes))
-            rows = max(1, min(self._capacity - first, max(least, first // _GROWTH)))
+            rows = min(left, at_most, max(least, first // _GROWTH))
             leaves = [self._empty(leaf, rows) for leaf in self.layout.leaves]
         self._chunks.append(_Chunk(first, first + rows, leaves))
+
+    def _room(self) -> int:
+        """How many rows a new chunk may have, so that the program keeps room in a limited address space.
+
+        Raises:
+            MemoryError: there is none left.
+        """
+        spare = spare_address_space() if self.device.type == "cpu" else None
+        if spare is None or not self.layout.row_bytes:
+            return 2**62
+        if spare // _SHARE < self.layout.row_bytes:
+            raise MemoryError("most of the address space that the system allows this process (ulimit -v, -d) is used")
+        return spare // _SHARE // self.layout.row_bytes
 
     def _register_chunks(self) -> None:
         """Registers new chunks with native code. After an interrupt it registers one again, which changes nothing."""
@@ -133,10 +157,10 @@ class RowArena:
             self._registered += 1
 
     def _reserve(self) -> list[Tensor] | None:
-        """A chunk for all rows; None if the system refuses the address space."""
+        """A chunk for all further rows; None if the system refuses the address space."""
         leaves = []
         for leaf in self.layout.leaves:
-            stored = _reserve(leaf, self._capacity)
+            stored = _reserve(leaf, max(1, self._capacity - self._allocated))
             if stored is None:
                 return None
             leaves.append(stored)
@@ -145,6 +169,17 @@ class RowArena:
     def _empty(self, leaf: Leaf, rows: int) -> Tensor:
         with torch.inference_mode(False):
             return torch.empty((rows, *leaf.shape), dtype=leaf.stored, device=self.device)
+
+
+def spare_address_space() -> int | None:
+    """The bytes that arenas may still take where the system limits what this process maps; None: it does not."""
+    limits = [resource.getrlimit(kind)[0] for kind in (resource.RLIMIT_AS, resource.RLIMIT_DATA)]
+    if limits == [resource.RLIM_INFINITY] * 2:
+        return None
+    pages = Path("/proc/self/statm").read_text().split()  # proc(5): the first is all memory, the sixth data
+    used = [int(pages[0]) * mmap.PAGESIZE, int(pages[5]) * mmap.PAGESIZE]
+    limited = [(limit, size) for limit, size in zip(limits, used) if limit != resource.RLIM_INFINITY]
+    return max(0, min(limit - limit // _FOR_THE_PROGRAM - size for limit, size in limited))
 
 
 def _reserve(leaf: Leaf, capacity: int) -> Tensor | None:

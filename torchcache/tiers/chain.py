@@ -247,6 +247,12 @@ class Chain:
         for tier in (self.memory, *self.farther) if persistent else (self.memory,):
             tier.clear()
 
+    def resize_memory(self, limit: int) -> None:
+        """Sets the limit of the rows in memory, in bytes. Rows that are there stay."""
+        staging.drain()
+        if limit != self.memory.limit:
+            self.memory.resize(limit)
+
     def close(self) -> None:
         """Closes all tiers."""
         staging.drain()

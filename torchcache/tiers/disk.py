@@ -194,27 +194,38 @@ class _Store:
         util.register_after_fork(close, _close_at_child_exit)
 
     def call(self, operation: Callable[..., T], *args: Any) -> T:
-        """Calls an operation of the store, twice if `remove_rows` closed the store meanwhile in another thread."""
-        before = self._ids[-1]
+        """Calls an operation of the store, which is opened again if `remove_rows` has closed it."""
+        number = self._ids[-1]
         try:
-            return operation(before, *args)
+            return operation(number, *args)
         except ValueError:
-            with self._lock:
-                now = self._ids[-1]
-            if now == before:
+            if _is_open(number):
                 raise
-            return operation(now, *args)
+            return operation(self._open_again(), *args)
+
+    def _open_again(self) -> int:
+        """The id of the open store. A call opens it, not `remove_rows`, which may be interrupted anywhere."""
+        with self._lock:
+            if not _is_open(self._ids[-1]):
+                self._ids.append(self._open())
+            return self._ids[-1]
 
     def remove_rows(self) -> None:
-        """Removes every row of the directory, also those of other processes, for which they are then missing."""
+        """Removes every row of the directory, also those of other processes, for which they are then missing.
+
+        Raises:
+            OSError: a file cannot be removed; the others are removed first.
+        """
+        errors = []
         with self._lock:
-            try:
-                ops.store_close(self._ids[-1])
-                for suffix in (".seg", ".idx"):
-                    for path in self._directory.glob("?" * 32 + suffix):
-                        path.unlink(missing_ok=True)
-            finally:  # what could not be removed is found again
-                self._ids.append(self._open())
+            ops.store_close(self._ids[-1])
+            for path in (p for suffix in (".seg", ".idx") for p in self._directory.glob("?" * 32 + suffix)):
+                try:
+                    path.unlink(missing_ok=True)
+                except OSError as error:
+                    errors.append(error)
+        if errors:
+            raise errors[0]
 
     def _open(self) -> int:
         options = self._options
@@ -227,6 +238,14 @@ class _Store:
             options.use_mmap_on_load,
             QUEUE_BYTES,
         )
+
+
+def _is_open(number: int) -> bool:
+    try:
+        ops.store_stats(number)
+    except ValueError:
+        return False
+    return True
 
 
 def _close_all(ids: list[int]) -> None:

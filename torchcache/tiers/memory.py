@@ -32,9 +32,7 @@ class MemoryTier:
         warnings: logs faults, each once.
 
     Attributes:
-        bytes: the size of the rows.
-        rows: how many there are.
-        full: whether a row was not stored for lack of space.
+        limit: the limit; `resize` changes it.
     """
 
     name = "memory"
@@ -46,13 +44,31 @@ class MemoryTier:
         self.limit = limit
         self._warnings = WarnOnce("memory cache") if warnings is None else warnings
         self._lock = lock(self)
-        self._reset()
-
-    def _reset(self) -> None:
-        self.bytes = 0
-        self.rows = 0
-        self.full = False
         self._contents = _Contents()
+
+    @property
+    def bytes(self) -> int:
+        """The size of the rows."""
+        return self._contents.bytes
+
+    @property
+    def rows(self) -> int:
+        """How many rows there are."""
+        return self._contents.rows
+
+    @property
+    def full(self) -> bool:
+        """Whether a row was not stored for lack of space."""
+        return self._contents.full
+
+    def resize(self, limit: int) -> None:
+        """Sets the limit, in bytes. Rows that are there stay."""
+        with self._lock:
+            self.limit = limit
+            contents = self._contents
+            contents.full = False
+            for arena in contents.arenas:
+                arena.resize(limit - contents.bytes)
 
     # ---- as a tier
 
@@ -69,7 +85,7 @@ class MemoryTier:
         try:
             self._write(keys, layout, leaves)
         except (RuntimeError, MemoryError) as error:
-            self.full = True
+            self._contents.full = True
             self._warnings.warn("memory", "rows cannot be stored in memory: %s", error)
         if self.full and self.limit:
             self._warnings.warn("memory full", _FULL)
@@ -88,7 +104,7 @@ class MemoryTier:
         """Removes all rows."""
         with self._lock:
             self._contents.synchronize()
-            self._reset()
+            self._contents = _Contents()
 
     def close(self) -> None:
         """Does nothing: the rows are freed with their last reader, such as a `CachedRows`."""
@@ -146,16 +162,17 @@ class MemoryTier:
         """Copies the rows that are new, as far as they fit."""
         with self._lock:
             contents = self._contents
-            room = (self.limit - self.bytes) // layout.row_bytes if layout.row_bytes else keys.shape[0]
+            left = self.limit - contents.bytes
+            room = left // layout.row_bytes if layout.row_bytes else keys.shape[0]
             if room > 0:
                 device = self.device if self.is_on_host else self._device_for(leaves)
-                number = contents.number(layout, device, self.limit - self.bytes)
+                number = contents.number(layout, device, left)
                 written, new = contents.write(keys, number, leaves, room)
             else:
                 written, new = 0, contents.table.lookup(keys)[1].shape[0]
-            self.full |= written < new
-            self.bytes += written * layout.row_bytes
-            self.rows += written
+            contents.full |= written < new
+            contents.bytes += written * layout.row_bytes
+            contents.rows += written
 
     def _device_for(self, leaves: list[Tensor]) -> torch.device:
         """The device of a new arena. For "cuda" without a number, it is the GPU of the first rows."""
@@ -168,6 +185,9 @@ class _Contents:
     """The table and the arenas between two clears, in one object so that no reader can mix old and new ones."""
 
     def __init__(self) -> None:
+        self.bytes = 0  # of the rows
+        self.rows = 0
+        self.full = False  # a row was not stored for lack of space
         self.table = _Table()
         self.arenas: list[RowArena] = []  # indexed by the number of their layout
         self._numbers: dict[Layout, int] = {}
