@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import functools
 import logging
+import re
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -138,7 +139,7 @@ def check(network: nn.Module, data: Tensor, precision: str) -> tuple[int, float]
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", default="", help="part of a name")
+    parser.add_argument("--only", default="", help="a regular expression for names")
     parser.add_argument("--precisions", default="float32,bfloat16,autocast,channels_last")
     parser.add_argument("--compiled", type=int, default=3, help="how many architectures are also compiled")
     given = parser.parse_args()
@@ -148,7 +149,7 @@ def main() -> None:
     logging.getLogger("torchcache").addHandler(alarms)
     logging.getLogger("torchcache").setLevel(logging.WARNING)
     largest: dict[str, float] = {}
-    models = [(name, make) for name, make in all_models() if given.only in name]
+    models = [(name, make) for name, make in all_models() if re.search(given.only, name)]
     for number, (name, make) in enumerate(models):
         torch.manual_seed(0)
         network, data = make()
