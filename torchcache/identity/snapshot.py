@@ -146,6 +146,7 @@ class Survey:
         parts: dict[str, bytes] = {}
         self.named = self._named()
         for path, module in self.named:
+            self.slots.add_attributes(module, is_own=module is self.target.module)  # before they are described
             kind = type(module)
             if kind not in self._classes:
                 self._classes[kind] = describe(kind, **self._reach)

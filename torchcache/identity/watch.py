@@ -130,6 +130,12 @@ class Slots:
         """Adds an attribute of a class."""
         self.add(self._classes.setdefault(cls, vars(cls)), name, value)
 
+    def add_attributes(self, module: nn.Module, is_own: bool) -> None:
+        """Adds the attributes of a module that count, but for the plain ones of torch's own layers (see `Watch`)."""
+        for name, value in counted(module).items():
+            if _may_be_set_later(module, name) and (is_own or not (_is_of_torch(module) and is_builtin(value))):
+                self.add(module.__dict__, name, value)
+
     def add_contents(self, value: Any, depth: int = 0) -> None:
         """Adds what a container or object holds, at any depth that is not absurd."""
         if is_builtin(value) or id(value) in self._opened or depth > _MAX_DEPTH or is_without_value(value):
@@ -195,12 +201,11 @@ class Watch:
 
     def __init__(self, modules: Modules, tensors: list[Tensor], slots: Slots) -> None:
         own = modules.own
-        self._own_slots = [] if own is None else list(_attribute_slots(own, is_own=True))
-        self._own_keys = set() if own is None else set(own.__dict__)
         own_dict = None if own is None else own.__dict__
-        others = [s for m in modules.others for s in _attribute_slots(m, is_own=False)]
-        found = {(id(s.container), s.key): s for s in (*slots.slots.values(), *others)}
-        self._slots = [s for s in found.values() if s.container is not own_dict]
+        found = slots.slots.values()
+        self._slots = [s for s in found if s.container is not own_dict]
+        self._own_slots = [s._replace(container=None) for s in found if s.container is own_dict]
+        self._own_keys = set() if own is None else set(own.__dict__)
         self._sized = [*(c for c in slots.sized.values() if c is not own_dict), *(m.__dict__ for m in modules.others)]
         self._cells = list(slots.cells.values())
         self.functions = list(slots.functions.values())
@@ -383,7 +388,7 @@ def is_alike(a: Any, b: Any) -> bool:
         return False
 
 
-def _may_be_set_later(m: nn.Module, name: str, value: Any) -> bool:
+def _may_be_set_later(m: nn.Module, name: str) -> bool:
     """Not so private attributes of torch's own layers, which they set again themselves."""
     return not (name.startswith("_") and _is_of_torch(m))
 
@@ -392,18 +397,11 @@ def _is_of_torch(m: nn.Module) -> bool:
     return type(m).__module__.startswith("torch.nn.")
 
 
-def _attribute_slots(m: nn.Module, is_own: bool) -> Iterator[Slot]:
-    """The attributes of a module that count, but for those that `_layer_attributes` has."""
-    for name, value in counted(m).items():
-        if _may_be_set_later(m, name, value) and (is_own or not (_is_of_torch(m) and is_builtin(value))):
-            yield Slot(None if is_own else m.__dict__, name, value)
-
-
 def _layer_attributes(modules: Iterable[nn.Module]) -> list[tuple[Callable[[Any], Any], list[Any], list[Any]]]:
     """The plain attributes of torch's own layers, such as a stride, compared by value: there are hundreds of them."""
     groups: dict[tuple[str, ...], list[dict[str, Any]]] = {}
     for m in filter(_is_of_torch, modules):
-        names = tuple(n for n, value in counted(m).items() if is_builtin(value) and _may_be_set_later(m, n, value))
+        names = tuple(n for n, value in counted(m).items() if is_builtin(value) and _may_be_set_later(m, n))
         if names:
             groups.setdefault(names, []).append(m.__dict__)
     getters = [(itemgetter(*names), dicts) for names, dicts in groups.items()]
