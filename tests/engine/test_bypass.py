@@ -305,7 +305,7 @@ class Settings:
         (torch.ones(1, 1, 2, 2), r"All inputs must have the same batch dimension.+\(1, 1, 2, 2\)"),
         ([torch.ones(2), torch.ones(1)], "All inputs must have the same batch dimension.+"),
     ],
-    ids=str,
+    ids=lambda value: type(value).__name__ if not isinstance(value, str) else "",
 )
 def test_a_call_with_an_argument_that_can_be_no_part_of_a_key_is_computed_with_one_warning(
     more: object, message: str, warnings: Callable[[], list[str]]
