@@ -9,15 +9,18 @@ from torchcache.engine.cache import Cache
 from torchcache.engine.counts import CacheInfo
 from torchcache.engine.explain import Explanation
 from torchcache.precompute import precompute
+from torchcache.verification import Verification, verify
 
 __all__ = [
     "Cache",
     "CacheInfo",
     "CachedRows",
     "Explanation",
+    "Verification",
     "__version__",
     "errors",
     "precompute",
     "set_logger_config",
     "torchcache",
+    "verify",
 ]

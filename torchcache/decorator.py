@@ -17,6 +17,7 @@ from torch import nn
 
 from torchcache._utils.torch_private import untraced
 from torchcache.engine.cache import Cache
+from torchcache.engine.dimensions import warn_of_sequence_first
 from torchcache.frozen import HANDLE, ORIGINAL, freeze, is_frozen, patch_train
 from torchcache.identity.identity import init_arguments
 from torchcache.instances import (
@@ -54,6 +55,7 @@ def torchcache(
     use_mmap_on_load: bool = False,
     subsample: bool = False,
     frozen: bool = False,
+    verify: float | str = 0.01,
 ) -> Callable[[T], T]:
     """Caches the outputs of a module class, a module instance or a function, row by row.
 
@@ -93,6 +95,11 @@ def torchcache(
             count as equal, so use it only for inputs where this cannot happen.
         frozen: freeze the module: its parameters do not require grad, and it stays in eval mode, whatever ``train()``
             is called on it or on a module that contains it. Not for functions.
+
+        verify: the share of the time, 0 to 1, in which rows are computed again and compared with the cached ones, once
+            1,000 rows were asked for. If one is wrong, a warning says why, and such calls are not cached any more.
+            0: no checks; 1: one in every call; ``"strict"``: 0.01, and a wrong row raises
+            `torchcache.errors.WrongRow`. The environment variable ``TORCHCACHE_VERIFY`` overrides it.
 
     Returns:
         A decorator. It patches a class or an instance in place and returns it; it wraps a function.
@@ -143,11 +150,10 @@ def _patch_class(cls: type[nn.Module], options: Options) -> None:
             self.__dict__[HANDLE] = Handle(type(self), None, init)
         original(self, *args, **kwargs)
         if is_outermost:
-            options_of(
-                self, self.__dict__[HANDLE], options
-            )  # wrong torchcache_ attributes raise now, not at the first call
+            options_of(self, self.__dict__[HANDLE], options)  # wrong torchcache_ attributes raise now, not at a call
             if is_frozen(self):
                 freeze(self)
+            warn_of_sequence_first(self, type(self))
             forward = self.__dict__.get("forward")
             if forward is not None and not hasattr(forward, ORIGINAL):
                 self.__dict__["forward"] = InstanceForward(self, forward, options)
@@ -169,6 +175,7 @@ def _patch_instance(module: T, options: Options) -> T:
     if isinstance(module, nn.modules.lazy.LazyModuleMixin) and module.cls_to_become is not None:
         patch_forward(module.cls_to_become, None)  # its class from the first call on
     module.__dict__[HANDLE] = handle
+    warn_of_sequence_first(module, object())
     if custom is not None:
         module.__dict__["forward"] = InstanceForward(module, custom)
     if is_frozen(module):

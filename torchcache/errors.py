@@ -21,6 +21,10 @@ class MissingRows(TorchcacheError, LookupError):
         self.positions = tuple(positions)
 
 
+class WrongRow(TorchcacheError):
+    """With ``verify="strict"``: a row differs from what the forward computes. The message says how much, and why."""
+
+
 class MaintenanceError(TorchcacheError):
     """An operation on a cache directory is impossible. The message says why."""
 

@@ -15,9 +15,12 @@ from typing import Any
 
 import torch
 
+from torchcache._utils.logs import WarnOnce
+
 ATTRIBUTE_PREFIX = "torchcache_"
 # The options that may change while a cache is in use; decorator.py looks at the first two on every call.
-_LIVE = ("enabled", "frozen", "max_memory_cache_size")
+_LIVE = ("enabled", "frozen", "max_memory_cache_size", "verify")
+STRICT = "strict"  # verify: a wrong row is an error
 _ZSTD_LEVELS = (-131072, 22)
 _HASH_LENGTH = 200  # bytes; file systems allow 255
 
@@ -41,6 +44,7 @@ class Options:
     use_mmap_on_load: bool = False
     subsample: bool = False
     frozen: bool = False
+    verify: float | str = 0.01
 
     @classmethod
     def checked(cls, **given: Any) -> Options:
@@ -186,6 +190,37 @@ def _dtype(name: str, value: Any) -> torch.dtype | None:
     return value
 
 
+def _share(name: str, value: Any) -> float | str:
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if value == STRICT and isinstance(value, str):
+        return STRICT
+    if not is_number or not 0 <= value <= 1:
+        raise ValueError(
+            f'{name} must be a share of the time from 0 (no checks) to 1 (a check in every call), or "strict", '
+            f"got {value!r}"
+        )
+    return float(value)
+
+
+def verify_in_force(option: float | str) -> float | str:
+    """The option `verify`, unless the environment variable ``TORCHCACHE_VERIFY`` holds a number or ``strict``."""
+    text = os.environ.get("TORCHCACHE_VERIFY", "").strip()
+    if not text:
+        return option
+    try:
+        return _share("TORCHCACHE_VERIFY", STRICT if text.lower() == STRICT else float(text))
+    except ValueError:
+        _once.warn(
+            text,
+            'TORCHCACHE_VERIFY must be a number from 0 to 1 or "strict", got %r: it is ignored, and the option '
+            "`verify` stays in force",
+            text,
+        )
+        return option
+
+
+_once = WarnOnce()
+
 _CHECKS: dict[str, Callable[[str, Any], Any]] = {
     "enabled": _flag,
     "memory_cache_device": _device,
@@ -202,4 +237,5 @@ _CHECKS: dict[str, Callable[[str, Any], Any]] = {
     "use_mmap_on_load": _flag,
     "subsample": _flag,
     "frozen": _flag,
+    "verify": _share,
 }

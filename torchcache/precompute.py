@@ -68,7 +68,7 @@ def precompute(
         ValueError: there are no batches, a batch has no input, an extra column does not fit, or the module has hooks.
         RuntimeError: a row was not stored, because a tier is full or the module's calls are not cached.
     """
-    cache = _cache_of(module)
+    cache = cache_of(module)
     if isinstance(batches, Tensor) or (isinstance(batches, Dataset) and not isinstance(batches, IterableDataset)):
         raise TypeError(
             f"batches must be an iterable of batches, got a {type(batches).__name__}, which gives single rows: "
@@ -98,7 +98,13 @@ def _shown_progress(batches: Iterable[Any], cache: Cache) -> BatchProgress:
     return BatchProgress("precompute", operator.length_hint(batches) or None, size)
 
 
-def _cache_of(module: Any) -> Cache:
+def cache_of(module: Any) -> Cache:
+    """The cache of a module or function.
+
+    Raises:
+        TypeError: it has none.
+        ValueError: it has hooks, which would not run for cached rows.
+    """
     cache = getattr(module, "cache_instance", None)
     name = type(module).__name__ if isinstance(module, nn.Module) else repr(module)
     if not isinstance(cache, Cache):
@@ -120,13 +126,18 @@ def _uncompiled(module: Any) -> Any:
     return getattr(module, "_orig_mod", module)
 
 
+def parameter_names(module: Any) -> set[str]:
+    """The parameters of a forward that a batch may name."""
+    inner = _uncompiled(module)
+    forward = inner.forward if isinstance(inner, nn.Module) else inner
+    return {p.name for p in inspect.signature(forward).parameters.values() if p.kind in _NAMED}
+
+
 class _CacheFiller:
     """Sends batches through the cache, and collects the keys and extra columns of their rows."""
 
     def __init__(self, module: Any, cache: Cache, device: str | torch.device | None) -> None:
-        inner = _uncompiled(module)
-        forward = inner.forward if isinstance(inner, nn.Module) else inner
-        self._names = {p.name for p in inspect.signature(forward).parameters.values() if p.kind in _NAMED}
+        self._names = parameter_names(module)
         self._module = module
         self._cache = cache
         self._tiers = cache.tiers()
@@ -140,7 +151,7 @@ class _CacheFiller:
         Returns:
             The number of its rows, and how many of them were cached before.
         """
-        args, kwargs, columns = _split_batch(batch, self._names)
+        args, kwargs, columns = split_batch(batch, self._names)
         if self._device is not None:
             args = tuple(map_tensors(value, self._move) for value in args)
             kwargs = {name: map_tensors(value, self._move) for name, value in kwargs.items()}
@@ -202,7 +213,7 @@ class _CacheFiller:
         raise RuntimeError(f"{missing} of {len(keys)} rows of {name} were computed but not cached: {why}")
 
 
-def _split_batch(batch: Any, names: set[str]) -> tuple[tuple[Any, ...], dict[str, Any], Any]:
+def split_batch(batch: Any, names: set[str]) -> tuple[tuple[Any, ...], dict[str, Any], Any]:
     """Positional arguments and keyword arguments of forward, and extra columns.
 
     Args:

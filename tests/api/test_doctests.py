@@ -46,10 +46,12 @@ def test_the_public_names_are_those_that_the_package_exports() -> None:
         "CacheInfo",
         "CachedRows",
         "Explanation",
+        "Verification",
         "errors",
         "precompute",
         "set_logger_config",
         "torchcache",
+        "verify",
     }
     scope: dict[str, Any] = {}
     exec("from torchcache import *", scope)

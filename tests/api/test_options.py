@@ -32,6 +32,10 @@ WRONG = [
     ({"cache_dtype": "half"}, "cache_dtype must be a floating-point dtype .* got 'half'"),
     ({"memory_cache_device": "gpu"}, "memory_cache_device must be a device such as .* got 'gpu'"),
     ({"memory_cache_device": "meta"}, "memory_cache_device must be a device that holds data"),
+    ({"verify": 2}, 'verify must be a share of the time from 0 .* to 1 .*, or "strict", got 2'),
+    ({"verify": True}, "verify must be a share of the time .* got True"),
+    ({"verify": float("nan")}, "verify must be a share of the time .* got nan"),
+    ({"verify": "lax"}, "verify must be a share of the time .* got 'lax'"),
     ({"persistent": "yes"}, "persistent must be True or False, got 'yes'"),
     ({"enabled": 1}, "enabled must be True or False, got 1"),
     ({"frozen": None}, "frozen must be True or False, got None"),
@@ -80,6 +84,7 @@ def test_the_keywords_and_defaults_are_the_documented_ones() -> None:
         "cache_dtype": None,
         "use_mmap_on_load": False,
         "frozen": False,
+        "verify": 0.01,
     }
     parameters = inspect.signature(torchcache).parameters
     assert {name: parameters[name].default for name in documented} == documented

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import numpy
 import pytest
 import torch
 from cache_harness import cache_of
@@ -274,14 +276,46 @@ def test_arguments_that_do_not_fit_raise_what_the_function_raises(module: Double
     [
         (([1, 2, 3],), "No tensor inputs found.+"),
         ((5,), "No tensor inputs found.+"),
-        (
-            (X, [1]),
-            "All non-Tensor extra args to the call must be an immutable type.+got list for 'more'",
-        ),
-        ((X, X[:2]), r"All inputs must have the same batch dimension.+\(3, 2\), \(2, 2\)"),
         ((torch.tensor(1.0),), "All inputs must have the same batch dimension.+"),
     ],
 )
-def test_wrong_arguments_are_named(args: tuple[object, ...], message: str) -> None:
+def test_arguments_without_rows_are_named(args: tuple[object, ...], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         torchcache()(lambda x, more=None: x)(*args)
+
+
+NOT_IMMUTABLE = "All non-Tensor extra args to the call must be an immutable type.+got {} for 'more'"
+
+
+class Settings:
+    """What no library knows."""
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        ([1], NOT_IMMUTABLE.format("list")),
+        ({"a": 1}, NOT_IMMUTABLE.format("dict")),
+        ({1, 2}, NOT_IMMUTABLE.format("set")),
+        (numpy.ones(3), NOT_IMMUTABLE.format("ndarray")),
+        (numpy.float32(1), NOT_IMMUTABLE.format("float32")),
+        (Settings(), NOT_IMMUTABLE.format("Settings")),
+        (X[:2], r"All inputs must have the same batch dimension.+\(3, 2\), \(2, 2\)"),
+        (torch.tensor(3), r"All inputs must have the same batch dimension.+\(3, 2\), \(\)"),
+        (torch.ones(1, 1, 2, 2), r"All inputs must have the same batch dimension.+\(1, 1, 2, 2\)"),
+        ([torch.ones(2), torch.ones(1)], "All inputs must have the same batch dimension.+"),
+    ],
+    ids=str,
+)
+def test_a_call_with_an_argument_that_can_be_no_part_of_a_key_is_computed_with_one_warning(
+    more: object, message: str, warnings: Callable[[], list[str]]
+) -> None:
+    seen = []
+    cached = torchcache()(lambda x, more: seen.append(more) or x * 2)  # type: ignore[func-returns-value]
+    for _ in range(2):
+        assert torch.equal(cached(X, more), X * 2) and seen.pop() is more
+    assert len(warnings()) == 1 and re.search(message, warnings()[0])
+    assert re.search(message, str(cache_of(cached).explain(X, more)))
+    for ask in (cache_of(cached).keys, cache_of(cached).hash_tensor):
+        with pytest.raises(ValueError, match=message):
+            ask(X, more)

@@ -5,12 +5,14 @@ from __future__ import annotations
 import collections
 import dataclasses
 import math
+import re
 import subprocess
 import sys
 import textwrap
 import types
 from typing import Any, NamedTuple
 
+import numpy
 import pytest
 import torch
 from cache_harness import cache_of
@@ -76,8 +78,10 @@ def assert_same(a: Any, b: Any) -> None:
         assert len(a) == len(b)
         for one, other in zip(a, b):
             assert_same(one, other)
+    elif isinstance(a, numpy.ndarray):
+        assert numpy.array_equal(a, b)
     else:
-        assert a is b is None
+        assert a is b or a == b
 
 
 @pytest.mark.parametrize("persistent", [False, True])
@@ -278,19 +282,55 @@ def test_a_forward_that_edits_its_input_never_edits_it_twice() -> None:
     assert torch.equal(cached(both.clone()), wide(both.clone()))  # of two layouts: computed as a whole
 
 
-def test_an_output_that_is_not_batched_is_an_error_that_names_the_shapes() -> None:
+PARTS: list[Any] = [
+    None,
+    1.0,
+    7,
+    "text",
+    torch.Size([2]),
+    numpy.ones(2),
+    {1, 2},
+    torch.zeros(()),
+    torch.ones(7),
+    object(),
+]
+
+
+def trees(leaves: st.SearchStrategy[Any]) -> st.SearchStrategy[Any]:
+    containers = (st.lists, lambda s: st.lists(s).map(tuple), lambda s: st.dictionaries(st.sampled_from("ab"), s))
+    return st.recursive(leaves, lambda s: st.one_of(*(make(s) for make in containers)), max_leaves=5)
+
+
+@given(trees(st.sampled_from(["rows", *range(len(PARTS))])))
+def test_an_output_with_any_parts_is_that_of_the_forward(tree: Any) -> None:
+    def build(part: Any, x: Tensor) -> Any:
+        if isinstance(part, dict):
+            return {name: build(value, x) for name, value in part.items()}
+        if isinstance(part, (list, tuple)):
+            return type(part)(build(value, x) for value in part)
+        return x * 2 if part == "rows" else PARTS[part]
+
+    cached = torchcache()(lambda x: build(tree, x))
     x = torch.arange(6.0).view(3, 2)
-    for wrong in (
-        lambda x: x.sum(),
-        lambda x: x[:1],
-        lambda x: (x, x.t()),
-        lambda x: None,
-        lambda x: (x, 1.0),
-    ):
-        with pytest.raises(ValueError, match="output is not batched"):
-            torchcache()(wrong)(x)
-    with pytest.raises(ValueError, match=r"3 rows .* got \(2,\)"):
-        torchcache()(lambda x: x.sum(0))(x)
+    for batch in (x, x, torch.cat([x, x + 100])):
+        assert_same(cached(batch), build(tree, batch))
+
+
+def test_an_output_that_is_not_batched_is_computed_with_one_warning_that_names_the_shapes(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    x = torch.arange(6.0).view(3, 2)
+    functions: list[Any] = [lambda x: x.sum(), lambda x: x[:1], lambda x: (x, x.t()), lambda x: None, lambda x: (x, 1)]
+    for function in functions:
+        caplog.clear()
+        cached = torchcache()(function)
+        for _ in range(2):
+            assert_same(cached(x), function(x))
+        assert ["the output cannot be cached" in r.getMessage() for r in caplog.records] == [True]
+        assert cache_of(cached).info().memory_rows == 0 and cache_of(cached).explain(x).bypassed is not None
+    caplog.clear()
+    torchcache()(lambda x: x.sum(0))(x)
+    assert re.search(r"3 rows .* got \(2,\)", caplog.text)
 
 
 def test_rows_of_different_shapes_come_from_different_calls() -> None:

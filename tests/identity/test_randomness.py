@@ -9,6 +9,7 @@ import pathlib
 import random
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -247,6 +248,86 @@ print(module.cache_instance.info().memory_rows)
 """)
     result = subprocess.run([sys.executable, program], capture_output=True, text=True)
     assert (result.stdout, result.stderr) == ("1\n", "")
+
+
+# ---- other threads
+
+
+DRAWS: dict[str, Callable[[], object]] = {
+    "torch": lambda: torch.rand(()),
+    "random": random.random,
+    "numpy": numpy.random.rand,
+}
+
+
+class Elsewhere:
+    """A thread that draws a number whenever it is asked."""
+
+    def __init__(self, draw: Callable[[], object]) -> None:
+        self._draw = draw
+        self.numbers: list[object] = []
+
+    def draw_once(self) -> None:
+        thread = threading.Thread(target=lambda: self.numbers.append(self._draw()))
+        thread.start()
+        thread.join()
+
+
+@pytest.mark.parametrize("kind", sorted(DRAWS))
+def test_a_thread_that_draws_meanwhile_does_not_stop_caching(kind: str, warnings: Callable[[], list[str]]) -> None:
+    other = Elsewhere(DRAWS[kind])
+    module = torchcache()(nn.Sequential(Calling(other), nn.Linear(2, 3)).requires_grad_(False))
+    right = nn.functional.linear(X, module[1].weight, module[1].bias)  # type: ignore[arg-type]
+    for offset in (0, 0, 100, 100):
+        got = module(X + offset)
+        assert offset or torch.equal(got, right)
+    assert rows(module) == 6 and cache_of(module).info().memory_hits == 6
+    assert not [text for text in warnings() if "random numbers" in text]
+    assert len(set(map(float, other.numbers))) == len(other.numbers)  # type: ignore[arg-type]  # never set back
+
+
+class Calling(nn.Module):
+    """Has another thread draw, as a breaker with jitter or a prefetching loader does."""
+
+    def __init__(self, other: Elsewhere) -> None:
+        super().__init__()
+        BELLS[id(self)] = other.draw_once
+
+    def forward(self, x: Tensor) -> Tensor:
+        BELLS[id(self)]()
+        return x
+
+
+BELLS: dict[int, Callable[[], None]] = {}
+
+
+@pytest.mark.parametrize("own", sorted(DRAWS))
+@pytest.mark.parametrize("others", sorted(DRAWS))
+def test_a_forward_that_draws_next_to_another_thread_is_never_cached(
+    own: str, others: str, warnings: Callable[[], list[str]]
+) -> None:
+    module = torchcache()(nn.Sequential(Calling(Elsewhere(DRAWS[others])), Noisy(lambda x: x + float(DRAWS[own]()))))  # type: ignore[arg-type]
+    assert len({float(module(X).sum()) for _ in range(4)}) == 4
+    assert rows(module) == 0 and len([text for text in warnings() if "random numbers" in text]) == 1
+
+
+def test_a_layer_that_is_built_in_the_first_call_is_cached_from_the_second_one_on() -> None:
+    class Lazy(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer: nn.Linear | None = None
+
+        def forward(self, x: Tensor) -> Tensor:
+            if self.layer is None:
+                self.layer = nn.Linear(x.shape[1], 4).requires_grad_(False)
+            output: Tensor = self.layer(x)
+            return output
+
+    module = torchcache()(Lazy())
+    right = module(X)
+    for _ in range(3):
+        assert torch.equal(module(X), right)
+    assert cache_of(module).info()[:3] == (6, 0, 3)
 
 
 # ---- the states of global generators, which are read from memory

@@ -10,7 +10,7 @@ import functools
 import operator
 import os
 import pkgutil
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -73,6 +73,12 @@ global_forward_hooks: dict[int, Any] = _private("torch.nn.modules.module:_global
 global_forward_pre_hooks: dict[int, Any] = _private(
     "torch.nn.modules.module:_global_forward_pre_hooks", {0: UNKNOWN}, _NO_CALL
 )
+# Sees the operators that one thread calls.
+TorchDispatchMode: Any = _private(
+    "torch.utils._python_dispatch:TorchDispatchMode",
+    None,
+    "no forward is cached during which another thread draws random numbers",
+)
 # The level of forward-mode AD, below 0 outside of it. Where torch does not tell, engine/bypass.py asks each tensor.
 _private("torch.autograd.forward_ad:_current_level", 0, "each call takes a little longer")
 forward_ad_level: Callable[[], Any] = functools.partial(vars(torch.autograd.forward_ad).get, "_current_level", 0)
@@ -82,6 +88,36 @@ BatchNorm: type | tuple[type, ...] = _private(
     (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d),
     "only torch's own batch norms are noticed",
 )
+
+# ---- The precision of operators. Every call asks for it.
+
+_NO_PRECISION = "rows do not depend on some of the precision settings of torch.backends"
+
+# The precision of a kind of operators (matmul, conv, rnn) in a backend (cuda, mkldnn), such as "tf32".
+fp32_precision: Callable[[str, str], str] = _private(
+    "torch._C:_get_fp32_precision_getter", lambda backend, operator: torch.get_float32_matmul_precision(), _NO_PRECISION
+)
+# Whether torch.use_deterministic_algorithms is on.
+is_deterministic: Callable[[], bool] = _private(
+    "torch._C:_get_deterministic_algorithms", torch.are_deterministic_algorithms_enabled, "each call takes longer"
+)
+reduced_precision_on_cpu: Callable[[], Any] = _private(
+    "torch._C:_get_cpu_allow_fp16_reduced_precision_reduction", lambda: False, _NO_PRECISION
+)
+_in_cuda: list[Callable[[], Any]] = [
+    _private(f"torch._C:{name}", lambda: None, _NO_PRECISION)
+    for name in (
+        "_get_cublas_allow_bf16_reduced_precision_reduction",
+        "_get_cublas_allow_fp16_reduced_precision_reduction",
+        "_get_cublas_allow_fp16_accumulation",
+    )
+]
+
+
+def reduced_precision_in_cuda() -> tuple[Any, ...]:
+    """What matrix products of 16-bit numbers in CUDA may round, in the order of torch.backends.cuda.matmul."""
+    return tuple(get() for get in _in_cuda)
+
 
 # ---- How often a tensor was changed in place.
 
@@ -138,6 +174,13 @@ def compiled_module(module: nn.Module) -> nn.Module | None:
     return inner if isinstance(inner, nn.Module) else None
 
 
+def is_compiled(value: Any) -> bool:
+    """Whether torch.compile made this module or function, or ``module.compile()`` was called."""
+    names = ("_orig_mod", "_torchdynamo_orig_callable")
+    value = getattr(value, "func", value)  # of a functools.partial
+    return any(hasattr(value, name) for name in names) or getattr(value, "_compiled_call_impl", None) is not None
+
+
 # ---- Operators that Python code defines with torch.library.custom_op.
 
 CustomOpDef: type = _private("torch._library.custom_ops:CustomOpDef", _Absent, _NOT_SHARED)
@@ -168,9 +211,10 @@ def parts_of_operator(definition: Any) -> Operator | None:
     return Operator(definition, *parts)
 
 
-def operators() -> list[Operator]:
-    """All operators that Python code has defined so far, as far as torch tells."""
-    return [parts for definition in list(_custom_operators.values()) if (parts := parts_of_operator(definition))]
+def operators(names: Container[str]) -> list[Operator]:
+    """The operators with one of these names that Python code has defined so far, as far as torch tells."""
+    named = [item for item in list(_custom_operators.values()) if getattr(item, "_name", None) in names]
+    return [parts for definition in named if (parts := parts_of_operator(definition))]
 
 
 def operators_are_known() -> bool:

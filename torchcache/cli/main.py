@@ -20,12 +20,14 @@ from urllib.parse import unquote, urlparse
 
 import torch
 
+from torchcache import Verification
 from torchcache._native import build, ops
 from torchcache._version import __version__
 from torchcache.cli import inspection, maintenance
 from torchcache.cli.export import export
 from torchcache.cli.inspection import Damage, Summary
 from torchcache.cli.progress import Progress, byte_progress
+from torchcache.cli.recompute import recompute
 from torchcache.errors import MaintenanceError
 
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
@@ -74,7 +76,14 @@ def _parser() -> argparse.ArgumentParser:
 
     command("ls", "Lists the folders: module hash, class, rows, bytes, when last written.", json=True)
     command("stat", "Shows layouts, codecs, segments and duplicates.", json=True)
-    command("verify", "Checks every checksum. The exit status is 1 if something is damaged.", json=True)
+    verify = command(
+        "verify", "Checks every checksum. The exit status is 1 if something is damaged or wrong.", json=True
+    )
+    verify.add_argument(
+        "--recompute",
+        metavar="MODULE:FACTORY",
+        help="also compute rows and compare them with the stored ones; FACTORY() returns a cached module and batches",
+    )
     command("compact", "Rewrites many segments into few, without duplicates and damage, while other processes go on.")
     prune = command("prune", "Removes segments that match a rule, the oldest first.")
     prune.add_argument("--older-than", type=_age, metavar="AGE", help="last written longer ago than this: 30d, 12h, 2w")
@@ -154,12 +163,22 @@ def _verify(args: argparse.Namespace) -> int:
         results = [_verified(path, progress) for path in paths]
     bad = [result for result in results if result["damage"] or result["error"]]
     rows = sum(result["rows"] for result in results)
+    compared = None if args.recompute is None else recompute(args.recompute, args.directory)
     if args.json:
-        _print_json({"segments": len(paths), "rows": rows, "damaged": bad})
+        recomputed = {} if compared is None else {"recomputed": compared._asdict()}
+        _print_json({"segments": len(paths), "rows": rows, "damaged": bad, **recomputed})
     else:
         _print_damage(bad)
         print(f"{rows:,} rows in {len(paths):,} segments: {len(bad) or 'none'} damaged")
-    return 1 if bad else 0
+        if compared is not None:
+            _print_wrong(compared)
+    return 1 if bad or (compared is not None and compared.wrong) else 0
+
+
+def _print_wrong(compared: Verification) -> None:
+    for key in compared.wrong:
+        print(f"wrong: row {key}")
+    print(f"recomputed: {compared}")
 
 
 def _print_damage(results: list[dict[str, Any]]) -> None:

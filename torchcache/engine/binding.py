@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -27,6 +27,11 @@ _VAR_POSITIONAL = inspect.Parameter.VAR_POSITIONAL
 _NO_TENSORS = (
     "No tensor inputs found in the call: torchcache needs at least one tensor [B, ...] whose rows it can cache"
 )
+
+
+class UnsupportedArgument(ValueError):
+    """An argument that can be no part of a key, though the forward may take it; the message says what to change."""
+
 
 # Name of the parameter; position, keyword or nothing (_EMPTY) that it gets; its encoded default where it gets nothing.
 _Step = tuple[str, Any, Any]
@@ -54,8 +59,8 @@ class Binder:
         tensor subclass or a nested tensor: those have no rows of plain bytes.
 
         Raises:
-            ValueError: the call has no tensors, or tensors of different batch sizes, or arguments that are neither
-                tensors nor immutable.
+            ValueError: no argument has rows: there are no tensors, or none with a batch dimension.
+            UnsupportedArgument: tensors differ in the batch size, or arguments are neither tensors nor immutable.
         """
         tensors: list[Tensor] = []
         passed: list[Any] = [len(args), *kwargs]
@@ -167,6 +172,7 @@ class _Arguments:
         self.tensors: list[Tensor] = []
         self.names: list[str] = []
         self.parts: list[bytes] = []
+        self.constants: list[Any] = []  # that hold several values
         self.wrong: tuple[str, Any] | None = None
         self.have_foreign = False  # a tensor without bytes of its own: of a subclass, nested, or a proxy that is traced
 
@@ -187,6 +193,8 @@ class _Arguments:
         if isinstance(value, Tensor):
             self.add_tensor(name, value)
         elif is_plain(value):
+            if isinstance(value, (tuple, range)):
+                self.constants.append(value)
             self.describe(name, encode(name) + encode(value))
         elif isinstance(value, Mapping) and holds_tensor(value):
             self.describe(name, encode((name, "mapping", type(value).__name__, len(value))))
@@ -203,21 +211,50 @@ class _Arguments:
             self.wrong = (name, value)
 
     def template(self) -> CallTemplate:
+        self._check()
+        batch = self.tensors[0].shape[0]
+        return CallTemplate(batch, self.names, self.parts, _positions(self.constants, batch, self.tensors[0].device))
+
+    def _check(self) -> None:
         if not self.tensors:
             raise ValueError(_NO_TENSORS)
+        sizes = {t.shape[:1] for t in self.tensors}
+        shapes = ", ".join(str(tuple(t.shape)) for t in self.tensors)
+        different = f"All inputs must have the same batch dimension (dimension 0), got tensors of shapes {shapes}"
+        if sizes == {()}:
+            raise ValueError(different)
         if self.wrong is not None:
             name, value = self.wrong
-            raise ValueError(
+            raise UnsupportedArgument(
                 "All non-Tensor extra args to the call must be an immutable type (None, bool, int, float, complex, "
                 f"str, bytes, torch.dtype, torch.device, or tuples of these), got {type(value).__name__} for {name!r}"
             )
-        sizes = {t.shape[:1] for t in self.tensors}
-        if len(sizes) != 1 or () in sizes:
-            shapes = ", ".join(str(tuple(t.shape)) for t in self.tensors)
-            raise ValueError(
-                f"All inputs must have the same batch dimension (dimension 0), got tensors of shapes {shapes}"
-            )
-        return CallTemplate(self.tensors[0].shape[0], self.names, self.parts)
+        if len(sizes) != 1:
+            raise UnsupportedArgument(f"{different}; expand those that all rows share")
+
+
+def _positions(constants: list[Any], batch: int, device: torch.device) -> Tensor | None:
+    """int64 ``[B, N]``: for each of N tuples of B plain values, where the value of a row stands first in it.
+
+    Nobody can tell whether such a tuple holds a value for each row or one for all of them, such as the height and width
+    of two images. So keys cover the whole tuple and the value at the place of the row. None: there is no such tuple.
+    """
+    if batch < 2:
+        return None
+    columns = []
+    for values in (values for constant in constants for values in _tuples(constant, batch)):
+        encoded = [encode(value) for value in values]
+        columns.append([encoded.index(value) for value in encoded])
+    return torch.tensor(columns, device=device).T.contiguous() if columns else None
+
+
+def _tuples(value: Any, length: int) -> Iterator[tuple[Any, ...] | range]:
+    """The tuples of a length in a plain value, at any depth."""
+    if isinstance(value, (tuple, range)):
+        if len(value) == length:
+            yield value
+        for item in value:
+            yield from _tuples(item, length)
 
 
 _TensorKey = tuple[str, torch.dtype, torch.Size]  # name, dtype, shape of a row

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import weakref
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from time import perf_counter
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
+from torchcache._native.ops import Digest
 from torchcache._utils.lazy import lazy
 from torchcache._utils.locks import lock
 from torchcache._utils.logs import WarnOnce, logger
@@ -20,11 +24,14 @@ from torchcache.engine.decision import Decider, Request
 from torchcache.engine.explain import CallParts, Explanation, by_name, call_parts, differing, meta, since_directory
 from torchcache.engine.keys import CallVariant
 from torchcache.engine.outputs import output
+from torchcache.engine.recheck import Comparison, compare_with
+from torchcache.engine.verify import Sample, Verifier
+from torchcache.errors import WrongRow
 from torchcache.options import Options
 from torchcache.tiers import temporary
 from torchcache.tiers.batch import Batch
 from torchcache.tiers.chain import Chain
-from torchcache.tiers.tier import Rows
+from torchcache.tiers.tier import Rows, Tier
 
 Forward = Callable[..., Any]
 
@@ -67,7 +74,7 @@ class Cache:
         options: Callable[[], Options],
     ) -> None:
         self._lock = lock(self)
-        self._refused: dict[CallVariant, Bypassed] = {}
+        self._refused: dict[CallVariant | Digest, Bypassed] = {}
         self._decider = Decider(target, forward, takes_self, init, options, self._refused)
         self._held: Callable[[], Cache | None] = lambda: None
         self._counts = Counts()
@@ -185,6 +192,21 @@ class Cache:
                 decision = _unhashable(error)
         return Explanation(0, 0, 0, None, None, str(decision))
 
+    def compare(self, tier: Tier, *args: Any, **kwargs: Any) -> Comparison:
+        """Computes the rows of a call and compares them with those that a tier has. The arguments are those of forward.
+
+        Raises:
+            TypeError: the call has no keys.
+            ValueError: it has no tensors, or its tensors differ in the batch dimension.
+            WrongRow: the forward draws random numbers or changes its state, so that it cannot be compared.
+        """
+        request = self._decider.request(args, kwargs)
+        everything = torch.arange(request.call.batch, device="cpu")
+        computed = self._computer.recompute(self._decider.forward, request, everything)
+        if isinstance(computed, Bypassed):
+            raise WrongRow(f"{self._decider.name}: rows cannot be compared: {computed}")
+        return compare_with(tier, request, computed, self._decider.identity.modules(None))
+
     def rehash(self) -> None:
         """Looks at every byte of the state again: for edits of single elements that bypass torch."""
         self._decider.forget_state()
@@ -210,7 +232,7 @@ class Cache:
             tiers = self.__dict__.get("_tiers")
             self._refused = {}
             self._decider = self._decider.renewed(self._refused)
-            for name in ("_tiers", "_computer", "cache_dir"):
+            for name in ("_tiers", "_computer", "_verifier", "cache_dir"):
                 self.__dict__.pop(name, None)
         if tiers is not None:
             tiers.close()
@@ -226,7 +248,9 @@ class Cache:
             tiers: Chain | None = self.__dict__.get("_tiers")
             if tiers is not None:
                 tiers.resize_memory(options.max_memory_cache_size)
-            self._decider.options = options
+            verify, self._decider.options = self.options.verify, options
+            if verify != options.verify:
+                self.__dict__.pop("_verifier", None)
 
     # ---- one call
 
@@ -244,6 +268,8 @@ class Cache:
         if state is not None and state.snapshot.trained:
             self._warn_of_parameters(request)
         self._last = call_parts(request)
+        if self._verifier.is_due() and (why := self._check_hits(forward, request, rows)) is not None:
+            return self._compute_all(forward, request, why)
         self._counts.hits["memory"] += request.call.batch
         return output(rows, request.call)
 
@@ -269,6 +295,7 @@ class Cache:
         """The output of a call of which memory lacks some rows."""
         if batch.is_mixed:
             return self._compute_all(forward, request, _SEVERAL_LAYOUTS)
+        absent = batch.missing
         self._tiers.read_missing(batch, pin=request.call.device_type == "cuda")
         missing = batch.missing
         count = missing.shape[0]
@@ -276,17 +303,50 @@ class Cache:
             self._log_explanation(request, batch)
         self._last = call_parts(request)
         if count:
-            computed = self._computer.compute(forward, request, missing)
+            started = perf_counter()
+            computed = self._computer.compute(forward, request, missing, batch.layout)
+            self._verifier.forward_took(perf_counter() - started, count)
             if isinstance(computed, Uncached):
                 self._note_bypass(computed.why)
                 return computed.output
-            if batch.layout not in (None, computed.layout):
-                return self._compute_all(forward, request, _SEVERAL_LAYOUTS)
+            sample = Sample(forward, request, missing, *computed, is_computed=True)
+            if self._verifier.is_due() and (why := self._verify(sample)) is not None:
+                return self._compute_all(forward, request, why)
             self._write(batch.missing_keys, computed)
             batch.add(Rows(None, *computed))
         self._warn_of_parameters(request)
+        rows = self._tiers.rows(batch)
+        if count < batch.count and self._verifier.is_due():
+            far = absent if not count else absent[~torch.isin(absent, missing)]
+            if (why := self._check_hits(forward, request, rows, far)) is not None:
+                return self._compute_all(forward, request, why)
         self._count(batch.hits, count)
-        return output(self._tiers.rows(batch), request.call)
+        return output(rows, request.call)
+
+    def _check_hits(self, forward: Forward, request: Request, rows: Rows, far: Tensor | None = None) -> Bypassed | None:
+        """Why rows that were found must not be returned, if a check is due and shows it.
+
+        Args:
+            forward: of the module.
+            request: the call.
+            rows: all rows of the call.
+            far: positions in the batch of rows that a farther tier had.
+        """
+        positions = torch.arange(request.call.batch, device="cpu")
+        return self._verify(Sample(forward, request, positions, rows.layout, rows.leaves, False, far))
+
+    def _verify(self, sample: Sample) -> Bypassed | None:
+        """Checks rows, if that is due. If some are wrong, all rows in memory are dropped.
+
+        Raises:
+            WrongRow: some are wrong, with ``verify="strict"``.
+        """
+        why = self._verifier.check(sample)
+        if why is not None:
+            self._tiers.clear(persistent=False)
+            if self._verifier.is_strict:
+                raise WrongRow(f"{self._decider.name}: {why}")
+        return why
 
     def _compute_all(self, forward: Forward, request: Request, why: Bypassed) -> Any:
         self._note_bypass(why)
@@ -352,6 +412,12 @@ class Cache:
     @lazy
     def _computer(self) -> MissComputer:
         return MissComputer(self._decider.identity, self.options.cache_dtype, self._refused)
+
+    @lazy
+    def _verifier(self) -> Verifier:
+        modules = functools.partial(self._decider.identity.modules, None)
+        given = self._decider.name, self.options, self.cache_dir, self._computer, modules
+        return Verifier(*given, self._refused, self._computer.whole, self._counts)
 
     @lazy
     def _tiers(self) -> Chain:

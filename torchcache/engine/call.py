@@ -16,13 +16,14 @@ from torchcache.tiers.layout import select
 class CallTemplate:
     """What calls have in common that differ in nothing but the elements of their tensors."""
 
-    __slots__ = ("batch", "description", "names", "order", "parts")
+    __slots__ = ("batch", "description", "names", "order", "parts", "positions")
 
-    def __init__(self, batch: int, names: list[str], parts: list[bytes]) -> None:
+    def __init__(self, batch: int, names: list[str], parts: list[bytes], positions: Tensor | None) -> None:
         self.batch = batch
         self.names = names  # of what the parts describe
         self.parts = parts
         self.description = b"".join(parts)  # of everything but the rows; see docs/format.md
+        self.positions = positions  # int64 [B, N], to be hashed with the rows; None: nothing
         self.order: list[int] | None = None  # signature order of the tensors as they are passed; None: the same
 
 

@@ -28,6 +28,9 @@ class CacheInfo(NamedTuple):
         bypassed_calls: calls that were computed without the cache; ``explain`` says why.
         hits: rows by the name of the tier that had them.
         tiers: the same counters for each tier by its name.
+        checks: rows that were computed again and compared.
+        largest_error: the largest difference that these had, relative to the norm of the row.
+        wrong_rows: how many of them differed by more than noise.
 
     Example:
         >>> import torch
@@ -52,21 +55,31 @@ class CacheInfo(NamedTuple):
     bypassed_calls: int
     hits: dict[str, int]
     tiers: dict[str, TierStats]
+    checks: int = 0
+    largest_error: float = 0.0
+    wrong_rows: int = 0
 
 
 class Counts:
     """Rows by where they came from, and calls without the cache."""
 
-    __slots__ = ("bypassed_calls", "hits", "misses")
+    __slots__ = ("bypassed_calls", "checks", "hits", "largest_error", "misses", "wrong_rows")
 
     def __init__(self) -> None:
         self.hits = {"memory": 0, "disk": 0}
-        self.misses = self.bypassed_calls = 0
+        self.misses = self.bypassed_calls = self.checks = self.wrong_rows = 0
+        self.largest_error = 0.0
 
     def add_hits(self, hits: Mapping[str, int]) -> None:
         """Adds rows by the name of the tier that had them."""
         for tier, rows in hits.items():
             self.hits[tier] = self.hits.get(tier, 0) + rows
+
+    def add_check(self, rows: int, error: float, is_wrong: bool) -> None:
+        """Adds rows that were computed again, and the largest error among them."""
+        self.checks += rows
+        self.wrong_rows += is_wrong
+        self.largest_error = max(self.largest_error, error)
 
     @property
     def found(self) -> int:
@@ -101,4 +114,7 @@ class Counts:
             bypassed_calls=self.bypassed_calls,
             hits=dict(self.hits),
             tiers=dict(tiers),
+            checks=self.checks,
+            largest_error=self.largest_error,
+            wrong_rows=self.wrong_rows,
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import weakref
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -13,12 +14,13 @@ from torchcache._native.ops import Digest
 from torchcache._utils.lazy import lazy
 from torchcache._utils.locks import lock
 from torchcache.engine import bypass
-from torchcache.engine.binding import Binder
+from torchcache.engine.binding import Binder, UnsupportedArgument
 from torchcache.engine.bypass import Bypassed
 from torchcache.engine.call import Call
-from torchcache.engine.keys import CallVariant, Keys, autocast
+from torchcache.engine.keys import CallVariant, Keys
 from torchcache.engine.mode import Mode
 from torchcache.identity.identity import Identity, State
+from torchcache.identity.numerics import autocast, precision
 from torchcache.identity.tensors import Uninitialized, Unwatchable
 from torchcache.options import Options
 
@@ -47,7 +49,8 @@ class Decider:
         takes_self: whether the first parameter of `forward` is the module.
         init: encoded init arguments.
         options: gives the options in force.
-        refused: variants of calls whose forward was seen to do what a cache must not repeat, and why.
+        refused: variants of calls, or digests of requests, whose forward was seen to do what a cache must not
+            repeat, and why.
     """
 
     def __init__(
@@ -57,7 +60,7 @@ class Decider:
         takes_self: bool,
         init: bytes,
         options: Callable[[], Options],
-        refused: Mapping[CallVariant, Bypassed],
+        refused: Mapping[CallVariant | Digest, Bypassed],
     ) -> None:
         self._target_now = (lambda: target) if target is forward else weakref.ref(target)
         self._forward = forward
@@ -75,7 +78,7 @@ class Decider:
             raise ReferenceError(f"the module of this cache does not exist any more: {self._forward.__qualname__}")
         return target
 
-    def renewed(self, refused: Mapping[CallVariant, Bypassed]) -> Decider:
+    def renewed(self, refused: Mapping[CallVariant | Digest, Bypassed]) -> Decider:
         """A new one, which knows nothing yet."""
         return Decider(self._target, self._forward, self._takes_self, self._init, self._options_now, refused)
 
@@ -94,6 +97,11 @@ class Decider:
     def name(self) -> str:
         """Of the class or function, for messages."""
         return type(self._target).__qualname__ if isinstance(self._target, nn.Module) else self._forward.__qualname__
+
+    @property
+    def forward(self) -> Callable[..., Any]:
+        """The undecorated forward, with the module as its first argument."""
+        return functools.partial(self._forward, self._target) if self._takes_self else self._forward
 
     @lazy
     def options(self) -> Options:
@@ -131,12 +139,15 @@ class Decider:
             probe: whether to probe the weights natively. Else the caller does it (see `Identity.state`).
 
         Raises:
-            ValueError: a cached forward cannot have such arguments (see `Binder.bind`).
+            ValueError: nothing in the arguments has rows (see `Binder.bind`).
         """
         why = bypass.of_surroundings()
         if why is not None:
             return why
-        call = self._binder.bind(args, kwargs)
+        try:
+            call = self._binder.bind(args, kwargs)
+        except UnsupportedArgument as error:
+            return Bypassed("an argument cannot be part of a key", details=str(error))
         if call is None:
             return self._without_keys()
         why = bypass.of_call(call)
@@ -152,14 +163,18 @@ class Decider:
             return Bypassed(str(error), is_silent=True)
         except Unwatchable as error:
             return Bypassed(str(error))
-        return request.mode_bypassed or self._refused.get(request.variant) or request
+        refused = self._refused
+        if refused:
+            why = refused.get(request.variant) or refused.get(request.digest)
+            return request.mode_bypassed or why or request
+        return request.mode_bypassed or request
 
     def request(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Request:
         """What the keys of a call are made of, whether it is cached or not.
 
         Raises:
             TypeError: it has no keys.
-            ValueError: a cached forward cannot have such arguments (see `Binder.bind`).
+            ValueError: the arguments cannot be part of a key (see `Binder.bind`).
         """
         call = self._binder.bind(args, kwargs)
         if call is None:
@@ -174,7 +189,8 @@ class Decider:
         digest = b"" if state is None else state.snapshot.digest
         mode, mode_bypassed = self._mode.of(state)
         first = call.tensors[0]
-        variant = (call.template.description, mode, autocast("cpu" if first.is_cpu else first.device.type))
+        device_type = "cpu" if first.is_cpu else first.device.type
+        variant = call.template.description, mode, autocast(device_type), precision(device_type)
         return Request(call, variant, *self._keys.hash_request(call, variant, digest), state, mode_bypassed)
 
     def _without_keys(self) -> Bypassed:

@@ -30,11 +30,11 @@ def call_parts(request: Request) -> CallParts:
 
 def by_name(call: CallParts) -> Parts:
     """The parts of the keys of a call."""
-    template, (_, mode, autocast), state = call
+    template, (_, mode, autocast, precision), state = call
     arguments: Parts = {}
     for name, part in zip(template.names, template.parts):
         arguments[f"argument {name}"] = arguments.get(f"argument {name}", b"") + part
-    return {**arguments, "mode (train or eval)": mode, "autocast": autocast, **state}
+    return {**arguments, "mode (train or eval)": mode, "autocast": autocast, "precision": precision, **state}
 
 
 class Explanation(NamedTuple):

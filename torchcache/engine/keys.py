@@ -11,19 +11,16 @@ from torchcache._utils.locks import lock
 from torchcache.engine.call import Call
 from torchcache.identity.encoding import encode
 
-KEY_FORMAT = 1
+KEY_FORMAT = 2
 
 _FOREIGN = ops.FOREIGN_DTYPES
-_FLOAT = torch.float32
-_default_dtype = torch.get_default_dtype
-_autocast_enabled = torch.is_autocast_enabled
 
 _MAX_DESCRIPTION = 64 << 10  # bytes of a description whose digest is remembered
 _MAX_DIGESTS = 4096  # remembered call digests; a state that changes on every call must not pile them up
 
 
-# What calls have in common whose rows may share a batch: description, mode (training flags), autocast.
-CallVariant = tuple[bytes, bytes, bytes]
+# What calls have in common whose rows may share a batch: description, mode (training flags), autocast, precision.
+CallVariant = tuple[bytes, bytes, bytes, bytes]
 
 
 class Keys:
@@ -40,6 +37,8 @@ class Keys:
         tensors = call.tensors
         if self._subsample_count is not None or not all(map(_is_plain, tensors)):
             tensors = [self._row_bytes(t) for t in tensors]
+        if call.template.positions is not None:
+            tensors = [*tensors, call.template.positions]
         parts = (*variant, state)
         return tensors, self._digests.get(parts) or self._new_digest(parts)
 
@@ -63,16 +62,3 @@ class Keys:
 def _is_plain(t: Tensor) -> bool:
     """Whether native code can hash the memory of the tensor as it is."""
     return t.is_cpu and not (t.is_neg() or t.is_conj() or t.dtype in _FOREIGN)
-
-
-def autocast(device_type: str) -> bytes:
-    """Autocast of the inputs' device: off, or its dtype; and the default dtype, unless that is float32.
-
-    On every device the same dtypes give the same bytes.
-    """
-    default = _default_dtype()
-    enabled = _autocast_enabled(device_type)
-    if not enabled and default is _FLOAT:
-        return b""
-    dtype = torch.get_autocast_dtype(device_type) if enabled else None
-    return encode(dtype) if default is _FLOAT else encode((dtype, default))

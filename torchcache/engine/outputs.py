@@ -15,7 +15,7 @@ from torchcache.tiers.tier import Rows
 
 
 class UnsupportedOutput(Exception):
-    """An output that cannot be cached, though it may be right."""
+    """An output that cannot be cached, though it may be right; the message says what to change."""
 
 
 def split(
@@ -26,16 +26,16 @@ def split(
     The leaves are nobody else's memory: what is a view, or lies in an input, is copied.
 
     Raises:
-        ValueError: it is not batched on dimension 0.
-        UnsupportedOutput: it has tensors that cannot be kept (sparse, quantised, subclasses).
+        UnsupportedOutput: it is not batched on dimension 0, or has tensors (sparse, quantised, subclasses) or other
+            values that cannot be kept.
     """
     tensors: list[Tensor] = []
     tree = _flatten(output, tensors)
     if not tensors or any(t.shape[:1] != (batch,) for t in tensors):
         shapes = ", ".join(str(tuple(t.shape)) for t in tensors) or "no tensors"
-        raise ValueError(
-            f"the output is not batched: for {batch} rows of input every output tensor must have {batch} rows "
-            f"in dimension 0, got {shapes}"
+        raise UnsupportedOutput(
+            f"it is not batched: for {batch} rows of input every output tensor must have {batch} rows in dimension 0, "
+            f"got {shapes}; compute what is not a row, such as a loss, outside of the cached module"
         )
     _check_rebuilds(output, tree, tensors)
     leaves = []
@@ -109,14 +109,14 @@ def _flatten(value: Any, tensors: list[Tensor]) -> Tree:
     if kind is dict:
         for key in value:
             if type(key) not in (str, int, bool):
-                raise ValueError(f"keys of an output dict must be str or int, got {key!r}")
+                raise UnsupportedOutput(f"the keys of a dict must be str or int, got {key!r}")
         return ("dict", *((key, _flatten(v, tensors)) for key, v in value.items()))
     fields = _fields(value)
     if fields is None:
-        raise ValueError(
-            "the output is not batched: it must be a tensor or tuples, lists, dicts, named tuples or dataclasses of "
-            f"tensors and None, got {kind.__name__}"
-            + ("; pass use_cache=False" if kind.__name__.endswith("Cache") else "")
+        raise UnsupportedOutput(
+            "it must be a tensor or tuples, lists, dicts, named tuples or dataclasses of tensors and None, got "
+            f"{kind.__name__}; "
+            + ("pass use_cache=False" if kind.__name__.endswith("Cache") else "leave it out of the output")
         )
     return ("class", kind, *((name, _flatten(v, tensors)) for name, v in fields))
 

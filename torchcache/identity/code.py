@@ -34,6 +34,7 @@ from torchcache.identity.origin import (
     import_users,
     is_added,
     is_our_decorator,
+    is_users,
     of_function,
     of_module,
     unwrap,
@@ -347,7 +348,7 @@ class _Describer(Values):
         bases = [self.number_of(base) for base in cls.__bases__ if base is not object]
         members = sorted(vars(cls).items())
         if origin is not None:
-            patched = [item for item in members if _is_users(item[1])]
+            patched = [item for item in members if is_users(item[1])]
             home = f"{cls.__module__}.{type_name(cls)}"
             return "library class", origin, home, bases, self.members(cls, patched)
         maker = None if type(cls) is type else self.number_of(type(cls))
@@ -361,7 +362,7 @@ class _Describer(Values):
         location = f"an attribute of the class {type_name(cls)}"
         if issubclass(cls, enum.Enum):
             values = {name: member.value for name, member in cls.__members__.items()}
-            members = [(name, item) for name, item in members if _is_users(item)]
+            members = [(name, item) for name, item in members if is_users(item)]
             members = [*members, *sorted(values.items())]
         members = [(name, item) for name, item in members if counts(name) and not _is_machinery(cls, name, item)]
         for name, item in members:
@@ -424,12 +425,6 @@ def _subclasses(cls: type) -> Iterator[type]:
         if of_module(sub.__module__) is None:
             yield sub
         yield from _subclasses(sub)
-
-
-def _is_users(member: object) -> bool:
-    """Whether a class's member is a function that the user wrote."""
-    function = unwrap(getattr(member, "__func__", member))
-    return isinstance(function, types.FunctionType) and of_function(function) is None
 
 
 def _is_machinery(cls: type, name: str, member: object) -> bool:

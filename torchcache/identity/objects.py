@@ -45,7 +45,7 @@ def definition(value: object) -> object:
 
 def users_operators(names: Collection[str]) -> list[Operator]:
     """The user's operators that code with these names may call, however it gets to ``torch.ops``."""
-    named = [op for op in operators() if op.name in names and op.namespace in names]
+    named = [op for op in operators(names) if op.namespace in names]
     return [op for op in named if of_function(op.function) is None]
 
 

@@ -117,6 +117,14 @@ def unwrap(obj: object) -> object:
             return obj
 
 
+def is_users(member: object) -> bool:
+    """Whether a function, also as a member of a class, is one that the user wrote."""
+    function = getattr(member, "__func__", member)
+    if getattr(function, "__dict__", None):
+        function = unwrap(function)
+    return isinstance(function, types.FunctionType) and of_function(function) is None
+
+
 def is_our_decorator(node: ast.expr, scope: dict[str, object]) -> bool:
     """Whether a decorator is this library's, by what it names or, if the name is a local one, by name."""
     chain = []

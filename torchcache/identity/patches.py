@@ -10,17 +10,11 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from torchcache.identity.origin import of_function, of_module, unwrap
-
-
-def _is_users(value: object) -> bool:
-    function = unwrap(value)
-    return isinstance(function, types.FunctionType) and of_function(function) is None
-
+from torchcache.identity.origin import is_users, of_function, of_module, unwrap
 
 # What torch itself had put there when torchcache was imported.
 _SHIPPED = {
-    module: {name: value for name, value in vars(module).items() if not _is_users(value)}
+    module: {name: value for name, value in vars(module).items() if not is_users(value)}
     for module in (functional, torch)
 }
 
@@ -38,15 +32,14 @@ def is_replaced(module: types.ModuleType, name: str, value: object) -> bool:
 
 def replaced(modules: Iterable[types.ModuleType]) -> dict[str, object]:
     """What somebody put into torch, or into these modules of libraries, in place of a function, by its name there."""
-    found = {
-        f"{module.__name__}.{name}": value
-        for module in (*_SHIPPED, *modules)
-        for name, value in sorted(vars(module).items())
-        if _SHIPPED.get(module, {}).get(name) is not value
-        if not isinstance(value, (type, types.ModuleType)) and is_replaced(module, name, value)
-    }
-    methods = {f"Tensor.{name}": value for name, value in vars(torch.Tensor).items() if _is_users(value)}
-    return {**found, **methods}
+    found = {}
+    for module in (*_SHIPPED, *modules):
+        shipped = _SHIPPED.get(module, {})
+        for name, value in [item for item in vars(module).items() if shipped.get(item[0]) is not item[1]]:
+            if not isinstance(value, (type, types.ModuleType)) and is_replaced(module, name, value):
+                found[f"{module.__name__}.{name}"] = value
+    methods = {f"Tensor.{name}": value for name, value in vars(torch.Tensor).items() if is_users(value)}
+    return dict(sorted({**found, **methods}.items()))
 
 
 def homes(modules: Iterable[nn.Module]) -> list[types.ModuleType]:

@@ -52,46 +52,67 @@ class GeneratorStates:
         """Whether modules were imported meanwhile, which may draw numbers; numpy.random may be one of them."""
         return len(sys.modules) != self._imported
 
-    def numbers_were_drawn(self) -> bool:
-        """Whether random numbers were drawn meanwhile."""
+    def global_ones_have_drawn(self) -> bool:
+        """Whether numbers were drawn meanwhile from the global generators, by whichever thread."""
         return (
             _as_bytes(_torch_states()) != _as_bytes(self._torch)
             or python_twister().snapshot() != self._python
             or self._drawn_from_numpy()
-            or self._drawn_from_others()
+        )
+
+    def held_ones_have_drawn(self) -> bool:
+        """Whether numbers were drawn meanwhile from the other ones.
+
+        Compares by name, not by object: a generator that every forward creates with the same seed is not random.
+        """
+        return any(
+            name in self._states and comparable(_state(generator)) != comparable(self._states[name])
+            for name, generator in self._generators_after().items()
         )
 
     def has_new_generators(self) -> bool:
         """Whether there are new generators, of which it is not known yet whether forwards draw from them."""
         return bool(self._generators_after().keys() - self._before.keys())
 
-    def restore(self) -> None:
-        """Sets the generators back, so that a second forward draws what the first one drew."""
+    def restore(self, with_global: bool) -> None:
+        """Sets the generators back, so that a second forward draws what the first one drew.
+
+        Args:
+            with_global: also the global ones, from which other threads may have drawn as well.
+        """
+        for name, generator in self._before.items():
+            _set_state(generator, self._states[name])
+        if not with_global:
+            return
         torch.set_rng_state(self._torch[0])
         python_twister().restore(self._python)
         if self._numpy is not None and (numpy := numpy_twister()) is not None:
             numpy.restore(self._numpy)
         if self._torch[1:]:
             torch.cuda.set_rng_state_all(self._torch[1:])
-        for name, generator in self._before.items():
-            _set_state(generator, self._states[name])
 
     def _drawn_from_numpy(self) -> bool:
         """Also true if the forward imported numpy.random, of which there is no earlier state."""
         numpy = numpy_twister()
         return numpy is not None and (self._numpy is None or numpy.has_drawn(self._numpy))
 
-    def _drawn_from_others(self) -> bool:
-        """Compares by name, not by object: a generator that every forward creates with the same seed is not random."""
-        return any(
-            name in self._states and comparable(_state(generator)) != comparable(self._states[name])
-            for name, generator in self._generators_after().items()
-        )
-
     def _generators_after(self) -> Generators:
         if self._after is None:
             self._after = self._find()
         return self._after
+
+
+def global_states() -> object:
+    """The states of the global generators, to compare."""
+    numpy = numpy_twister()
+    return _as_bytes(_torch_states()), python_twister().snapshot(), numpy and comparable(numpy.snapshot())
+
+
+def of_numpy(function: object) -> bool:
+    """Whether a function draws from the global generator of NumPy."""
+    module = sys.modules.get("numpy.random")
+    own = getattr(function, "__self__", None)
+    return module is not None and own is not None and own is getattr(getattr(module, "seed", None), "__self__", module)
 
 
 def _torch_states() -> list[Tensor]:
