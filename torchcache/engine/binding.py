@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from torchcache.engine.call import Call, CallTemplate, holds_tensor
+from torchcache.identity.code import class_code
 from torchcache.identity.encoding import encode, is_plain
 
 # Equal values of these types are described alike. Floats are not: 0.0 == -0.0.
@@ -195,20 +196,31 @@ class _Arguments:
         elif is_plain(value):
             if isinstance(value, (tuple, range)):
                 self.constants.append(value)
-            self.describe(name, encode(name) + encode(value))
+            self.describe(name, encode(name) + encode(value, class_code))
         elif isinstance(value, Mapping) and holds_tensor(value):
-            self.describe(name, encode((name, "mapping", type(value).__name__, len(value))))
+            self.describe_container(name, value, "mapping")
             for key in value:
                 self.describe(name, encode(key) if is_plain(key) else encode(str(key)))
                 self.add(f"{name}[{key!r}]", value[key])
         elif isinstance(value, (tuple, list)) and holds_tensor(value):
-            self.describe(name, encode((name, "sequence", type(value).__name__, len(value))))
+            self.describe_container(name, value, "sequence")
             for i, item in enumerate(value):
                 self.add(f"{name}[{i}]", item)
         elif type(value).__module__ == "torch.fx.proxy":
             self.have_foreign = True
         elif self.wrong is None:
             self.wrong = (name, value)
+
+    def describe_container(self, name: str, value: Any, kind: str) -> None:
+        """Describes a container of tensors without them; one of the user's with its code and other attributes."""
+        cls = type(value)
+        code = class_code(cls)
+        self.describe(name, encode((name, kind, cls.__name__, len(value))) + (code or b""))
+        held = [*(value.values() if isinstance(value, Mapping) else value)]
+        for attribute, item in sorted(getattr(value, "__dict__", {}).items() if code else ()):
+            items = item.values() if isinstance(item, Mapping) else [item]
+            if not all(any(one is other for other in held) for one in items):  # what holds them, or shows one of them
+                self.add(f"{name}.{attribute}", item)
 
     def template(self) -> CallTemplate:
         self._check()

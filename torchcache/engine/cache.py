@@ -75,6 +75,7 @@ class Cache:
     ) -> None:
         self._lock = lock(self)
         self._refused: dict[CallVariant | Digest, Bypassed] = {}
+        self._whole: set[CallVariant] = set()  # whose rows are only right if the whole batch is computed
         self._decider = Decider(target, forward, takes_self, init, options, self._refused)
         self._held: Callable[[], Cache | None] = lambda: None
         self._counts = Counts()
@@ -230,7 +231,7 @@ class Cache:
         """
         with self._lock:
             tiers = self.__dict__.get("_tiers")
-            self._refused = {}
+            self._refused, self._whole = {}, set()
             self._decider = self._decider.renewed(self._refused)
             for name in ("_tiers", "_computer", "_verifier", "cache_dir"):
                 self.__dict__.pop(name, None)
@@ -411,13 +412,13 @@ class Cache:
 
     @lazy
     def _computer(self) -> MissComputer:
-        return MissComputer(self._decider.identity, self.options.cache_dtype, self._refused)
+        return MissComputer(self._decider.identity, self.options.cache_dtype, self._refused, self._whole)
 
     @lazy
     def _verifier(self) -> Verifier:
         modules = functools.partial(self._decider.identity.modules, None)
         given = self._decider.name, self.options, self.cache_dir, self._computer, modules
-        return Verifier(*given, self._refused, self._computer.whole, self._counts)
+        return Verifier(*given, self._refused, self._whole, self._counts)
 
     @lazy
     def _tiers(self) -> Chain:

@@ -13,7 +13,7 @@ from torch import Tensor
 from torchcache._native.ops import Digest
 from torchcache._utils.locks import lock
 from torchcache._utils.logs import logger
-from torchcache.engine.bypass import Bypassed
+from torchcache.engine.bypass import KEEP_IN_EVAL_MODE, Bypassed, training_modules
 from torchcache.engine.call import Call, Indivisible
 from torchcache.engine.decision import Request
 from torchcache.engine.keys import CallVariant
@@ -24,7 +24,8 @@ from torchcache.identity.randomness import GeneratorStates
 from torchcache.identity.snapshot import Snapshot
 from torchcache.tiers.layout import Layout, select
 
-_RANDOM = Bypassed("the forward draws random numbers (dropout, drop path, sampling?): is a submodule in train mode?")
+_RANDOM = "the forward draws random numbers"
+_NO_TRAINING = "leave what draws them, such as augmentation or sampling, out of the cached module"
 _CHANGES_STATE = Bypassed("the forward changes the module's own state (buffers, tensors, submodules)")
 _UNSUPPORTED = "the output cannot be cached"
 # These tell nothing of the next call.
@@ -71,6 +72,7 @@ class MissComputer:
         identity: of the module or function.
         refused: gets an entry for each variant that must not be cached from then on, or, for as long as the state of
             the module is what it is, for the digest of a request.
+        whole: variants whose forward is only right for whole batches; gets those for which a forward shows it.
     """
 
     def __init__(
@@ -78,6 +80,7 @@ class MissComputer:
         identity: Identity,
         cache_dtype: torch.dtype | None,
         refused: dict[CallVariant | Digest, Bypassed],
+        whole: set[CallVariant],
     ) -> None:
         self._lock = lock(self)
         self._identity = identity
@@ -86,7 +89,7 @@ class MissComputer:
         self._leave_inputs: set[CallVariant] = set()  # whose forwards have been seen not to edit their inputs
         self._changed_once: set[CallVariant] = set()  # whose forwards have changed the state
         self._with_grad: set[CallVariant] = set()  # whose forwards fail under no_grad
-        self.whole: set[CallVariant] = set()  # whose forwards are right only for whole batches
+        self._whole = whole
         self._proven: set[CallVariant] = set()  # whose rows were kept
         self._last_hooks: tuple[Snapshot | None, Hooks] = None, {}
         self._draws_were_seen = False  # in the last forward, which may have been those of another thread
@@ -139,19 +142,22 @@ class MissComputer:
         Raises:
             Exception: what the forward raises for such a batch, or Indivisible.
         """
-        arguments = request.call.select(rows, copy=True)
-        run = self._run(forward, request, arguments, request.variant in self._with_grad)
+        if request.call.template.positions is not None and rows.tolist() != list(range(request.call.batch)):
+            raise Indivisible  # a tuple would have the values of other rows
+        with_grad = request.variant in self._with_grad
+        run = self._run(forward, request, request.call.select(rows, copy=True), with_grad)
+        if run.objection is _MAYBE_RANDOM:  # this one is observed
+            run = self._run(forward, request, request.call.select(rows, copy=True), with_grad)
         if run.objection is not None:
             run.restore()
-            return run.objection
-        return self._split(run.output, request.call, rows, len(rows))
+        return run.objection or self._split(run.output, request.call, rows, len(rows))
 
     # ---- the missing rows alone
 
     def _some_arguments(self, request: Request, rows: Tensor) -> Arguments | None:
         """The arguments with these rows alone; None: the whole batch is to be computed."""
         call = request.call
-        if rows.shape[0] == call.batch or request.variant in self.whole or call.template.positions is not None:
+        if rows.shape[0] == call.batch or request.variant in self._whole or call.template.positions is not None:
             return None
         try:
             return call.select(rows, copy=request.variant not in self._leave_inputs)
@@ -175,7 +181,7 @@ class MissComputer:
         return computed if isinstance(computed, Computed) and known in (None, computed.layout) else None
 
     def _compute_whole_from_now_on(self, request: Request) -> None:
-        self.whole.add(request.variant)
+        self._whole.add(request.variant)
         logger.info(
             "%s: the forward fails, or its output has another layout, for a part of a batch: such calls are computed "
             "in whole batches from now on",
@@ -350,7 +356,7 @@ class MissComputer:
     ) -> Bypassed | None:
         """Numbers of the global generators may be another thread's: the next forward is watched more closely."""
         if generators.held_ones_have_drawn():
-            return self._refuse(request.variant, _RANDOM)
+            return self._draws(request.variant)
         were_drawn = generators.global_ones_have_drawn()
         if not were_drawn:
             self._draws_were_seen = False
@@ -360,7 +366,7 @@ class MissComputer:
         self._draws_were_seen = True
         if observation is None or not observation.sees_draws:
             return _MAYBE_RANDOM
-        return self._refuse(request.variant, _RANDOM) if observation.has_drawn else None
+        return self._draws(request.variant) if observation.has_drawn else None
 
     def _collector(self, request: Request, observation: Observation | None) -> Bypassed | None:
         if observation is None or not observation.hooks:
@@ -380,6 +386,14 @@ class MissComputer:
         if isinstance(computed, Bypassed) and computed.reason == _UNSUPPORTED:
             self._refused[request.digest] = computed
         return computed
+
+    def _draws(self, variant: CallVariant) -> Bypassed:
+        """Refuses a variant whose forward draws random numbers."""
+        modules = self._identity.modules(None)
+        inside = list(modules[0].named_modules()) if modules else []
+        training = training_modules(inside + [("", m) for m in modules if all(m is not other for _, other in inside)])
+        hint = f"{', '.join(training[:3])} in train mode? Then {KEEP_IN_EVAL_MODE}" if training else _NO_TRAINING
+        return self._refuse(variant, Bypassed(_RANDOM, details=hint))
 
     def _split(self, output: Any, call: Call, rows: Tensor, batch: int) -> Computed | Bypassed:
         """These rows of an output that has so many."""

@@ -156,14 +156,14 @@ class Verifier:
         self._warnings = WarnOnce(name)
         self._independent: set[CallVariant] = set()  # whose rows were seen not to depend on their neighbours
         self._settled: set[CallVariant] = set()  # which need no more checks, or whose forward fails in each
-        self._has_foreign = False  # rows that another process may have computed
         self._number = 0  # of the next check
         self._checking: int | None = None  # the process in which a check runs, perhaps in another thread
         self._stale: Bypassed | None = None  # why all calls are refused
 
     def is_due(self) -> bool:
         """Whether the next call may be checked. It takes a fraction of a microsecond."""
-        return perf_counter() >= self._budget.due_at
+        is_time = perf_counter() >= self._budget.due_at
+        return is_time and (self._counts.rows >= FIRST_ROWS or self._stale is not None)
 
     def forward_took(self, seconds: float, rows: int) -> None:
         """Notes how long a forward took for so many rows, from which the time of the first check is estimated."""
@@ -179,8 +179,7 @@ class Verifier:
         if self._stale is not None:  # something changed unseen, which may concern all calls
             self._refused[variant] = self._stale
             return self._stale
-        self._has_foreign |= sample.far is not None
-        if self._checking == os.getpid() or self._counts.rows < FIRST_ROWS or not self._is_worth(sample):
+        if self._checking == os.getpid() or not self._is_worth(sample):
             return None
         started = perf_counter()
         self._checking = os.getpid()
@@ -293,7 +292,8 @@ class Verifier:
     def _tolerance(self, sample: Sample, dtypes: set[torch.dtype]) -> Tolerance:
         call = sample.request.call
         known = dtypes_of(call, sample.layout, self._modules()) | dtypes
-        return Tolerance.of(known, call.device_type, self._has_foreign)
+        from_afar = self._counts.found > self._counts.hits["memory"] or bool(sample.far is not None and len(sample.far))
+        return Tolerance.of(known, call.device_type, is_foreign=from_afar)
 
     def _intermediate_dtypes(self, sample: Sample, rows: list[int]) -> set[torch.dtype]:
         if self._is_compiled(sample):

@@ -40,6 +40,7 @@ from torchcache.identity.origin import (
     unwrap,
 )
 from torchcache.identity.patches import is_replaced
+from torchcache.identity.tensors import tensor_bytes
 from torchcache.identity.torchscript import attributes_read, program
 from torchcache.identity.values import (
     C_FUNCTIONS,
@@ -131,6 +132,21 @@ def describe_value(
     describer.slots, describer.earlier = slots or describer.slots, earlier or describer.earlier
     describer.slots.add_contents(value)
     return describer.finish(encode(value, describer, name=name))
+
+
+def class_code(value: object) -> bytes | None:
+    """Encodes a class of the user's by its code; None for a class of a library, whose name is enough, and other values.
+
+    It is a hook of `encode`.
+    """
+    if not isinstance(value, type) or of_module(value.__module__) is not None:
+        return None
+    return _described_class(value)
+
+
+@functools.lru_cache(maxsize=256)
+def _described_class(cls: type) -> bytes:
+    return describe(cls, tensors=tensor_bytes)
 
 
 def tree(module: torch.nn.Module | None, path: str = "", seen: set[int] | None = None) -> Iterator[tuple[str, object]]:
