@@ -19,7 +19,7 @@ from torchcache._utils.logs import WarnOnce
 
 ATTRIBUTE_PREFIX = "torchcache_"
 # The options that may change while a cache is in use; decorator.py looks at the first two on every call.
-_LIVE = ("enabled", "frozen", "max_memory_cache_size")
+_LIVE = ("enabled", "frozen", "max_memory_cache_size", "verify")
 STRICT = "strict"  # verify: a wrong row is an error
 _ZSTD_LEVELS = (-131072, 22)
 _HASH_LENGTH = 200  # bytes; file systems allow 255

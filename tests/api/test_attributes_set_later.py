@@ -137,6 +137,20 @@ def test_the_size_of_the_memory_takes_effect_at_once(make: Callable[[], Any]) ->
     assert torch.equal(cached(X), make()(X)) and torch.equal(cached(X + 100), make()(X + 100))
 
 
+def test_checks_can_be_switched_at_any_time() -> None:
+    cached: Any = torchcache(verify=0)(nn.Identity())
+    x = torch.arange(3000.0).view(1500, 2)
+    cached(x), cached(x)
+    assert cache_of(cached).info().checks == 0
+    cached.torchcache_verify = 1
+    cached(x), cached(x)
+    checked = cache_of(cached).info().checks
+    assert checked > 0
+    cached.torchcache_verify = 0
+    cached(x)
+    assert cache_of(cached).info().checks == checked
+
+
 def test_attributes_that_replace_each_other_are_noticed() -> None:
     cached = torchcache()(nn.Identity())
     cached.note = 1  # type: ignore[assignment]

@@ -249,7 +249,9 @@ class Cache:
             tiers: Chain | None = self.__dict__.get("_tiers")
             if tiers is not None:
                 tiers.resize_memory(options.max_memory_cache_size)
-            self._decider.options = options
+            verify, self._decider.options = self.options.verify, options
+            if verify != options.verify:
+                self.__dict__.pop("_verifier", None)
 
     # ---- one call
 

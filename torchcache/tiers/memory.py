@@ -20,7 +20,10 @@ from torchcache.tiers.tier import Rows, TierStats
 
 NONE, MIXED = -1, -2  # instead of the number of a layout: there are no rows, or rows of several layouts
 
-_FULL = "the memory cache is full: new rows are computed but not stored; raise max_memory_cache_size to store more"
+_FULL = (
+    "the memory cache is full and stores no new rows: they are computed again or, with persistent=True, read from "
+    "disk; raise max_memory_cache_size to store more"
+)
 
 
 class MemoryTier:
