@@ -26,7 +26,8 @@ from torchcache.tiers.layout import Layout, select
 
 _RANDOM = "the forward draws random numbers"
 _NO_TRAINING = "leave what draws them, such as augmentation or sampling, out of the cached module"
-_CHANGES_STATE = Bypassed("the forward changes the module's own state (buffers, tensors, submodules)")
+_CHANGES_STATE = "the forward changes the module's own state (buffers, tensors, submodules)"
+_KEEP_OUTSIDE = "{}; return what the caller needs from the forward, and keep what changes outside of the cached module"
 _UNSUPPORTED = "the output cannot be cached"
 # These tell nothing of the next call.
 _IMPORTED = Bypassed("the forward imported modules, which may have drawn random numbers", is_silent=True)
@@ -338,16 +339,16 @@ class MissComputer:
         self, request: Request, generators: GeneratorStates, is_alone: bool, observation: Observation | None
     ) -> Bypassed | None:
         """Why rows that were just computed must not be kept."""
-        has_changed = generators.has_new_generators()
-        if request.state is not None:
-            has_changed |= self._identity.after_forward(request.state) is not None
+        changed = None if request.state is None else self._identity.after_forward(request.state)
+        if changed is None and generators.has_new_generators():
+            changed = "its generators of random numbers"
         why = self._randomness(request, generators, observation) or self._collector(request, observation)
-        if not has_changed or why not in (None, _MAYBE_RANDOM):
+        if changed is None or why not in (None, _MAYBE_RANDOM):
             return why
         if not is_alone:
             return _NOT_ALONE
         if request.variant in self._changed_once:
-            return self._refuse(request.variant, _CHANGES_STATE)
+            return self._refuse(request.variant, Bypassed(_CHANGES_STATE, details=_KEEP_OUTSIDE.format(changed)))
         self._changed_once.add(request.variant)
         return _SET_UP
 

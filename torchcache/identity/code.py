@@ -40,6 +40,7 @@ from torchcache.identity.origin import (
     unwrap,
 )
 from torchcache.identity.patches import is_replaced
+from torchcache.identity.slots import Earlier, Slots
 from torchcache.identity.tensors import tensor_bytes
 from torchcache.identity.torchscript import attributes_read, program
 from torchcache.identity.values import (
@@ -53,7 +54,6 @@ from torchcache.identity.values import (
     Values,
     left_out,
 )
-from torchcache.identity.watch import Earlier, Slots
 
 _DESCRIPTORS = (types.GetSetDescriptorType, types.MemberDescriptorType)
 _ANNOTATIONS = ("__annotations__", "__annotate__", "__annotate_func__")

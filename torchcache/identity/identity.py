@@ -23,9 +23,10 @@ from torchcache.identity.code import describe, describe_value
 from torchcache.identity.encoding import Unencodable, encode
 from torchcache.identity.randomness import Generators
 from torchcache.identity.reads import Reads
+from torchcache.identity.slots import is_alike
 from torchcache.identity.snapshot import Kept, Snapshot, Survey, Target, held_generators, nothing_kept
 from torchcache.identity.tensors import tensor_bytes
-from torchcache.identity.watch import Watch, is_alike
+from torchcache.identity.watch import Watch
 from torchcache.options import Options
 
 FINGERPRINT_FORMAT = 2

@@ -10,8 +10,8 @@ from itertools import chain
 from torch import Tensor
 
 from torchcache.identity.origin import unwrap
+from torchcache.identity.slots import ABSENT, Slot
 from torchcache.identity.syntax import nested
-from torchcache.identity.watch import ABSENT, Slot
 
 # Methods that no forward runs by itself.
 _NOT_RUN = frozenset(("__init__", "__repr__", "__str__", "__getstate__", "__setstate__", "__reduce__", "__del__"))

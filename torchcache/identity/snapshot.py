@@ -22,8 +22,9 @@ from torchcache.identity.attributes import counted
 from torchcache.identity.code import describe, describe_value
 from torchcache.identity.encoding import encode, is_builtin
 from torchcache.identity.randomness import Generators, generates
+from torchcache.identity.slots import Earlier, Slots
 from torchcache.identity.tensors import TensorDigests, check_has_bytes, described
-from torchcache.identity.watch import Earlier, Modules, Slots, Watch
+from torchcache.identity.watch import Modules, Watch
 
 _NOT_SHARED = (
     "%s: %s holds an object of type %s, which has no encoding that is the same in every process: rows are not shared "

@@ -17,8 +17,8 @@ from torchcache.identity.encoding import Unencodable, encode, type_name
 from torchcache.identity.objects import array_bytes, bound_object, definition, is_without_value, pickled
 from torchcache.identity.origin import attributes_of, of_module, unwrap
 from torchcache.identity.randomness import generates
+from torchcache.identity.slots import Earlier, Slots
 from torchcache.identity.torchscript import script_object
-from torchcache.identity.watch import Earlier, Slots
 
 Tensors = Callable[[torch.Tensor], bytes]
 Modules = Callable[[torch.nn.Module], bytes]
