@@ -15,6 +15,7 @@ from torchcache.identity.syntax import nested
 
 # Methods that no forward runs by itself.
 _NOT_RUN = frozenset(("__init__", "__repr__", "__str__", "__getstate__", "__setstate__", "__reduce__", "__del__"))
+_DYNAMIC = frozenset(("getattr", "__getattribute__", "vars", "__dict__", "globals", "eval", "exec"))
 _READS = ("LOAD_ATTR", "LOAD_METHOD", "LOAD_GLOBAL", "LOAD_NAME", "LOAD_DEREF", "LOAD_CLASSDEREF")
 _WRITES = ("STORE_ATTR", "STORE_GLOBAL", "STORE_NAME", "STORE_DEREF")
 _COPIES = ("COPY", "DUP_TOP", "DUP_TOP_TWO")
@@ -48,7 +49,9 @@ class Reads:
             if id(function) not in seen:
                 seen.add(id(function))
                 names = set(_names_read(function.__code__))
-                todo += [f for name in names - self._names if isinstance(name, str) for f in methods.get(name, ())]
+                is_dynamic = not _DYNAMIC.isdisjoint(names)  # then any method may run
+                called = methods.keys() - _NOT_RUN if is_dynamic else methods.keys() & (names - self._names)
+                todo += [f for name in called for f in methods[name]]
                 self._names |= names
 
     def may_depend_on(self, slot: Slot) -> bool:
