@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -115,11 +114,12 @@ class MissComputer:
         generators = GeneratorStates(functools.partial(self._generators, request.state))
         before = None if request.state is None else request.state.before_forward()
         try:
-            with torch.no_grad(), _without_autocast_cache():
+            with torch.no_grad():
                 output, is_alone = self._run(forward, args, kwargs)
             why = self._objection(request, generators, before, is_alone)
             return why or self._split(output, request.call, rows, whole=False)
         finally:
+            torch.clear_autocast_cache()  # it has weights without grad now, which a forward may be about to train
             if generators.numbers_were_drawn():
                 generators.restore()
 
@@ -174,14 +174,3 @@ class MissComputer:
         except UnsupportedOutput as error:
             return Bypassed("the output cannot be kept", details=str(error))
         return Computed(layout, leaves if count == leaves[0].shape[0] else [select(t, rows) for t in leaves])
-
-
-@contextlib.contextmanager
-def _without_autocast_cache() -> Iterator[None]:
-    """Autocast would remember weights that were cast without grad, and give them to a forward that trains them."""
-    enabled = torch.is_autocast_cache_enabled()
-    torch.set_autocast_cache_enabled(False)
-    try:
-        yield
-    finally:
-        torch.set_autocast_cache_enabled(enabled)
