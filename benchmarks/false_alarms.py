@@ -67,7 +67,7 @@ Make = Callable[[], tuple[nn.Module, Tensor]]
 def timm_model(name: str) -> tuple[nn.Module, Tensor]:
     import timm
 
-    network = timm.create_model(name, pretrained=False, num_classes=0)
+    network: Any = timm.create_model(name, pretrained=False, num_classes=0)
     channels, *size = network.pretrained_cfg["input_size"]
     if not network.pretrained_cfg.get("fixed_input_size") and "max" not in name:
         size = [96, 96]  # enough to reach every kernel

@@ -469,3 +469,43 @@ def test_architectures_give_no_false_alarm(
             train(module, data.to(dtype), 1, batch)
     info = cache_of(module).info()
     assert info.checks and info.wrong_rows == 0 and not warned(caplog)
+
+
+def test_a_compiled_forward_is_not_compiled_for_another_size(caplog: pytest.LogCaptureFixture) -> None:
+    graphs = []
+
+    def backend(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Forward:
+        graphs.append(graph)
+        return graph.forward
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = torch.compile(nn.Linear(WIDTH, WIDTH).requires_grad_(False), backend=backend)
+
+        def forward(self, x: Tensor) -> Any:
+            return self.layer(x)
+
+    module = torchcache(verify=1)(Net())
+    with torch.no_grad():  # with and without grad, torch.compile makes two graphs
+        train(module, torch.randn(640, WIDTH))
+    assert cache_of(module).info().checks and len(graphs) == 1 and not refusals(caplog)
+
+
+# ---- when a module is decorated
+
+
+def test_layers_with_the_sequence_first_are_warned_of_once_for_a_class(caplog: pytest.LogCaptureFixture) -> None:
+    @torchcache()
+    class SequenceFirst(nn.Module):
+        def __init__(self, batch_first: bool) -> None:
+            super().__init__()
+            self.layers = nn.ModuleList([nn.GRU(4, 4, batch_first=batch_first), nn.Linear(4, 4)])
+
+    SequenceFirst(True)
+    assert not warned(caplog)
+    SequenceFirst(False), SequenceFirst(False)
+    (message,) = warned(caplog)
+    assert "SequenceFirst: GRU" in message and "batch_first=True" in message
+    torchcache()(nn.MultiheadAttention(4, 2))
+    assert len(warned(caplog)) == 2

@@ -193,7 +193,7 @@ class Cache:
                 decision = _unhashable(error)
         return Explanation(0, 0, 0, None, None, str(decision))
 
-    def compare(self, tier: Tier, *args: Any, **kwargs: Any) -> Comparison:
+    def compare(self, tier: Tier, /, *args: Any, **kwargs: Any) -> Comparison:
         """Computes the rows of a call and compares them with those that a tier has. The arguments are those of forward.
 
         Raises:

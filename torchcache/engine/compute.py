@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -325,8 +324,11 @@ class MissComputer:
             if with_grad:
                 output = forward(*args, **kwargs)
             else:
-                with torch.no_grad(), _without_autocast_cache():
-                    output = forward(*args, **kwargs)
+                try:
+                    with torch.no_grad():
+                        output = forward(*args, **kwargs)
+                finally:  # autocast remembers weights without grad now, which a forward may be about to train
+                    torch.clear_autocast_cache()
             with self._lock:
                 return output, is_first and self._started == number
         finally:
@@ -403,14 +405,3 @@ class MissComputer:
         except UnsupportedOutput as error:
             return Bypassed(_UNSUPPORTED, details=str(error))
         return Computed(layout, leaves if len(rows) == batch else [select(t, rows) for t in leaves])
-
-
-@contextlib.contextmanager
-def _without_autocast_cache() -> Iterator[None]:
-    """Autocast would remember weights that were cast without grad, and give them to a forward that trains them."""
-    enabled = torch.is_autocast_cache_enabled()
-    torch.set_autocast_cache_enabled(False)
-    try:
-        yield
-    finally:
-        torch.set_autocast_cache_enabled(enabled)
