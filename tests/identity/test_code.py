@@ -285,11 +285,13 @@ def test_the_decorator_and_its_options_are_not_part_of_what_it_decorates(user: U
 
 def test_a_file_that_was_edited_after_its_import_is_not_believed(user: User) -> None:
     old, new = "def M(x):\n    return x + 1\n", "def M(x):\n    return x + 2222\n"
-    module = user.load(old)
-    first = of(module.M)
-    assert module.__file__ is not None
-    pathlib.Path(module.__file__).write_text(new)
-    stale = of(module.M)
+    known, unknown = user.load(old), user.load(old)
+    first = of(known.M)
+    for module in (known, unknown):
+        assert module.__file__ is not None
+        pathlib.Path(module.__file__).write_text(new)
+    assert of(known.M) == first != user(new)
+    stale = of(unknown.M)
     assert stale not in (user(new), first) and b"bytecode" in stale
 
 

@@ -11,7 +11,7 @@ from torchcache._utils.locks import lock
 from torchcache.engine.call import Call
 from torchcache.identity.encoding import encode
 
-KEY_FORMAT = 2
+KEY_FORMAT = 1
 
 _FOREIGN = ops.FOREIGN_DTYPES
 
@@ -39,7 +39,8 @@ class Keys:
             tensors = [self._row_bytes(t) for t in tensors]
         if call.template.positions is not None:
             tensors = [*tensors, call.template.positions]
-        parts = (*variant, state)
+        description, mode, autocast, precision = variant
+        parts = description, mode, autocast + precision, state
         return tensors, self._digests.get(parts) or self._new_digest(parts)
 
     def _new_digest(self, parts: tuple[bytes, ...]) -> Digest:

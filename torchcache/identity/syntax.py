@@ -62,13 +62,14 @@ class Source(NamedTuple):
     decorators: list[tuple[ast.expr, bytes]]
 
 
-_sources: dict[types.CodeType, Source] = {}
+# By the id of the code, which is kept: code objects are equal although their decorators differ.
+_sources: dict[int, tuple[types.CodeType, Source]] = {}
 
 
 def source_of(function: types.FunctionType) -> Source | None:
     """The function's source; None if it cannot be read, or compiles to other code than what runs."""
     code = function.__code__
-    if code not in _sources:
+    if id(code) not in _sources:
         try:
             nodes, codes = _functions_of(text_of(function)).get((code.co_firstlineno, code.co_name), ([], []))
         except (SyntaxError, ValueError, RecursionError):
@@ -79,8 +80,8 @@ def source_of(function: types.FunctionType) -> Source | None:
         if len(_sources) >= _MAX_SOURCES:
             _sources.clear()
         found = [(item, normal_form(item)) for item in decorators(nodes[0])]
-        _sources[code] = Source(normal_form(nodes[0]), found)
-    return _sources[code]
+        _sources[id(code)] = code, Source(normal_form(nodes[0]), found)
+    return _sources[id(code)][1]
 
 
 def decorators(node: ast.AST) -> list[ast.expr]:
