@@ -77,19 +77,22 @@ STEPS: dict[str, Callable[[Net, float], Any]] = {
     f.__name__: f for f in (replace_weight, edit_weight, edit_dict, some_rows_are_new, fill, clear)
 }
 
+IN_A_DIRECTORY = 32  # interrupted steps: each opens a store, which reads what the others left there
+
 READ_ALL = """
 import sys, torch
 sys.path[:0] = sys.argv[3:]
-from test_interrupts import X, cached
+from test_interrupts import IN_A_DIRECTORY, X, cached, set_weight
 from pathlib import Path
-hits = 0
+hits, net = 0, None
 for k in range(1, int(sys.argv[2]) + 1):
-    net = cached(Path(sys.argv[1]), float(k))
-    rows = torch.cat([X, X + k])
-    assert torch.equal(net(rows), net.linear(rows) * net.scale["all"]), k
-    net = cached(Path(sys.argv[1]), 1.0)
-    net.scale["all"] = float(k)
-    assert torch.equal(net(X), net.linear(X) * net.scale["all"]), k
+    if net is None or k % IN_A_DIRECTORY == 0:
+        net = cached(Path(sys.argv[1]) / str(k // IN_A_DIRECTORY), 1.0)
+    for weight, scale in ((float(k), 1.0), (1.0, float(k))):
+        set_weight(net, weight)
+        net.scale["all"] = scale
+        rows = torch.cat([X, X + k])
+        assert torch.equal(net(rows), net.linear(rows) * scale), k
     hits += net.cache_instance.info().disk_hits
 print(hits)
 """
@@ -123,7 +126,7 @@ def test_an_exception_at_any_line_costs_no_right_row(name: str, tmp_path: Path) 
         lines = [line for line in lines if line not in others]
     assert lines
     for number, line in enumerate(lines, 1):
-        interrupt(tmp_path / "rows", STEPS[name], line, number)
+        interrupt(tmp_path / "rows" / str(number // IN_A_DIRECTORY), STEPS[name], line, number)
     paths = [str(Path(__file__).parent), str(Path(__file__).parent.parent / "harness")]
     command = [sys.executable, "-c", READ_ALL, str(tmp_path / "rows"), str(len(lines)), *paths]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
