@@ -205,6 +205,30 @@ def test_long_texts_are_told_apart_and_not_remembered() -> None:
     assert not decider._binder._templates and not decider._keys._digests
 
 
+def test_precision_settings_are_part_of_the_key_and_setting_them_back_restores_it() -> None:
+    module = torchcache()(torch.nn.Linear(2, 2).requires_grad_(False))
+    x = torch.ones(1, 2)
+    before = cache_of(module).keys(x).tolist()
+    seen = [before]
+    try:
+        for precision in ("high", "medium"):
+            torch.set_float32_matmul_precision(precision)
+            seen.append(cache_of(module).keys(x).tolist())
+        torch.set_float32_matmul_precision("highest")
+        assert cache_of(module).keys(x).tolist() == before
+        torch.use_deterministic_algorithms(True)
+        seen.append(cache_of(module).keys(x).tolist())
+        torch.use_deterministic_algorithms(False)
+        if torch.set_flush_denormal(True):
+            seen.append(cache_of(module).keys(x).tolist())
+    finally:
+        torch.set_float32_matmul_precision("highest")
+        torch.use_deterministic_algorithms(False)
+        torch.set_flush_denormal(False)
+    assert cache_of(module).keys(x).tolist() == before
+    assert all(seen.count(keys) == 1 for keys in seen)
+
+
 def test_autocast_is_part_of_the_key() -> None:
     plain = key(X)
     with torch.autocast("cpu", dtype=torch.bfloat16):

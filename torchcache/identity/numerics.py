@@ -22,6 +22,7 @@ _FLOAT = torch.float32
 # The smallest float that is not denormal: half of it is 0 where denormal numbers are flushed.
 _SMALLEST = 2.0**-1022
 _OPERATORS = ("matmul", "conv", "rnn")
+_SAME = {"ieee": "none"}  # torch.set_float32_matmul_precision("highest") says so of what was "none" before
 # Type of devices → its backend, and the settings that torch starts with.
 _BACKENDS: dict[str, tuple[str, tuple[Any, ...]]] = {
     "cpu": ("mkldnn", ("none", "none", "none", False, False, False)),
@@ -46,7 +47,7 @@ def precision(device_type: str) -> bytes:
     """The settings that change the precision of operators on a type of devices; empty where all have their defaults."""
     backend, normal = _BACKENDS.get(device_type) or _BACKENDS["cuda"]
     settings = (
-        *[fp32_precision(backend, operator) for operator in _OPERATORS],
+        *[_SAME.get(name, name) for name in [fp32_precision(backend, operator) for operator in _OPERATORS]],
         is_deterministic(),
         _SMALLEST / 2 == 0.0,
         reduced_precision_in_cuda() if backend == "cuda" else reduced_precision_on_cpu(),

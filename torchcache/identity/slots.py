@@ -19,6 +19,7 @@ from torchcache.identity.origin import attributes_of
 from torchcache.identity.randomness import generates
 
 ABSENT = object()
+LENGTH = object()  # the key under which a list has its length
 MAX_SLOTS = 2000  # of containers and objects that modules hold and code reaches; edits of others are not noticed
 _MAX_DEPTH = 6
 _NOT_OPENED = (type, nn.Module, Tensor, types.ModuleType, types.FunctionType, torch.ScriptObject)
@@ -76,7 +77,7 @@ class Earlier:
         if changed is None:
             return present
         if isinstance(present, list):
-            return [changed.get(i, item) for i, item in enumerate(present) if changed.get(i) is not ABSENT]
+            return [changed.get(i, item) for i, item in enumerate(present[: changed.get(LENGTH)])]
         return {key: item for key, item in {**present, **changed}.items() if item is not ABSENT}
 
 
@@ -146,9 +147,9 @@ def _opened(value: Any) -> Iterator[tuple[Any, list[tuple[Any, Any]]]]:
         yield None, [("__self__", value.__self__)]
     elif isinstance(value, functools.partial):
         yield None, [("func", value.func), ("args", value.args), ("keywords", value.keywords)]
-    elif isinstance(value, dict) and type(value).__getitem__ is dict.__getitem__:
+    elif isinstance(value, dict) and type(value).__getitem__ is dict.__getitem__ and len(value) <= MAX_SLOTS:
         yield value, list(value.items())
-    elif isinstance(value, list):
+    elif isinstance(value, list) and len(value) <= MAX_SLOTS:
         yield value, list(enumerate(value))
     elif isinstance(value, (tuple, frozenset)):
         yield None, list(enumerate(value))

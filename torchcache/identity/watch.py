@@ -20,7 +20,7 @@ from torchcache._utils.torch_private import versions
 from torchcache.identity import optimizers
 from torchcache.identity.attributes import FORWARD_HOOKS, TENSORS_AND_MODULES, counted, counts_in_module
 from torchcache.identity.encoding import is_builtin
-from torchcache.identity.slots import ABSENT, Slot, Slots, are_equal, is_of_torch, is_same, may_be_set_later
+from torchcache.identity.slots import ABSENT, LENGTH, Slot, Slots, are_equal, is_of_torch, is_same, may_be_set_later
 from torchcache.identity.tensors import Unwatchable, digests, plain_view
 
 _cell_contents = attrgetter("cell_contents")
@@ -204,8 +204,8 @@ class Watch:
         return [*self._slots, *self._cells, *of_own]
 
     def appended(self) -> list[Slot]:
-        """The items that were appended to lists: results of forwards or of others, which do not count."""
-        return [Slot(items, i, ABSENT) for items, length in self._lists for i in range(length, len(items))]
+        """The lengths of lists to which somebody has appended: results, which do not count."""
+        return [Slot(items, LENGTH, length) for items, length in self._lists if len(items) > length]
 
     def after(self, changed: Iterable[Slot], own: nn.Module | None) -> Watch:
         """The same watch for what a forward left behind.
